@@ -1,0 +1,29 @@
+"""runlora-fx: LoRA training and inference in the cheapest contraction order.
+
+``torch.compile(model, backend="runlora")`` needs no import of this package. The functions here
+rewrite single graphs and tell what the backend does:
+
+    gm = runlora_fx.rewrite(gm, example_inputs)
+    print(runlora_fx.explain(model, *inputs))
+"""
+
+__version__ = "0.1.0"
+
+from runlora_fx.history import last_report
+from runlora_fx.joint_pass import RunloraPass
+from runlora_fx.options import Options
+from runlora_fx.report import Candidate, Refusal, Report, Site
+from runlora_fx.trace import explain, joint_graph, rewrite
+
+__all__ = [
+    "Candidate",
+    "Options",
+    "Refusal",
+    "Report",
+    "RunloraPass",
+    "Site",
+    "explain",
+    "joint_graph",
+    "last_report",
+    "rewrite",
+]

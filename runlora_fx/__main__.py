@@ -1,0 +1,30 @@
+"""Command line of the package: `python -m runlora_fx <command>`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from runlora_fx import demo
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: Arguments after the program's name; those of this process if None.
+
+    Returns:
+        The exit status.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m runlora_fx",
+        description="LoRA layers in their cheapest order, as a torch.compile backend.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo.add_arguments(commands.add_parser("demo", help=demo.SUMMARY, description=demo.SUMMARY))
+    return demo.run(demo.Settings.from_arguments(parser.parse_args(argv)))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,63 @@
+"""Every private torch name that we touch, in one place, for torch 2.11 to 2.13."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import proxy as _proxy
+
+#: Metadata that fx itself copies when a node is made in the place of another.
+COPIED_META: tuple[str, ...] = tuple(
+    dict.fromkeys(
+        [
+            *getattr(_proxy, "_COPY_META_FIELDS", ()),
+            "nn_module_stack",
+            "fwd_nn_module_stack",
+            "source_fn_stack",
+            "fwd_source_fn_stack",
+            "stack_trace",
+            "seq_nr",
+            "autograd_backward",
+            "custom",
+            "recompute",
+            "ac_graph_id",
+            "partitioner_tag",
+        ]
+    )
+)
+
+
+def fake_mode_of(values: Iterable[object]) -> FakeTensorMode | None:
+    """The fake mode that example tensors live in."""
+    for value in values:
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    return None
+
+
+def in_fake_mode(mode: FakeTensorMode | None) -> AbstractContextManager[Any]:
+    """A context in which operators on example tensors compute example tensors."""
+    return nullcontext() if mode is None else mode
+
+
+def size_hint(expr: sympy.Expr, mode: FakeTensorMode | None, fallback: int) -> int:
+    """The size that a symbolic dimension had when the graph was traced."""
+    env = None if mode is None else mode.shape_env
+    if env is None:
+        return fallback
+    hint = getattr(env, "optimization_hint", None)
+    if hint is not None:
+        return int(hint(expr, fallback=fallback))
+    value = env.size_hint(expr, allow_none=True)
+    return fallback if value is None else int(value)
+
+
+def is_sym_int(node: fx.Node) -> bool:
+    """Whether a node holds a symbolic integer."""
+    return isinstance(node.meta.get("val"), torch.SymInt)

@@ -1,0 +1,126 @@
+"""The ``torch.compile`` backends, found by name through entry points."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from functorch.compile import make_boxed_func
+from torch import fx
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor import config as inductor_config
+
+from runlora_fx import history
+from runlora_fx.joint_pass import RunloraPass, run
+from runlora_fx.options import Options, split_options
+from runlora_fx.passes.dialects.aten import ATEN
+from runlora_fx.report import Report
+
+_HOOK = "joint_custom_pre_pass"
+
+
+def runlora(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile with Inductor after rewriting low-rank algebra into its cheapest plan.
+
+    Used as ``torch.compile(model, backend="runlora", mode=..., options=...)``.
+
+    Args:
+        gm: The graph that Dynamo traced.
+        example_inputs: Its example inputs.
+        mode: As for ``backend="inductor"``.
+        options: Inductor's options, and ours as ``runlora.NAME`` (see :class:`~runlora_fx.Options`).
+
+    Raises:
+        ValueError: If a ``runlora.`` option is unknown or not valid.
+        RuntimeError: If an Inductor option is unknown or not valid.
+    """
+    ours, inductors = split_options(options)
+    inductor = torch._TorchCompileInductorWrapper(mode, inductors, None)
+    # Not a patch of the global config: passes set there by the user run first, then ours.
+    before = inductor.config.get(_HOOK, getattr(inductor_config, _HOOK))
+    own_pass = RunloraPass(ours, _as_sequence(before))
+    compiled = inductor(gm, example_inputs, config_patches={_HOOK: own_pass})
+    if not own_pass.ran:
+        history.record(Report(graph="cached", from_cache=True))
+    return compiled
+
+
+def runlora_eager(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Run the rewritten graphs operator by operator: no compiler needed, easy to debug.
+
+    Args:
+        gm: The graph that Dynamo traced.
+        example_inputs: Its example inputs.
+        options: Ours only, as ``runlora.NAME``.
+
+    Raises:
+        ValueError: If an option is unknown or not valid.
+    """
+    ours, others = split_options(options)
+    if others:
+        raise ValueError(
+            f"backend='runlora_eager' takes runlora.* options only, not {sorted(others)}"
+        )
+    return aot_backend(ours)(gm, example_inputs)
+
+
+def aot_backend(
+    options: Options, see: Callable[[fx.GraphModule], None] = lambda _: None
+) -> Callable[..., Any]:
+    """AOTAutograd with our pass on its graphs, and no compiler behind it.
+
+    Args:
+        options: What is asked of the pass.
+        see: Called with every rewritten joint or inference graph.
+    """
+
+    def partition(joint: fx.GraphModule, inputs: Any, **kwargs: Any) -> Any:
+        run(joint.graph, ATEN, options)
+        joint.recompile()
+        see(joint)
+        return min_cut_rematerialization_partition(joint, inputs, **kwargs)
+
+    def inference(graph_module: fx.GraphModule, _: Any) -> Callable[..., Any]:
+        run(graph_module.graph, ATEN, options)
+        graph_module.recompile()
+        see(graph_module)
+        return make_boxed_func(graph_module)
+
+    return aot_autograd(
+        fw_compiler=_as_it_is,
+        bw_compiler=_as_it_is,
+        inference_compiler=inference,
+        partition_fn=partition,
+        keep_inference_input_mutations=True,
+    )
+
+
+def _as_it_is(gm: fx.GraphModule, _: Any) -> Callable[..., Any]:
+    return make_boxed_func(gm)
+
+
+def _as_sequence(passes: Any) -> tuple[Callable[[fx.Graph], None], ...]:
+    if passes is None:
+        return ()
+    return tuple(passes) if isinstance(passes, list | tuple) else (passes,)
+
+
+def _reset() -> None:
+    """What ``torch._dynamo.reset()`` expects of a backend; the same as Inductor's."""
+    torch._TorchCompileInductorWrapper(None, None, None).reset()
+
+
+runlora.reset = _reset  # type: ignore[attr-defined]

@@ -1,0 +1,95 @@
+"""The pass as Inductor's ``joint_custom_pre_pass``: it never breaks a compilation."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import astuple
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import fx
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+from runlora_fx import __version__, history
+from runlora_fx.options import Options
+from runlora_fx.passes.dialects.aten import ATEN
+from runlora_fx.passes.dialects.base import Dialect
+from runlora_fx.passes.pipeline import rewrite_graph
+from runlora_fx.report import Refusal, Report
+
+_log = logging.getLogger("runlora_fx")
+
+
+def run(graph: fx.Graph, dialect: Dialect, options: Options) -> Report:
+    """Rewrite a graph in place and record the report; on failure the graph stays as it came.
+
+    Raises:
+        Exception: Under ``strict``, whatever went wrong.
+    """
+    try:
+        report = rewrite_graph(graph, dialect, options)
+    except Exception as error:
+        if options.strict:
+            raise
+        _log.warning(
+            "runlora failed and leaves this graph to run as it came (please report this; "
+            "options={'runlora.strict': True} raises instead): %s: %s",
+            type(error).__name__,
+            error,
+            exc_info=_log.isEnabledFor(logging.DEBUG),
+        )
+        refusal = Refusal(f"the pass failed: {type(error).__name__}: {error}", ("the whole graph",))
+        report = Report(graph=dialect.graph, refusals=(refusal,))
+    if report.refusals and not report.sites:
+        names = [name for refusal in report.refusals for name in refusal.nodes]
+        _log.warning(
+            "runlora found no low-rank site, although the model has adapters (%s, ...): %s",
+            names[0],
+            report.refusals[0].reason,
+        )
+    history.record(report)
+    return report
+
+
+class RunloraPass(CustomGraphPass):
+    """The rewrite for Inductor; also usable as ``torch._inductor.config.joint_custom_pre_pass``.
+
+    Attributes:
+        ran: Whether it was called: it is not when compiled code comes from a cache.
+    """
+
+    def __init__(
+        self, options: Options | None = None, before: Sequence[Callable[[fx.Graph], None]] = ()
+    ) -> None:
+        """Prepare the pass.
+
+        Args:
+            options: What is asked of the pass.
+            before: The user's own joint passes, run first.
+        """
+        self._options = Options() if options is None else options
+        self._before = tuple(before)
+        self.ran = False
+
+    def __call__(self, graph: fx.Graph) -> None:
+        """Rewrite the graph in place."""
+        self.ran = True
+        for user_pass in self._before:
+            user_pass(graph)
+        run(graph, ATEN, self._options)
+
+    def uuid(self) -> Any | None:
+        """What a compiled graph depends on; None (no caching) if a user's pass has no identity."""
+        others = [getattr(user_pass, "uuid", lambda: None)() for user_pass in self._before]
+        if not all(others):
+            return None
+        return ("runlora", __version__, _source_hash(), astuple(self._options), tuple(others))
+
+
+@cache
+def _source_hash() -> bytes:
+    """A hash of our own source: another version must not be served our compiled graphs."""
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    return get_hash_for_files(tuple(map(str, files)))

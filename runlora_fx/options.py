@@ -1,0 +1,71 @@
+"""The options of the pass, validated once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from typing import Any, get_args
+
+from runlora_fx.cost_model.objective import ObjectiveName
+
+#: Prefix of our keys among the options of ``torch.compile``.
+PREFIX = "runlora."
+
+
+@dataclass(frozen=True)
+class Options:
+    """What can be asked of the pass; as ``torch.compile`` options the keys are ``runlora.NAME``.
+
+    Attributes:
+        strict: Raise where the pass would otherwise warn and leave the graph as it came.
+        objective: ``"flops"`` minimises the FLOPs of matrix products, ties broken by bytes moved;
+            ``"time"`` minimises the time predicted for the machine.
+        margin: The share of a region's price that a plan has to save to be taken, in [0, 1).
+    """
+
+    strict: bool = False
+    objective: ObjectiveName = "flops"
+    margin: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            ValueError: If one is not valid; the message lists what is.
+        """
+        if not isinstance(self.strict, bool):
+            raise ValueError(f"runlora.strict must be True or False, not {self.strict!r}")
+        if self.objective not in get_args(ObjectiveName):
+            valid = ", ".join(map(repr, get_args(ObjectiveName)))
+            raise ValueError(f"runlora.objective must be one of {valid}, not {self.objective!r}")
+        number = isinstance(self.margin, int | float) and not isinstance(self.margin, bool)
+        if not number or not 0 <= self.margin < 1:
+            raise ValueError(f"runlora.margin must be a number in [0, 1), not {self.margin!r}")
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any], prefix: str = "") -> Options:
+        """Options from a mapping of names to values.
+
+        Raises:
+            ValueError: If a name is unknown or a value is not valid; the message lists what is.
+        """
+        names = [field.name for field in fields(cls)]
+        for key in given:
+            if key not in names:
+                close = get_close_matches(key, names, 1)
+                hint = f" Did you mean {prefix}{close[0]!s}?" if close else ""
+                valid = ", ".join(prefix + name for name in names)
+                raise ValueError(f"unknown option {prefix}{key}.{hint} Valid options: {valid}")
+        return replace(cls(), **given)
+
+
+def split_options(options: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
+    """Our options and the others among those given to ``torch.compile``.
+
+    Raises:
+        ValueError: If a ``runlora.`` key is unknown or its value is not valid.
+    """
+    ours = {k.removeprefix(PREFIX): v for k, v in (options or {}).items() if k.startswith(PREFIX)}
+    others = {k: v for k, v in (options or {}).items() if not k.startswith(PREFIX)}
+    return Options.of(ours, PREFIX), others

@@ -1,0 +1,320 @@
+"""Matrix polynomials: the normal form in which every linear region is read, planned and proven.
+
+A *factor* is a leaf matrix or its transpose, a *word* a product of factors, a *polynomial* a sum of
+words with scalar coefficients. A coefficient is a number times a monomial of *scalar leaves* (0-d
+tensors whose value only the run knows). Products are expanded over sums, transposes are pushed to the
+leaves and like words are added, so two expressions denote the same function of their leaves if and
+only if their polynomials are equal.
+
+This module knows nothing of torch, shapes or costs: leaves are integers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+#: Significant digits kept of a coefficient, so that a*(b*c) and (a*b)*c are one number.
+_DIGITS = 14
+
+
+class Factor(NamedTuple):
+    """A leaf matrix, or its transpose."""
+
+    leaf: int
+    transposed: bool = False
+
+    @property
+    def T(self) -> Factor:  # noqa: N802 - the field's own name for it
+        """The transposed factor."""
+        return Factor(self.leaf, not self.transposed)
+
+
+Factors = tuple[Factor, ...]
+
+
+class Word(NamedTuple):
+    """A product of scalar leaves and of matrix factors, in order."""
+
+    factors: Factors
+    scalars: tuple[int, ...] = ()
+
+    @property
+    def T(self) -> Word:  # noqa: N802
+        """(U V)' = V' U'."""
+        return Word(tuple(f.T for f in reversed(self.factors)), self.scalars)
+
+    def sort_key(self) -> tuple[int, Factors, tuple[int, ...]]:
+        """Shortest first: the base weight leads W + s B A, and keeps the coefficient 1."""
+        return (len(self.factors), self.factors, self.scalars)
+
+
+class Scalar(NamedTuple):
+    """A number times a monomial of scalar leaves."""
+
+    number: float = 1.0
+    leaves: tuple[int, ...] = ()
+
+    def __mul__(self, other: object) -> Scalar:
+        """The product of two scalars."""
+        if not isinstance(other, Scalar):
+            return NotImplemented
+        return Scalar(_rounded(self.number * other.number), _merge(self.leaves, other.leaves))
+
+    @property
+    def is_one(self) -> bool:
+        """Whether multiplying by it changes nothing."""
+        return self.number == 1.0 and not self.leaves
+
+
+ONE = Scalar()
+
+
+@dataclass(frozen=True)
+class Polynomial:
+    """A sum of words with numeric coefficients, sorted; build it with :func:`polynomial`."""
+
+    terms: tuple[tuple[Word, float], ...]
+
+    def __len__(self) -> int:
+        return len(self.terms)
+
+    def __iter__(self) -> Iterator[tuple[Word, float]]:
+        return iter(self.terms)
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.terms)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @property
+    def words(self) -> tuple[Word, ...]:
+        """The words, without their coefficients."""
+        return tuple(word for word, _ in self.terms)
+
+    @cached_property
+    def size(self) -> int:
+        """Factors in all words: strictly larger than that of any operand a product or sum makes it from."""
+        return sum(len(word.factors) for word, _ in self.terms)
+
+    @cached_property
+    def leaves(self) -> frozenset[int]:
+        """The matrix leaves it mentions."""
+        return frozenset(f.leaf for word, _ in self.terms for f in word.factors)
+
+    @cached_property
+    def scalar_leaves(self) -> frozenset[int]:
+        """The scalar leaves it mentions."""
+        return frozenset(s for word, _ in self.terms for s in word.scalars)
+
+    @property
+    def T(self) -> Polynomial:  # noqa: N802
+        """The transposed polynomial."""
+        return _transposed(self)
+
+    @property
+    def leaf(self) -> Factor | None:
+        """The factor that it is, if it is a single leaf up to a scalar."""
+        if len(self.terms) == 1 and len(self.terms[0][0].factors) == 1:
+            return self.terms[0][0].factors[0]
+        return None
+
+    def __add__(self, other: Polynomial) -> Polynomial:
+        return polynomial([*self.terms, *other.terms])
+
+    def __sub__(self, other: Polynomial) -> Polynomial:
+        return polynomial([*self.terms, *((word, -c) for word, c in other.terms)])
+
+    def __matmul__(self, other: Polynomial) -> Polynomial:
+        return polynomial(
+            (Word(u.factors + v.factors, _merge(u.scalars, v.scalars)), a * b)
+            for u, a in self.terms
+            for v, b in other.terms
+        )
+
+    def scaled(self, by: Scalar) -> Polynomial:
+        """The polynomial times a scalar."""
+        if by.is_one:
+            return self
+        return polynomial(
+            (Word(word.factors, _merge(word.scalars, by.leaves)), c * by.number)
+            for word, c in self.terms
+        )
+
+    def close_to(self, other: Polynomial, rtol: float = 1e-9) -> bool:
+        """Whether both have the same words, with coefficients equal up to rounding."""
+        mine, theirs = dict(self.terms), dict(other.terms)
+        return mine.keys() == theirs.keys() and all(
+            abs(c - theirs[word]) <= rtol * max(abs(c), abs(theirs[word]))
+            for word, c in mine.items()
+        )
+
+
+def polynomial(terms: Iterable[tuple[Word, float]]) -> Polynomial:
+    """The normal form of a sum: like words added, zeros dropped, words sorted."""
+    total: dict[Word, float] = {}
+    for word, c in terms:
+        total[word] = total.get(word, 0.0) + c
+    scale = max((abs(c) for c in total.values()), default=0.0)
+    kept = [(w, _rounded(c)) for w, c in total.items() if abs(c) > 1e-14 * scale]
+    return Polynomial(tuple(sorted(kept, key=lambda term: term[0].sort_key())))
+
+
+def leaf(index: int) -> Polynomial:
+    """The polynomial that is one leaf."""
+    return Polynomial(((Word((Factor(index),)), 1.0),))
+
+
+def of_factors(factors: Factors) -> Polynomial:
+    """The polynomial that is one word with coefficient 1."""
+    return Polynomial(((Word(factors), 1.0),))
+
+
+#: The identity matrix: the empty word. It vanishes in products.
+IDENTITY = of_factors(())
+
+
+def divided(p: Polynomial, by: Scalar) -> Polynomial:
+    """The polynomial over a scalar whose leaves all its words contain."""
+    common = Counter(by.leaves)
+    return polynomial(
+        (Word(w.factors, tuple(sorted((Counter(w.scalars) - common).elements()))), c / by.number)
+        for w, c in p.terms
+    )
+
+
+class Normalised(NamedTuple):
+    """``polynomial = scalar * (core.T if transposed else core)``, with one core per value."""
+
+    scalar: Scalar
+    transposed: bool
+    core: Polynomial
+
+
+@lru_cache(maxsize=1 << 16)
+def without_scalar(p: Polynomial) -> tuple[Scalar, Polynomial]:
+    """Split off the leading word's number and the scalar leaves common to all words.
+
+    Raises:
+        ValueError: If the polynomial is zero.
+    """
+    if not p.terms:
+        raise ValueError("the zero polynomial has no leading word")
+    number = p.terms[0][1]
+    common = Counter(p.terms[0][0].scalars)
+    for word, _ in p.terms[1:]:
+        common &= Counter(word.scalars)
+    if number == 1.0 and not common:
+        return ONE, p
+    scalar = Scalar(number, tuple(sorted(common.elements())))
+    return scalar, divided(p, scalar)
+
+
+@lru_cache(maxsize=1 << 16)
+def normalise(p: Polynomial) -> Normalised:
+    """The value behind a polynomial, up to scalar and transpose: what needs computing only once."""
+    scalar, core = without_scalar(p)
+    scalar_t, core_t = without_scalar(p.T)
+    keys = [[w.sort_key() for w in q.words] for q in (core, core_t)]
+    if keys[1] < keys[0]:
+        return Normalised(scalar_t, True, core_t)
+    return Normalised(scalar, False, core)
+
+
+def components(p: Polynomial) -> list[Polynomial]:
+    """Split a sum into parts between which nothing can be factored out.
+
+    Two words can share a factor only if they begin or end with the same one (up to longer chains of
+    such pairs), so the cheapest evaluation of a sum is that of its components, added.
+    """
+    parent = list(range(len(p)))
+
+    def find(i: int) -> int:
+        while parent[i] != i:
+            i = parent[i]
+        return i
+
+    seen: dict[tuple[str, Factor], int] = {}
+    for i, word in enumerate(p.words):
+        if not word.factors:
+            continue
+        for end in (("first", word.factors[0]), ("last", word.factors[-1])):
+            parent[find(i)] = find(seen.setdefault(end, i))
+    groups: dict[int, list[tuple[Word, float]]] = {}
+    for i, term in enumerate(p.terms):
+        groups.setdefault(find(i), []).append(term)
+    return [Polynomial(tuple(group)) for group in groups.values()]
+
+
+def factorisations(p: Polynomial) -> Iterator[tuple[Polynomial, Polynomial]]:
+    """All (L, R) of at least one factor each, with ``L @ R == p``, the leading number in R."""
+    if len(p) == 1:
+        (word, c) = p.terms[0]
+        for i in range(1, len(word.factors)):
+            right = Polynomial(((Word(word.factors[i:], word.scalars), c),))
+            yield of_factors(word.factors[:i]), right
+        return
+    # In a product every word of R stands behind the whole of L, so each suffix of any one word fixes
+    # L (what stands before that suffix), and L's leading word then fixes R.
+    leading = p.terms[0][0].factors
+    for i in range(1, len(leading)):
+        left = without_scalar(_before(p, leading[i:]))[1]
+        right = _behind(p, left.terms[0][0])
+        if right is not None and (left @ right).close_to(p, rtol=1e-12):
+            yield left, right
+
+
+def substitute(p: Polynomial, leaves: Mapping[int, int], scalars: Mapping[int, int]) -> Polynomial:
+    """Rename the leaves."""
+    return polynomial(
+        (
+            Word(
+                tuple(Factor(leaves[f.leaf], f.transposed) for f in w.factors),
+                tuple(sorted(scalars[s] for s in w.scalars)),
+            ),
+            c,
+        )
+        for w, c in p.terms
+    )
+
+
+def _before(p: Polynomial, suffix: Factors) -> Polynomial:
+    """Everything that stands before ``suffix`` in p."""
+    n = len(suffix)
+    return polynomial(
+        (Word(w.factors[:-n], w.scalars), c)
+        for w, c in p.terms
+        if len(w.factors) > n and w.factors[-n:] == suffix
+    )
+
+
+def _behind(p: Polynomial, prefix: Word) -> Polynomial | None:
+    """Everything that stands behind ``prefix`` in p; None where its scalars do not divide."""
+    n = len(prefix.factors)
+    terms = []
+    for w, c in p.terms:
+        if len(w.factors) > n and w.factors[:n] == prefix.factors:
+            rest = Counter(w.scalars)
+            rest.subtract(prefix.scalars)
+            if min(rest.values(), default=0) < 0:
+                return None
+            terms.append((Word(w.factors[n:], tuple(sorted(rest.elements()))), c))
+    return polynomial(terms)
+
+
+@lru_cache(maxsize=1 << 16)
+def _transposed(p: Polynomial) -> Polynomial:
+    return polynomial((word.T, c) for word, c in p.terms)
+
+
+def _merge(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted(a + b)) if a and b else a or b
+
+
+def _rounded(c: float) -> float:
+    return float(f"{c:.{_DIGITS}g}")

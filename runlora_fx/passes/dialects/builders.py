@@ -1,0 +1,182 @@
+"""Forms of the usual linear-algebra calls, shared by all dialects."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from runlora_fx.passes.forms import (
+    Cast,
+    Cut,
+    Form,
+    Operand,
+    Permute,
+    Product,
+    Reshape,
+    Scale,
+    Sum,
+    last_dim_cut,
+    value_of,
+)
+
+
+def ndim(node: object) -> int:
+    """Rank of a tensor node; -1 for anything else."""
+    val = value_of(node)
+    return -1 if val is None else val.dim()
+
+
+def is_scalar(x: object) -> bool:
+    """Whether x scales a tensor as one number: a Python number, a SymFloat or a 0-d tensor."""
+    if isinstance(x, bool):
+        return False
+    if isinstance(x, int | float):
+        return True
+    if not isinstance(x, fx.Node):
+        return False
+    val = x.meta.get("val")
+    return isinstance(val, int | float | torch.SymInt | torch.SymFloat) or ndim(x) == 0
+
+
+def product(a: Any, b: Any) -> Product | None:
+    """``a @ b`` of two matrices, or of two equal batches of matrices."""
+    if ndim(a) == 2 and ndim(b) == 2:
+        return Product(Operand(a, Cut(0, 1)), Operand(b, Cut(0, 1)), Cut(0, 1))
+    if ndim(a) == ndim(b) == 3:
+        cut = Cut(1, 2)
+        return Product(Operand(a, cut), Operand(b, cut), cut)
+    return None
+
+
+def matmul(a: Any, b: Any) -> Form | None:
+    """``torch.matmul`` where it is a matrix product: (..., k) @ (k, n), or equal batches."""
+    na, nb = ndim(a), ndim(b)
+    if na >= 2 and nb == 2:
+        cut = last_dim_cut(na)
+        return Product(Operand(a, cut), Operand(b, Cut(0, 1)), cut)
+    if na == nb >= 3 and _shape(a)[:-2] == _shape(b)[:-2]:
+        cut = Cut(na - 2, na - 1)
+        return Product(Operand(a, cut), Operand(b, cut), cut)
+    return None
+
+
+def linear(x: Any, weight: Any, bias: Any = None) -> Form | None:
+    """``F.linear``: x @ weight.T + bias."""
+    if ndim(x) < 1 or ndim(weight) != 2:
+        return None
+    cut = last_dim_cut(ndim(x))
+    result = Product(Operand(x, cut), Operand(weight, Cut(0, 1), transposed=True), cut)
+    return result if bias is None else Sum(((result, 1.0), (bias, 1.0)))
+
+
+def addmm(c: Any, a: Any, b: Any, beta: Any = 1, alpha: Any = 1) -> Form | None:
+    """``beta * c + alpha * (a @ b)``."""
+    ab = product(a, b)
+    if ab is None or not isinstance(beta, int | float) or not isinstance(alpha, int | float):
+        return None
+    return Sum(((ab, float(alpha)), (c, float(beta)))) if beta else Sum(((ab, float(alpha)),))
+
+
+def einsum(equation: str, operands: Any) -> Form | None:
+    """An einsum of two operands that is one plain matrix product."""
+    if len(operands) != 2 or "->" not in equation or "." in equation:
+        return None
+    inputs, out = equation.replace(" ", "").split("->")
+    if inputs.count(",") != 1:
+        return None
+    left, right = inputs.split(",")
+    for letters, node in ((left, operands[0]), (right, operands[1])):
+        if len(set(letters)) != len(letters) or len(letters) != ndim(node):
+            return None
+    shared = set(left) & set(right)
+    if shared & set(out) or set(out) != set(left) ^ set(right) or not shared:
+        return None
+    free_left = "".join(c for c in left if c not in shared)
+    free_right = "".join(c for c in right if c not in shared)
+    inner = "".join(c for c in left if c in shared)
+    a, b = (
+        _matrix(operands[0], left, free_left, inner),
+        _matrix(operands[1], right, inner, free_right),
+    )
+    if a is None or b is None or not free_left or not free_right:
+        return None
+    if out == free_left + free_right:
+        return Product(a, b, Cut(0, len(free_left)))
+    if out == free_right + free_left:
+        flipped = (Operand(o.node, o.cut, not o.transposed) for o in (b, a))
+        return Product(*flipped, Cut(0, len(free_right)))
+    return None
+
+
+def add(a: Any, b: Any, alpha: Any = 1, sign: float = 1.0) -> Form | None:
+    """``a + sign * alpha * b`` of two tensors."""
+    if ndim(a) < 1 or ndim(b) < 1 or not isinstance(alpha, int | float):
+        return None
+    return Sum(((a, 1.0), (b, sign * float(alpha))))
+
+
+def scale(a: Any, b: Any) -> Form | None:
+    """A product with one scalar side."""
+    if ndim(b) > 0 and is_scalar(a):
+        a, b = b, a
+    if ndim(a) < 1 or not is_scalar(b):
+        return None
+    return Scale(a, b if isinstance(b, fx.Node) else float(b))
+
+
+def divide(a: Any, b: Any) -> Form | None:
+    """A tensor over a number."""
+    if ndim(a) < 1 or isinstance(b, bool) or not isinstance(b, int | float) or b == 0:
+        return None
+    return Scale(a, 1.0 / b)
+
+
+def permute(a: Any, dims: Any) -> Form | None:
+    """Dimensions in another order."""
+    n = ndim(a)
+    return Permute(a, tuple(int(d) % n for d in dims)) if n > 0 else None
+
+
+def transpose(a: Any, d0: int, d1: int) -> Form | None:
+    """Two dimensions swapped."""
+    n = ndim(a)
+    if n < 1:
+        return None
+    dims = list(range(n))
+    dims[d0 % n], dims[d1 % n] = d1 % n, d0 % n
+    return Permute(a, tuple(dims))
+
+
+def t(a: Any) -> Form | None:
+    """The transpose of a matrix; a vector is its own."""
+    return transpose(a, 0, 1) if ndim(a) == 2 else same(a)
+
+
+def same(a: Any, *_: Any, **__: Any) -> Form | None:
+    """The same elements in the same order: views that fold, aliases."""
+    return Reshape(a) if ndim(a) >= 1 else None
+
+
+def same_if_shape_kept(node: fx.Node, a: Any) -> Form | None:
+    """An expand that expands nothing."""
+    return Reshape(a) if ndim(a) >= 1 and _shape(a) == _shape(node) else None
+
+
+def cast(a: Any, *_: Any, **__: Any) -> Form | None:
+    """A conversion to another dtype."""
+    return Cast(a) if ndim(a) >= 1 else None
+
+
+def _matrix(node: fx.Node, letters: str, rows: str, cols: str) -> Operand | None:
+    if letters == rows + cols:
+        return Operand(node, Cut(0, len(rows)))
+    if letters == cols + rows:
+        return Operand(node, Cut(0, len(cols)), transposed=True)
+    return None
+
+
+def _shape(node: object) -> tuple[Any, ...]:
+    val = value_of(node)
+    return () if val is None else tuple(val.shape)

@@ -1,0 +1,325 @@
+"""Emission: from a plan to nodes.
+
+The emitter decides nothing about the algebra: it obeys the plan. What is left to it is how a value
+lies in memory. A value is computed in the orientation in which its largest leaf stands untransposed,
+a root in its own: an activation computed transposed would drag transposed layouts through whatever
+reads it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+from runlora_fx.passes.algebra import ONE, Factor, Normalised, Polynomial, Scalar, normalise
+from runlora_fx.passes.forms import Dim, numel, shape_of, value_of
+from runlora_fx.passes.phases import Phases
+from runlora_fx.passes.plan import Keep, Plan, Product, Step, Sum, Value
+from runlora_fx.passes.read import GraphReader
+from runlora_fx.passes.region import Root
+from runlora_fx.passes.writer import EmissionError, Writer
+
+
+class _Operands(NamedTuple):
+    """``scalar * (a @ b)``, not yet written."""
+
+    a: fx.Node
+    b: fx.Node
+    scalar: Scalar
+
+
+class Emitter:
+    """Emits the roots of a graph from one plan for all of them; every value is written once."""
+
+    def __init__(
+        self,
+        reader: GraphReader,
+        phases: Phases,
+        writer: Writer,
+        plan: Plan,
+        roots: Iterable[Root],
+        existing: Mapping[tuple[Value, Step], tuple[fx.Node, bool]],
+        hint: Callable[[Dim], int],
+    ) -> None:
+        """Prepare to emit; nothing is written yet.
+
+        Args:
+            reader: The linear algebra of the graph.
+            phases: What of it is forward, what backward.
+            writer: Where to write.
+            plan: A step for every value that the roots need, in leaves of the graph.
+            roots: All roots that are going to be emitted.
+            existing: Nodes of the incoming graph that compute a value by a step; whether transposed.
+            hint: The size of a symbolic dimension.
+        """
+        self._reader = reader
+        self._leaves = reader.leaves
+        self._phases = phases
+        self._writer = writer
+        self._steps = plan.steps
+        self._existing = existing
+        self._hint = hint
+        self._made: dict[Value, tuple[fx.Node, bool]] = {}
+        self._uses = self._count_uses(roots)
+
+    def emit(self, root: Root) -> fx.Node:
+        """Write a root anew, in front of the node that holds it now.
+
+        Raises:
+            EmissionError: If the graph cannot express it.
+        """
+        self._writer.move_to(root.node)
+        shape = shape_of(root.node)
+        flip = _is_column_major(root.node)
+        parts = [normalise(part) for part in root.parts]
+        whole = [part for part in parts if not flip and self._is_in_shape(part, root)]
+        rest = [part for part in parts if part not in whole]
+        result: fx.Node | None = None
+        if rest:
+            result = self._accumulate(rest, flip, root.backward, is_root=True)
+            if flip:
+                result = self._writer.transpose(result)
+            result = self._writer.reshape(result, shape)
+        for scalar, _, core in whole:
+            assert core.leaf is not None
+            node = self._leaf_node(core.leaf)
+            result = self._add(result, node, scalar)
+        assert result is not None
+        if result is root.node or shape_of(result) != shape:
+            raise EmissionError(f"{root.node.name} cannot be written in its shape {shape}")
+        return result
+
+    # -- roots ---------------------------------------------------------------------------------
+
+    def _is_in_shape(self, part: Normalised, root: Root) -> bool:
+        """Whether a part is a leaf that has the root's own shape: added there, for fusion."""
+        factor = part.core.leaf
+        if factor is None or factor.transposed != part.transposed:
+            return False
+        node = self._leaves.matrices[factor.leaf].node
+        if node is None or shape_of(node) != shape_of(root.node):
+            return False
+        leaf = self._leaves.matrices[factor.leaf]
+        extents = self._reader.cuts[root.node].extents(shape_of(root.node))
+        return (leaf.batch, leaf.rows, leaf.cols) == extents
+
+    # -- sums ----------------------------------------------------------------------------------
+
+    def _accumulate(
+        self, parts: list[Normalised], flip: bool, backward: bool, *, is_root: bool
+    ) -> fx.Node:
+        """The sum of parts, or its transpose.
+
+        A product is accumulated onto a bias, and outside roots onto a leaf (the base weight), by one
+        ``addmm``. A root's other addends stay plain additions: they fuse with what reads the root.
+        """
+        order = {"row": 0, "leaf": 1, "product": 2}
+        kinds = [self._kind(part) for part in parts]
+        total: fx.Node | None = None
+        takes_product = False
+        for kind, part in sorted(zip(kinds, parts, strict=True), key=lambda kp: order[kp[0]]):
+            scalar, transposed, core = part
+            value, turned = self._value(core, backward), transposed != flip
+            if kind == "row":
+                node, scalar = self._row(part, flip, backward)
+                takes_product = total is None and scalar.is_one
+                total = self._add(total, node, scalar)
+                continue
+            fused = kind == "product" and (total is None or takes_product)
+            operands = self._operands_if_unshared(value, turned) if fused else None
+            if operands is None:
+                total = self._add(total, self._matrix(value, turned, prefer=turned), scalar)
+            else:
+                a, b, by = operands
+                total = self._add_product(total, a, b, by * scalar)
+            takes_product = not is_root and kind != "row"
+        assert total is not None
+        return total
+
+    def _add_product(
+        self, total: fx.Node | None, a: fx.Node, b: fx.Node, scalar: Scalar
+    ) -> fx.Node:
+        if total is None:
+            return self._product(a, b, scalar)
+        if scalar.leaves or len(shape_of(a)) != 2:
+            return self._add(total, self._product(a, b, scalar), ONE)
+        return self._writer.addmm(total, a, b, scalar.number)
+
+    def _kind(self, part: Normalised) -> str:
+        if part.core.leaf is not None:
+            return "leaf"
+        factors = part.core.terms[0][0].factors
+        first, last = factors[0], factors[-1]
+        is_row = len(part.core) == 1 and any(
+            self._is_ones(f) for f in (last if part.transposed else first,)
+        )
+        return "row" if is_row else "product"
+
+    def _row(self, part: Normalised, flip: bool, backward: bool) -> tuple[fx.Node, Scalar]:
+        """The row that a broadcast part repeats, ready to be added; a column if flipped."""
+        word = part.core.terms[0][0]
+        word = word.T if part.transposed else word
+        row = Polynomial(((word._replace(factors=word.factors[1:], scalars=()), 1.0),))
+        _, transposed, core = normalise(row)
+        if core.leaf is not None and core.leaf.transposed == transposed and not flip:
+            return self._leaf_node(core.leaf), part.scalar
+        node = self._matrix(self._value(core, backward), transposed != flip)
+        return node, part.scalar
+
+    def _add(self, total: fx.Node | None, node: fx.Node, scalar: Scalar) -> fx.Node:
+        if total is None:
+            return self._scaled(node, scalar)
+        node = self._scaled(node, Scalar(1.0, scalar.leaves))
+        if 1 < len(shape_of(total)) != len(shape_of(node)) > 1:
+            total, node = (self._writer.reshape(x, _flattened(x)) for x in (total, node))
+        return self._writer.add(total, node, scalar.number)
+
+    # -- values --------------------------------------------------------------------------------
+
+    def _matrix(self, value: Value, transposed: bool, prefer: bool | None = None) -> fx.Node:
+        """A value, or its transpose, as a matrix; ``prefer`` is the orientation to compute it in."""
+        if value not in self._made:
+            self._made[value] = self._make(value, self._lies(value) if prefer is None else prefer)
+        node, lies = self._made[value]
+        if lies == transposed:
+            return node
+        if value.core.leaf is not None and len(shape_of(node)) > 2:
+            node = self._flat(value.core.leaf.leaf, node)
+        return self._writer.transpose(node)
+
+    def _make(self, value: Value, transposed: bool) -> tuple[fx.Node, bool]:
+        if value.core.leaf is not None:
+            return self._leaf(value.core.leaf), False
+        step, twin = self._steps.get(value), Value(value.core, False)
+        if step is None or isinstance(step, Keep):
+            if not value.backward:
+                raise EmissionError(f"the plan has no step for {value}")
+            self._matrix(twin, transposed)
+            return self._made[twin]
+        if value.backward and twin in self._made and self._steps.get(twin) == step:
+            return self._made[twin]
+        known = self._existing.get((value, step))
+        if known is not None and self._writer.is_before(known[0]):
+            seen = self._reader.cuts[known[0]].extents(shape_of(known[0]))
+            return self._writer.reshape(known[0], _matrix_shape(*seen)), known[1]
+        if isinstance(step, Sum):
+            parts = [normalise(part) for part in step.parts]
+            node = self._accumulate(parts, transposed, value.backward, is_root=False)
+        else:
+            node = self._product(*self._operands(value, step, transposed))
+        if not value.backward and isinstance(
+            self._steps.get(Value(value.core, True)), Product | Sum
+        ):
+            # The backward computes it again. Without the tag the partitioner would keep it: for a
+            # merged weight a second copy of every adapted weight, from forward to backward.
+            node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+        return node, transposed
+
+    def _operands(self, value: Value, step: Product, transposed: bool) -> _Operands:
+        left, right = (step.right.T, step.left.T) if transposed else (step.left, step.right)
+        a, by_a = self._operand(left, value.backward)
+        b, by_b = self._operand(right, value.backward)
+        return _Operands(a, b, by_a * by_b)
+
+    def _operands_if_unshared(self, value: Value, transposed: bool) -> _Operands | None:
+        """The operands of a product that nothing else reads; None if it must stand on its own."""
+        step = self._steps.get(value)
+        if value in self._made or self._uses[value] != 1 or not isinstance(step, Product):
+            return None
+        batch = self._leaves.matrices[value.core.terms[0][0].factors[0].leaf].batched
+        return None if batch else self._operands(value, step, transposed)
+
+    def _operand(self, p: Polynomial, backward: bool) -> tuple[fx.Node, Scalar]:
+        scalar, transposed, core = normalise(p)
+        return self._matrix(self._value(core, backward), transposed), scalar
+
+    def _product(self, a: fx.Node, b: fx.Node, scalar: Scalar) -> fx.Node:
+        """``scalar * (a @ b)``, scaled where it costs least: at the smallest of the three."""
+        out = (*shape_of(a)[:-1], shape_of(b)[-1])
+        sizes = [self._hint(numel(shape)) for shape in (out, shape_of(a), shape_of(b))]
+        if scalar is ONE or scalar.is_one or sizes[0] == min(sizes):
+            return self._scaled(self._writer.matmul(a, b), scalar)
+        if sizes[1] <= sizes[2]:
+            return self._writer.matmul(self._scaled(a, scalar), b)
+        return self._writer.matmul(a, self._scaled(b, scalar))
+
+    def _scaled(self, node: fx.Node, scalar: Scalar) -> fx.Node:
+        node = self._writer.scale(node, scalar.number)
+        for i in scalar.leaves:
+            node = self._writer.scale(node, self._leaves.scalars[i])
+        return node
+
+    def _value(self, core: Polynomial, backward: bool) -> Value:
+        nodes = (self._leaves.matrices[i].node for i in core.leaves)
+        return Value(core, backward or any(node in self._phases.tangent for node in nodes))
+
+    # -- leaves --------------------------------------------------------------------------------
+
+    def _is_ones(self, factor: Factor) -> bool:
+        return self._leaves.matrices[factor.leaf].node is None
+
+    def _leaf_node(self, factor: Factor) -> fx.Node:
+        node = self._leaves.matrices[factor.leaf].node
+        if node is None:
+            raise EmissionError("a plan materialises the ones that broadcast a bias")
+        return node
+
+    def _leaf(self, factor: Factor) -> fx.Node:
+        leaf, node = self._leaves.matrices[factor.leaf], self._leaf_node(factor)
+        as_it_is = not self._writer.flattens and shape_of(node)[-1] == leaf.cols
+        if not as_it_is or factor.transposed or leaf.batched:
+            node = self._flat(factor.leaf, node)
+        return self._writer.transpose(node) if factor.transposed else node
+
+    def _flat(self, leaf: int, node: fx.Node) -> fx.Node:
+        spec = self._leaves.matrices[leaf]
+        return self._writer.reshape(node, _matrix_shape(spec.batch, spec.rows, spec.cols))
+
+    def _lies(self, value: Value) -> bool:
+        """Whether to compute a value transposed: its largest leaf should stand untransposed."""
+        leaves = self._leaves.matrices
+
+        def size(factor: Factor) -> int:
+            leaf = leaves[factor.leaf]
+            return self._hint(leaf.rows) * self._hint(leaf.cols)
+
+        factors = (f for word in value.core.words for f in word.factors)
+        return max(factors, key=size).transposed
+
+    def _count_uses(self, roots: Iterable[Root]) -> Counter[Value]:
+        """How often each value is read, by steps of either phase and by roots."""
+        uses: Counter[Value] = Counter()
+        for root in roots:
+            uses.update(self._value(normalise(p).core, root.backward) for p in root.parts)
+        for value, step in self._steps.items():
+            match step:
+                case Keep():
+                    uses[Value(value.core, False)] += 1
+                case Sum(parts):
+                    operands = parts
+                case Product(left, right):
+                    operands = (left, right)
+            if not isinstance(step, Keep):
+                uses.update(self._value(normalise(p).core, value.backward) for p in operands)
+        return uses
+
+
+def _matrix_shape(batch: Dim, rows: Dim, cols: Dim) -> tuple[Dim, ...]:
+    return (rows, cols) if batch == 1 else (batch, rows, cols)
+
+
+def _flattened(node: fx.Node) -> tuple[Dim, ...]:
+    shape = shape_of(node)
+    return (numel(shape[:-1]), shape[-1])
+
+
+def _is_column_major(node: fx.Node) -> bool:
+    """Whether a matrix lies transposed in memory."""
+    val = value_of(node)
+    if val is None or val.dim() != 2 or 1 in val.shape:
+        return False
+    return val.stride(0) == 1 and val.stride(1) != 1

@@ -1,0 +1,204 @@
+"""Expansion: from forms to polynomials, given what a tensor's consumers take it for.
+
+Shared by the reader, which stops at roots, and by the verifier, which reads an emitted graph back
+down to the leaves of the polynomial it is to prove.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from torch import fx
+
+from runlora_fx.passes import algebra
+from runlora_fx.passes.algebra import Polynomial, Scalar
+from runlora_fx.passes.forms import (
+    Cast,
+    Cut,
+    Dim,
+    Form,
+    Identity,
+    Permute,
+    Product,
+    Reshape,
+    Scale,
+    Shape,
+    Sum,
+    inverse,
+    permuted_cut,
+    recut,
+    shape_of,
+)
+from runlora_fx.passes.values import ValueNumbers
+
+#: What the graph adds up to a value: one polynomial for each product or leaf.
+Addends: TypeAlias = tuple[Polynomial, ...]
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A tensor that no linear node made, as a matrix (or a batch of them).
+
+    Attributes:
+        node: The tensor, or None for the column of ones that broadcasts a bias over rows.
+        batch: Matrices in the batch; 1 for a plain matrix.
+        rows: Rows of each.
+        cols: Columns of each.
+        batched: Whether it is a batch of matrices.
+    """
+
+    node: fx.Node | None
+    batch: Dim
+    rows: Dim
+    cols: Dim
+    batched: bool
+
+
+@dataclass
+class Leaves:
+    """The leaves met so far, by value."""
+
+    matrices: list[Leaf] = field(default_factory=list)
+    scalars: list[fx.Node] = field(default_factory=list)
+    _index: dict[object, int] = field(default_factory=dict)
+
+    def matrix(self, values: ValueNumbers, node: fx.Node, cut: Cut) -> Polynomial:
+        """A tensor as a leaf; the same one for equal values seen as equal matrices."""
+        number = values.of(node)
+        extents = cut.extents(shape_of(node))
+        batched = extents[0] != 1
+        key = (number, extents)
+        if key not in self._index:
+            self._index[key] = len(self.matrices)
+            self.matrices.append(Leaf(values.first(number), *extents, batched))
+        return algebra.leaf(self._index[key])
+
+    def find(self, values: ValueNumbers, node: fx.Node, cut: Cut) -> int | None:
+        """The index of a tensor that is a leaf already."""
+        return self._index.get((values.of(node), cut.extents(shape_of(node))))
+
+    def ones(self, rows: Dim) -> Polynomial:
+        """The column of ones that repeats a row."""
+        key = ("ones", rows)
+        if key not in self._index:
+            self._index[key] = len(self.matrices)
+            self.matrices.append(Leaf(None, 1, rows, 1, False))
+        return algebra.leaf(self._index[key])
+
+    def scalar(self, values: ValueNumbers, node: fx.Node) -> Scalar:
+        """A 0-d tensor or symbolic number as a scalar leaf."""
+        number = values.of(node)
+        key = ("scalar", number)
+        if key not in self._index:
+            self._index[key] = len(self.scalars)
+            self.scalars.append(values.first(number))
+        return Scalar(1.0, (self._index[key],))
+
+
+class Expander(ABC):
+    """Expands nodes into addends; :meth:`operand` decides where to stop."""
+
+    def __init__(self, values: ValueNumbers, leaves: Leaves, forms: dict[fx.Node, Form]) -> None:
+        """Share the tables of one graph."""
+        self.values = values
+        self.leaves = leaves
+        self.forms = forms
+
+    @abstractmethod
+    def operand(self, node: fx.Node, cut: Cut) -> Addends:
+        """Any tensor, seen through a cut: what its consumers read."""
+
+    def expand(self, node: fx.Node, cut: Cut) -> Addends | None:
+        """What a node computes, seen through a cut; None if its form shows no such matrix."""
+        shape = shape_of(node)
+        match self.forms.get(node):
+            case Identity():
+                return (algebra.IDENTITY,)
+            case Product() as form if form.out.extents(shape) == cut.extents(shape):
+                return self.product(form)
+            case Sum(terms):
+                scaled = (_scaled(self._term(shape, cut, term), Scalar(c)) for term, c in terms)
+                return tuple(p for addends in scaled for p in addends)
+            case Reshape(source):
+                mapped = recut(shape, cut, shape_of(source))
+                return None if mapped is None else self.operand(source, mapped)
+            case Permute(source, dims):
+                seen = permuted_cut(shape, cut, inverse(dims))
+                if seen is None:
+                    return None
+                below = self.operand(source, seen[0])
+                return _transposed(below) if seen[1] else below
+            case Scale(source, by):
+                return _scaled(self.operand(source, cut), self._scalar(by))
+        return None
+
+    def factors(self, form: Product) -> tuple[Addends, Addends]:
+        """The operands of a product, as the graph adds them up."""
+        left, right = (
+            _transposed(self.operand(o.node, o.cut))
+            if o.transposed
+            else self.operand(o.node, o.cut)
+            for o in (form.left, form.right)
+        )
+        return left, right
+
+    def product(self, form: Product) -> Addends:
+        """A product, as the one addend that it is."""
+        left, right = self.factors(form)
+        return (total(left) @ total(right),)
+
+    def _term(self, shape: Shape, cut: Cut, term: fx.Node | Product) -> Addends:
+        """One term of a sum, broadcast to the sum's shape."""
+        if isinstance(term, Product):
+            return self.product(term)
+        broadcast = broadcast_cut(shape_of(term), shape, cut)
+        if broadcast is None:
+            return self.operand(term, cut)
+        ones = self.leaves.ones(cut.extents(shape)[1])
+        return tuple(ones @ p for p in self.operand(term, broadcast))
+
+    def _scalar(self, by: float | fx.Node) -> Scalar:
+        return self.leaves.scalar(self.values, by) if isinstance(by, fx.Node) else Scalar(by)
+
+
+def total(addends: Addends) -> Polynomial:
+    """The sum of addends."""
+    if len(addends) == 1:
+        return addends[0]
+    return algebra.polynomial(term for p in addends for term in p)
+
+
+def sources(form: Form) -> list[fx.Node]:
+    """The nodes that a form reads."""
+    match form:
+        case Product(left, right):
+            return [left.node, right.node]
+        case Sum(terms):
+            nested = (sources(t) if isinstance(t, Product) else [t] for t, _ in terms)
+            return [node for group in nested for node in group]
+        case Scale(source, by):
+            return [source, by] if isinstance(by, fx.Node) else [source]
+        case Reshape(source) | Permute(source, _) | Cast(source):
+            return [source]
+    return []
+
+
+def broadcast_cut(term: Shape, shape: Shape, cut: Cut) -> Cut | None:
+    """The cut that shows a bias as one row, if it broadcasts over exactly the rows of a sum."""
+    if term == shape or cut.rows != 0:
+        return None
+    cols = shape[cut.cols :]
+    lead = len(term) - len(cols)
+    if lead < 0 or tuple(term[lead:]) != tuple(cols) or any(size != 1 for size in term[:lead]):
+        return None
+    return Cut(0, lead)
+
+
+def _scaled(addends: Addends, by: Scalar) -> Addends:
+    return tuple(p.scaled(by) for p in addends)
+
+
+def _transposed(addends: Addends) -> Addends:
+    return tuple(p.T for p in addends)

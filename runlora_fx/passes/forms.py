@@ -1,0 +1,181 @@
+"""Forms: what a node computes, in the few terms that all graph levels share.
+
+A tensor is seen as a batch of matrices by two cuts through its dimensions (:class:`Cut`): the
+leading block is the batch, the middle block, flattened, the rows, the last block the columns. A
+linear layer on ``x[b, s, i]`` sees the matrix ``(b s, i)``; a transpose of it may be ``(i, b s)``.
+
+Dialects translate nodes into forms; the reader turns forms into polynomials.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
+from typing import NamedTuple, TypeAlias
+
+import sympy
+import torch
+from torch import fx
+
+#: A size: an integer, or the expression behind a SymInt.
+Dim: TypeAlias = int | sympy.Expr
+Shape: TypeAlias = tuple[Dim, ...]
+
+
+class Cut(NamedTuple):
+    """Where the rows begin and where the columns begin among a tensor's dimensions."""
+
+    rows: int
+    cols: int
+
+    def extents(self, shape: Shape) -> tuple[Dim, Dim, Dim]:
+        """Sizes of batch, rows and columns."""
+        return (
+            numel(shape[: self.rows]),
+            numel(shape[self.rows : self.cols]),
+            numel(shape[self.cols :]),
+        )
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A node as a matrix, maybe transposed."""
+
+    node: fx.Node
+    cut: Cut
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Product:
+    """``left @ right``, seen through ``out`` in the node's own shape."""
+
+    left: Operand
+    right: Operand
+    out: Cut
+
+
+@dataclass(frozen=True)
+class Sum:
+    """``sum(c * term)``; terms may be of lower rank and broadcast."""
+
+    terms: tuple[tuple[fx.Node | Product, float], ...]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """``source * number`` or, with a node, ``source * (0-d tensor or symbolic number)``."""
+
+    source: fx.Node
+    by: float | fx.Node
+
+
+@dataclass(frozen=True)
+class Reshape:
+    """The same elements in the same order, or simply the same tensor."""
+
+    source: fx.Node
+
+
+@dataclass(frozen=True)
+class Permute:
+    """Dimensions in another order."""
+
+    source: fx.Node
+    dims: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The identity matrix."""
+
+
+@dataclass(frozen=True)
+class Cast:
+    """The source in another dtype: a border of the region, unless it changes nothing."""
+
+    source: fx.Node
+
+
+Form: TypeAlias = Product | Sum | Scale | Reshape | Permute | Identity | Cast
+
+
+def value_of(node: object) -> torch.Tensor | None:
+    """The example tensor of a node, or None."""
+    val = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return val if isinstance(val, torch.Tensor) else None
+
+
+def shape_of(node: fx.Node) -> Shape:
+    """Sizes of a tensor node, SymInts as sympy expressions."""
+    val = value_of(node)
+    if val is None:
+        raise TypeError(f"{node.name} holds no tensor")
+    return tuple(dim_of(size) for size in val.shape)
+
+
+def dim_of(size: int | torch.SymInt) -> Dim:
+    """A size as an integer or a sympy expression."""
+    if isinstance(size, int):
+        return size
+    expr: sympy.Expr = size.node.expr
+    return int(expr) if expr.is_Integer else expr
+
+
+def numel(shape: Sequence[Dim]) -> Dim:
+    """The product of the sizes."""
+    total: Dim = 1
+    for size in shape:
+        total = total * size
+    return total
+
+
+def last_dim_cut(ndim: int) -> Cut:
+    """All dimensions but the last are rows: how linear layers see their input."""
+    return Cut(0, ndim - 1)
+
+
+def recut(shape: Shape, cut: Cut, onto: Shape) -> Cut | None:
+    """The cut of a reshaped tensor that leaves the matrix as it is; None if there is none."""
+    batch, rows, _ = cut.extents(shape)
+    if batch == 0 or rows == 0:
+        return None
+    prefix: list[Dim] = [1, *accumulate(onto, mul)]
+    if batch not in prefix:
+        return None
+    start = prefix.index(batch)
+    if batch * rows not in prefix[start:]:
+        return None
+    return Cut(start, prefix.index(batch * rows, start))
+
+
+def permuted_cut(shape: Shape, cut: Cut, dims: tuple[int, ...]) -> tuple[Cut, bool] | None:
+    """How ``tensor.permute(dims)`` shows the matrix that ``cut`` shows of ``tensor``.
+
+    Returns:
+        The cut of the permuted tensor and whether it shows the transpose, or None where the
+        permutation mixes rows, columns or batch. Dimensions of size 1 may stand anywhere.
+    """
+    blocks = (range(cut.rows), range(cut.rows, cut.cols), range(cut.cols, len(shape)))
+    batch, rows, cols = ([d for d in block if shape[d] != 1] for block in blocks)
+    order = [d for d in dims if shape[d] != 1]
+    if order == batch + rows + cols:
+        transposed, middle = False, rows
+    elif order == batch + cols + rows:
+        transposed, middle = True, cols
+    else:
+        return None
+    position = {d: i for i, d in enumerate(dims)}
+    start = position[batch[-1]] + 1 if batch else 0
+    end = position[middle[-1]] + 1 if middle else start
+    return Cut(start, end), transposed
+
+
+def inverse(dims: tuple[int, ...]) -> tuple[int, ...]:
+    """The permutation that undoes ``dims``."""
+    result = [0] * len(dims)
+    for i, d in enumerate(dims):
+        result[d] = i
+    return tuple(result)

@@ -1,0 +1,78 @@
+"""Phases: what of a joint graph belongs to the forward, what to the backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+from runlora_fx.passes.forms import Permute, Reshape
+from runlora_fx.passes.read import GraphReader
+
+
+class Phases:
+    """Which nodes need tangents, which the forward needs, and what the backward may use.
+
+    An inference graph has no tangents: everything in it is forward.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        """Find the phases of a graph's nodes."""
+        self.tangent: set[fx.Node] = set()
+        for node in graph.nodes:
+            is_tangent = node.op == "placeholder" and "tangents" in str(node.target)
+            if is_tangent or any(arg in self.tangent for arg in node.all_input_nodes):
+                self.tangent.add(node)
+        outputs = [
+            arg
+            for node in graph.nodes
+            if node.op == "output"
+            for arg in node.all_input_nodes
+            if arg not in self.tangent
+        ]
+        self.is_joint = bool(self.tangent)
+        self._forward = _ancestors(outputs)
+
+    def runs_backward(self, node: fx.Node) -> bool:
+        """Whether the node runs in the backward: it needs tangents, or only the backward needs it."""
+        return self.is_joint and (node in self.tangent or node not in self._forward)
+
+    def held(self, reader: GraphReader, node: fx.Node) -> bool:
+        """Whether the backward can use a tensor without more being saved for it.
+
+        True for inputs of the graph (held by their owner), for what the backward makes itself, and
+        for what the incoming backward uses already.
+        """
+        if node.op in ("placeholder", "get_attr") or self.runs_backward(node):
+            return True
+        pending, seen = list(node.users), set()
+        while pending:
+            user = pending.pop()
+            if user in seen:
+                continue
+            seen.add(user)
+            if isinstance(reader.forms.get(user), Reshape | Permute):
+                pending.extend(user.users)
+            elif self.runs_backward(user) and user.op != "output":
+                return True
+        return False
+
+
+def recomputed(node: fx.Node) -> bool:
+    """Whether activation checkpointing makes the backward compute the node again."""
+    return node.meta.get("recompute") in (
+        CheckpointPolicy.MUST_RECOMPUTE,
+        CheckpointPolicy.PREFER_RECOMPUTE,
+    )
+
+
+def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    seen: set[fx.Node] = set()
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        if node not in seen:
+            seen.add(node)
+            pending.extend(node.all_input_nodes)
+    return seen

@@ -1,0 +1,177 @@
+"""Problems and plans: the question the search answers, and its answer, as data.
+
+A *value* is a polynomial up to scalar and transpose, in one of two phases. In a joint graph the
+forward phase holds what can be computed without tangents; a value of the forward phase that the
+backward needs is either *kept* or computed a second time. Inference graphs have one phase only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeAlias
+
+import sympy
+
+from runlora_fx.cost_model import ops
+from runlora_fx.cost_model.cost import FREE, Cost
+from runlora_fx.passes.algebra import (
+    Factor,
+    Polynomial,
+    Scalar,
+    divided,
+    normalise,
+    polynomial,
+    without_scalar,
+)
+
+
+@dataclass(frozen=True)
+class LeafSpec:
+    """What planning has to know of a leaf.
+
+    Attributes:
+        rows: Index of the row dimension in :attr:`Problem.dims`.
+        cols: Index of the column dimension.
+        batch: Index of the batch dimension, or None for a plain matrix.
+        kind: ``"matrix"``, or ``"ones"`` for the column of ones that broadcasts a bias over rows.
+        backward: Whether it depends on a tangent.
+        held: Whether the backward can use it without more being saved for it.
+    """
+
+    rows: int
+    cols: int
+    batch: int | None = None
+    kind: Literal["matrix", "ones"] = "matrix"
+    backward: bool = False
+    held: bool = True
+
+
+class Value(NamedTuple):
+    """A normalised polynomial, in the phase it is needed in."""
+
+    core: Polynomial
+    backward: bool
+
+
+@dataclass(frozen=True)
+class Product:
+    """``core = left @ right``."""
+
+    left: Polynomial
+    right: Polynomial
+
+
+@dataclass(frozen=True)
+class Sum:
+    """``core = sum(parts)``."""
+
+    parts: tuple[Polynomial, ...]
+
+
+@dataclass(frozen=True)
+class Keep:
+    """The backward uses what the forward computed: it is saved."""
+
+
+Step: TypeAlias = Product | Sum | Keep
+
+
+def product_step(left: Polynomial, right: Polynomial) -> Product:
+    """The product as a step that makes its normalised value."""
+    scalar, transposed, _ = normalise(left @ right)
+    if transposed:
+        left, right = right.T, left.T
+    (_, left), (_, right) = without_scalar(left), without_scalar(right)
+    again = normalise(left @ right).scalar.number
+    return Product(left, right.scaled(Scalar(1.0 / again)))
+
+
+def sum_step(parts: Sequence[Polynomial]) -> Sum:
+    """The sum as a step that makes its normalised value."""
+    total = polynomial(term for p in parts for term in p)
+    scalar, transposed, _ = normalise(total)
+    turned = (p.T if transposed else p for p in parts)
+    return Sum(tuple(divided(p, scalar) for p in turned))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Values that are to be computed together, and how the incoming graph computes them.
+
+    Attributes:
+        leaves: By leaf index. Scalar leaves are numbered apart and have no spec.
+        dims: Sizes at the hints [elements].
+        demands: The values that must exist in the end, in graph order.
+        incoming: Every step of the incoming graph, in graph order; always among the candidates.
+        kept: Cores that the incoming graph saves for its backward: keeping them costs nothing new.
+        itemsize: Element width [B].
+    """
+
+    leaves: tuple[LeafSpec, ...]
+    dims: tuple[int, ...]
+    demands: tuple[Value, ...]
+    incoming: tuple[tuple[Value, Step], ...]
+    kept: frozenset[Polynomial]
+    itemsize: int
+
+    def extent(self, factor: Factor) -> tuple[int, int]:
+        """The dimensions of a factor: indices of its rows and columns."""
+        spec = self.leaves[factor.leaf]
+        return (spec.cols, spec.rows) if factor.transposed else (spec.rows, spec.cols)
+
+    def shape(self, p: Polynomial) -> tuple[int | None, int, int]:
+        """The dimensions of a polynomial: indices of batch, rows and columns."""
+        factors = p.terms[0][0].factors
+        batch = self.leaves[factors[0].leaf].batch
+        return batch, self.extent(factors[0])[0], self.extent(factors[-1])[1]
+
+
+Dims: TypeAlias = tuple[int, ...] | tuple[sympy.Expr, ...]
+
+
+def is_broadcast(leaves: Sequence[LeafSpec], left: Polynomial, right: Polynomial) -> bool:
+    """Whether ``left @ right`` only repeats a row (ones @ row) or a column (column @ ones')."""
+    row, column = left.leaf, right.leaf
+    return (row is not None and not row.transposed and leaves[row.leaf].kind == "ones") or (
+        column is not None and column.transposed and leaves[column.leaf].kind == "ones"
+    )
+
+
+def step_cost(problem: Problem, core: Polynomial, step: Step, dims: Dims | None = None) -> Cost:
+    """Cost of one step; symbolic where ``dims`` holds expressions (default: the hints)."""
+    size = problem.dims if dims is None else dims
+    batch, rows, cols = problem.shape(core)
+    b = 1 if batch is None else size[batch]
+    match step:
+        case Keep():
+            return FREE
+        case Sum(parts):
+            return ops.add(b, size[rows], size[cols], len(parts), problem.itemsize)
+        case Product(left, right):
+            if is_broadcast(problem.leaves, left, right):
+                return FREE  # fused into whatever reads it
+            inner = problem.shape(left)[2]
+            return ops.matmul(b, size[rows], size[inner], size[cols], problem.itemsize)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One step for every value that the demands need; leaves need none."""
+
+    steps: Mapping[Value, Step]
+
+    def cost(self, problem: Problem, dims: Dims | None = None) -> Cost:
+        """The cost of the plan: shared values once."""
+        total = FREE
+        for value, step in self.steps.items():
+            total = total + step_cost(problem, value.core, step, dims)
+        return total
+
+
+def incoming_cost(problem: Problem, dims: Dims | None = None) -> Cost:
+    """The cost of the graph as it came."""
+    total = FREE
+    for value, step in dict.fromkeys(problem.incoming):
+        total = total + step_cost(problem, value.core, step, dims)
+    return total

@@ -1,0 +1,259 @@
+"""Reading: from a graph to matrix polynomials over leaves.
+
+Three passes over the nodes. The first finds the *linear* nodes: products, and what is made of
+products by sums, scalars and views. The second finds the *roots* among them: values that something
+else needs, which are materialised whatever we do. The third writes every linear node as a
+polynomial of the leaves and roots below it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import fx
+
+from runlora_fx.passes.algebra import Polynomial
+from runlora_fx.passes.dialects.base import Dialect
+from runlora_fx.passes.expand import (
+    Addends,
+    Expander,
+    Leaves,
+    broadcast_cut,
+    sources,
+    total,
+)
+from runlora_fx.passes.forms import (
+    Cast,
+    Cut,
+    Form,
+    Operand,
+    Permute,
+    Product,
+    Reshape,
+    Scale,
+    Shape,
+    Sum,
+    permuted_cut,
+    recut,
+    shape_of,
+    value_of,
+)
+from runlora_fx.passes.values import ValueNumbers
+
+#: A product that would expand into more words than this takes its operands as leaves instead.
+_MAX_WORDS = 32
+
+
+class GraphReader(Expander):
+    """The linear algebra of one graph.
+
+    Attributes:
+        forms: What each readable node computes.
+        cuts: The cut through which each linear node shows its matrix.
+        roots: Linear nodes that something outside the linear region needs, in graph order.
+        stops: The same as a set: their consumers take them as leaves.
+        leaves: The leaves of all polynomials.
+    """
+
+    def __init__(
+        self, graph: fx.Graph, dialect: Dialect, unstable: Collection[fx.Node] = ()
+    ) -> None:
+        """Find the linear nodes and the roots, and expand them.
+
+        Args:
+            graph: Every tensor node has an example tensor in ``meta["val"]``.
+            dialect: The level of the graph.
+            unstable: Tensors that are modified in place somewhere: never read, never moved.
+        """
+        super().__init__(ValueNumbers(graph, dialect.readers), Leaves(), {})
+        self._dialect = dialect
+        self._unstable = unstable
+        self._addends: dict[fx.Node, Addends] = {}
+        self.cuts: dict[fx.Node, Cut] = {}
+        for node in graph.nodes:
+            self.classify(node)
+        self.roots = [node for node in self.cuts if not self._is_interior(node)]
+        self.stops = set(self.roots)
+        while not self._expand_all():
+            self._addends.clear()
+
+    def expression(self, root: fx.Node) -> Polynomial:
+        """The polynomial of a linear node in leaves and other roots."""
+        return total(self._addends[root])
+
+    def addends(self, root: fx.Node) -> Addends:
+        """The same as the graph adds it up, nested sums flattened."""
+        return self._addends[root]
+
+    def operand(self, node: fx.Node, cut: Cut) -> Addends:
+        """Any tensor, seen through a cut; roots and what is not linear are leaves."""
+        if node not in self.stops:
+            if node not in self.cuts:
+                below = None if isinstance(self.forms.get(node), Sum) else self.expand(node, cut)
+                if below is not None:
+                    return below
+            elif self._shows(node, cut):
+                return self._addends[node]
+        return (self.leaves.matrix(self.values, node, cut),)
+
+    def classify(self, node: fx.Node) -> None:
+        """Find a node's form, and whether it is linear."""
+        if node in self._unstable or not _is_plain(node):
+            return
+        form = self._dialect.read(node)
+        if isinstance(form, Cast):
+            form = self._resolve_cast(node, form)
+        if form is None or not self._keeps_dtype(node, form):
+            return
+        self.forms[node] = form
+        cut = self._natural_cut(node, form)
+        if cut is not None:
+            self.cuts[node] = cut
+
+    # -- what is linear ------------------------------------------------------------------------
+
+    def _resolve_cast(self, node: fx.Node, form: Cast) -> Form | None:
+        """A cast to the same dtype, or back from a wider one, changes nothing."""
+        here, source = value_of(node), value_of(form.source)
+        if here is None or source is None or here.device != source.device:
+            return None
+        if here.dtype == source.dtype:
+            return Reshape(form.source)
+        middle = form.source
+        while isinstance(view := self.forms.get(middle), Reshape):
+            middle = view.source
+        outer = self._dialect.read(middle)
+        origin = value_of(outer.source) if isinstance(outer, Cast) else None
+        if (
+            isinstance(outer, Cast)
+            and origin is not None
+            and origin.dtype == here.dtype
+            and origin.device == here.device
+            and torch.promote_types(origin.dtype, source.dtype) == source.dtype
+        ):
+            return Reshape(outer.source)
+        return None
+
+    def _keeps_dtype(self, node: fx.Node, form: Form) -> bool:
+        """Whether all operands have the node's own dtype: no hidden promotion."""
+        here = value_of(node)
+        return here is not None and all(
+            (val := value_of(source)) is None
+            or (isinstance(form, Scale) and source is form.by)
+            or (val.dtype == here.dtype and val.device == here.device and _is_plain(source))
+            for source in sources(form)
+        )
+
+    def _natural_cut(self, node: fx.Node, form: Form) -> Cut | None:
+        match form:
+            case Product():
+                return form.out
+            case Sum():
+                return self._sum_cut(form, shape_of(node))
+            case Scale(source, by):
+                return None if by in self._unstable else self.cuts.get(source)
+            case Reshape(source) if source in self.cuts:
+                return recut(shape_of(source), self.cuts[source], shape_of(node))
+            case Permute(source, dims) if source in self.cuts:
+                seen = permuted_cut(shape_of(source), self.cuts[source], dims)
+                return seen and seen[0]
+        return None
+
+    def _sum_cut(self, form: Sum, shape: Shape) -> Cut | None:
+        cut = None
+        for term, _ in form.terms:
+            if isinstance(term, Product):
+                cut = cut or term.out
+            elif term in self.cuts and shape_of(term) == shape:
+                cut = cut or self.cuts[term]
+        if cut is None:
+            return None
+        fits = all(
+            shape == shape_of(term) or broadcast_cut(shape_of(term), shape, cut) is not None
+            for term, _ in form.terms
+            if isinstance(term, fx.Node)
+        )
+        return cut if fits else None
+
+    # -- what is a root ------------------------------------------------------------------------
+
+    def _shows(self, node: fx.Node, cut: Cut) -> bool:
+        """Whether a cut shows the matrix that a linear node is made as."""
+        shape = shape_of(node)
+        return self.cuts[node].extents(shape) == cut.extents(shape)
+
+    def _is_interior(self, node: fx.Node) -> bool:
+        """Whether all users take the node as the matrix that it is made as."""
+        return bool(node.users) and all(
+            user in self.cuts and self._takes(user, node) for user in node.users
+        )
+
+    def _takes(self, user: fx.Node, node: fx.Node) -> bool:
+        def fits(product: Product) -> bool:
+            return all(
+                operand.node is not node or self._shows(node, operand.cut)
+                for operand in (product.left, product.right)
+            )
+
+        match self.forms[user]:
+            case Scale(source, by):
+                return source is node and by is not node
+            case Product() as product:
+                return fits(product)
+            case Sum(terms):
+                shape, cut = shape_of(user), self.cuts[user]
+                broadcast = broadcast_cut(shape_of(node), shape, cut)
+                return all(
+                    fits(term)
+                    if isinstance(term, Product)
+                    else term is not node or self._shows(node, broadcast or cut)
+                    for term, _ in terms
+                )
+        return True
+
+    # -- expansion -----------------------------------------------------------------------------
+
+    def _expand_all(self) -> bool:
+        """Expand every linear node; False if one grew too large and its operands are roots now."""
+        for node, cut in self.cuts.items():
+            if self._words(node) > _MAX_WORDS and self._stop_operands(node):
+                return False
+            addends = self.expand(node, cut)
+            assert addends is not None, f"{node.name} is linear but shows no matrix"
+            self._addends[node] = addends
+        return True
+
+    def _words(self, node: fx.Node) -> int:
+        """Words that the products at a node would expand into."""
+        form = self.forms[node]
+        terms = [term for term, _ in form.terms] if isinstance(form, Sum) else [form]
+        products = [term for term in terms if isinstance(term, Product)]
+        return max((self._length(p.left) * self._length(p.right) for p in products), default=0)
+
+    def _length(self, operand: Operand) -> int:
+        return len(total(self.operand(operand.node, operand.cut)))
+
+    def _stop_operands(self, node: fx.Node) -> bool:
+        """Make the sums below a product roots, so that its polynomial stays small."""
+        found = False
+        pending = list(sources(self.forms[node]))
+        while pending:
+            source = pending.pop()
+            if source not in self.cuts or source in self.stops:
+                continue
+            if isinstance(self.forms[source], Sum):
+                self.stops.add(source)
+                self.roots.append(source)
+                found = True
+            else:
+                pending.extend(sources(self.forms[source]))
+        order = {node: i for i, node in enumerate(self.cuts)}
+        self.roots.sort(key=order.__getitem__)
+        return found
+
+
+def _is_plain(node: fx.Node) -> bool:
+    """Whether the node holds a dense floating-point tensor."""
+    val = value_of(node)
+    return val is not None and val.dtype.is_floating_point and val.layout == torch.strided

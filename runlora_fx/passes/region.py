@@ -1,0 +1,310 @@
+"""Regions: the polynomials of a graph, grouped into problems that can be planned apart.
+
+A root is a sum of parts between which nothing can be shared. Two parts, of the same root or of
+others, belong to one problem if some value other than a leaf could serve both; a value needs two
+leaves, so parts with no pair of leaves in common are independent and their costs add up.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import combinations
+
+from torch import fx
+
+from runlora_fx.passes import forms
+from runlora_fx.passes.algebra import (
+    Polynomial,
+    components,
+    normalise,
+    substitute,
+)
+from runlora_fx.passes.dims import DimClasses
+from runlora_fx.passes.expand import Addends, total
+from runlora_fx.passes.forms import Dim, value_of
+from runlora_fx.passes.phases import Phases, recomputed
+from runlora_fx.passes.plan import (
+    LeafSpec,
+    Plan,
+    Problem,
+    Product,
+    Step,
+    Sum,
+    Value,
+    product_step,
+    sum_step,
+)
+from runlora_fx.passes.read import GraphReader
+
+
+@dataclass(frozen=True)
+class Root:
+    """A tensor that must exist in the end.
+
+    Attributes:
+        node: The node that holds it.
+        polynomial: What it is, in leaves of the graph.
+        parts: The independent parts of the sum that it is.
+        backward: The phase it is computed in.
+    """
+
+    node: fx.Node
+    polynomial: Polynomial
+    parts: tuple[Polynomial, ...]
+    backward: bool
+
+
+@dataclass(frozen=True)
+class Made:
+    """One computation of the incoming graph: ``left @ right``, or a sum of addends."""
+
+    operands: Addends
+    is_product: bool
+    backward: bool
+    node: fx.Node
+
+    @cached_property
+    def polynomial(self) -> Polynomial:
+        """What it computes."""
+        if self.is_product:
+            left, right = self.operands
+            return left @ right
+        return total(self.operands)
+
+
+@dataclass
+class Region:
+    """The parts of roots that are planned together, and what the graph computes for them."""
+
+    demands: list[tuple[Root, Polynomial]] = field(default_factory=list)
+    incoming: list[Made] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PosedProblem:
+    """A region as a problem with leaf numbers of its own, so that equal layers pose equal ones.
+
+    Attributes:
+        problem: What to plan.
+        dims: Its dimensions: sizes as the graph has them.
+        matrices: By leaf number of the problem, the leaf number of the graph.
+        scalars: The same for scalar leaves.
+    """
+
+    problem: Problem
+    dims: tuple[Dim, ...]
+    matrices: tuple[int, ...]
+    scalars: tuple[int, ...]
+
+    def in_graph(self, plan: Plan) -> Plan:
+        """A plan of the problem, in leaves of the graph."""
+        matrices, scalars = dict(enumerate(self.matrices)), dict(enumerate(self.scalars))
+
+        def renamed(p: Polynomial) -> Polynomial:
+            return substitute(p, matrices, scalars)
+
+        steps: dict[Value, Step] = {}
+        for value, step in plan.steps.items():
+            match step:
+                case Product(left, right):
+                    step = product_step(renamed(left), renamed(right))
+                case Sum(parts):
+                    step = sum_step([renamed(p) for p in parts])
+            steps[Value(normalise(renamed(value.core)).core, value.backward)] = step
+        return Plan(steps)
+
+
+class Regions:
+    """All roots of a graph and the regions they fall into.
+
+    Attributes:
+        roots: In graph order.
+        regions: What is planned together.
+    """
+
+    def __init__(self, reader: GraphReader, phases: Phases, hint: Callable[[Dim], int]) -> None:
+        """Group the roots of a graph.
+
+        Args:
+            reader: The linear algebra of the graph.
+            phases: What of it is forward, what backward.
+            hint: The size that a symbolic dimension had when the graph was traced.
+        """
+        self._reader = reader
+        self._phases = phases
+        self._hint = hint
+        self._kept: set[Polynomial] = set()
+        self._above: dict[Hashable, Hashable] = {}
+        self.roots = [self._root(node) for node in reader.roots]
+        self.regions = self._grouped(list(self._incoming()))
+
+    # -- roots ---------------------------------------------------------------------------------
+
+    def _root(self, node: fx.Node) -> Root:
+        p = self._reader.expression(node)
+        words = set(p.words)
+        parts = components(p)
+        if not all(words.issuperset(q.words) for q in self._reader.addends(node)):
+            parts = [p] if p.terms else []  # words cancel between addends: they belong together
+        return Root(node, p, tuple(parts), self._phases.runs_backward(node))
+
+    def is_trivial(self, part: Polynomial) -> bool:
+        """Whether a part needs no computation of its own: a leaf, or a bias to broadcast."""
+        if len(part) != 1:
+            return False
+        leaves = self._reader.leaves.matrices
+        return sum(leaves[f.leaf].node is not None for f in part.terms[0][0].factors) <= 1
+
+    # -- the graph as it came ------------------------------------------------------------------
+
+    def _incoming(self) -> Iterator[Made]:
+        """Everything the graph computes, in its order; fills :attr:`_kept`."""
+        forward: dict[Polynomial, Made] = {}
+        for node in self._reader.cuts:
+            for made in self._made_at(node):
+                core = normalise(made.polynomial).core
+                yield made
+                if made.backward:
+                    yield from self._fetched(made, forward)
+                else:
+                    forward.setdefault(core, made)
+
+    def _made_at(self, node: fx.Node) -> Iterator[Made]:
+        backward = self._phases.runs_backward(node)
+        form = self._reader.forms[node]
+        terms = [term for term, _ in form.terms] if isinstance(form, forms.Sum) else [form]
+        for term in terms:
+            if not isinstance(term, forms.Product):
+                continue
+            left, right = self._reader.factors(term)
+            for operand in (left, right):
+                if len(operand) > 1:
+                    yield Made(operand, False, backward and self._in_backward(operand), node)
+            product = Made((total(left), total(right)), True, backward, node)
+            if _is_step(product):
+                yield product
+        if node in self._reader.stops:
+            addends = self._reader.addends(node)
+            for part in self._root(node).parts:
+                mine = tuple(p for p in addends if not set(part.words).isdisjoint(p.words))
+                if len(mine) > 1:
+                    yield Made(mine, False, backward, node)
+
+    def _in_backward(self, addends: Addends) -> bool:
+        """Whether a sum is of the backward: the forward may have added it up already."""
+        leaves = total(addends).leaves
+        nodes = (self._reader.leaves.matrices[i].node for i in leaves)
+        return any(node in self._phases.tangent for node in nodes)
+
+    def _fetched(self, made: Made, forward: dict[Polynomial, Made]) -> Iterator[Made]:
+        """How the backward gets what the forward made: it is kept, or checkpointing makes it again."""
+        for operand in made.operands:
+            core = normalise(operand).core
+            below = forward.get(core)
+            if below is None:
+                continue
+            if recomputed(below.node):
+                yield Made(below.operands, below.is_product, True, below.node)
+                yield from self._fetched(below, forward)
+            else:
+                self._kept.add(core)
+
+    # -- grouping ------------------------------------------------------------------------------
+
+    def _grouped(self, incoming: list[Made]) -> list[Region]:
+        incoming = [made for made in incoming if made.polynomial.terms]
+        for p in [part for root in self.roots for part in root.parts] + [
+            made.polynomial for made in incoming
+        ]:
+            first, *others = _pairs(p)
+            for other in others:
+                self._above[self._find(other)] = self._find(first)
+        regions: dict[Hashable, Region] = defaultdict(Region)
+        for root in self.roots:
+            for part in root.parts:
+                if not self.is_trivial(part):
+                    regions[self._find(_pairs(part)[0])].demands.append((root, part))
+        for made in incoming:
+            regions[self._find(_pairs(made.polynomial)[0])].incoming.append(made)
+        return [region for region in regions.values() if region.demands]
+
+    def _find(self, key: Hashable) -> Hashable:
+        while (above := self._above.setdefault(key, key)) != key:
+            key = above
+        return key
+
+    # -- problems ------------------------------------------------------------------------------
+
+    def pose(self, region: Region) -> PosedProblem:
+        """A region as a problem."""
+        matrices: dict[int, int] = {}
+        scalars: dict[int, int] = {}
+        demands = [part for _, part in region.demands]
+        for p in demands + [made.polynomial for made in region.incoming]:
+            for word in p.words:
+                for factor in word.factors:
+                    matrices.setdefault(factor.leaf, len(matrices))
+                for scalar in word.scalars:
+                    scalars.setdefault(scalar, len(scalars))
+
+        def own(p: Polynomial) -> Polynomial:
+            return substitute(p, matrices, scalars)
+
+        leaves = [self._reader.leaves.matrices[i] for i in matrices]
+        dims = DimClasses(leaves, [own(p) for p in demands])
+        specs = tuple(self._spec(i, dims) for i in range(len(leaves)))
+
+        def value(p: Polynomial, backward: bool) -> Value:
+            core = normalise(p).core
+            return Value(core, backward or any(specs[i].backward for i in core.leaves))
+
+        def step(made: Made) -> Step:
+            operands = tuple(own(p) for p in made.operands)
+            return product_step(*operands) if made.is_product else sum_step(operands)
+
+        problem = Problem(
+            leaves=specs,
+            dims=tuple(self._hint(size) for size in dims.sizes),
+            demands=tuple(
+                dict.fromkeys(value(own(part), root.backward) for root, part in region.demands)
+            ),
+            incoming=tuple(
+                (value(own(made.polynomial), made.backward), step(made)) for made in region.incoming
+            ),
+            kept=frozenset(
+                normalise(own(made.polynomial)).core
+                for made in region.incoming
+                if normalise(made.polynomial).core in self._kept
+            ),
+            itemsize=_itemsize(region),
+        )
+        return PosedProblem(problem, dims.sizes, tuple(matrices), tuple(scalars))
+
+    def _spec(self, own: int, dims: DimClasses) -> LeafSpec:
+        leaf = dims.leaves[own]
+        batch, rows, cols = dims.of(own)
+        if leaf.node is None:
+            return LeafSpec(rows, cols, batch, kind="ones")
+        backward = leaf.node in self._phases.tangent
+        held = self._phases.held(self._reader, leaf.node)
+        return LeafSpec(rows, cols, batch, "matrix", backward, held)
+
+
+def _is_step(made: Made) -> bool:
+    """Whether a product computes anything: multiplying by the identity does not."""
+    return all(p.terms and all(word.factors for word in p.words) for p in made.operands)
+
+
+def _itemsize(region: Region) -> int:
+    val = value_of(region.demands[0][0].node)
+    assert val is not None
+    return int(val.dtype.itemsize)
+
+
+def _pairs(p: Polynomial) -> list[Hashable]:
+    """The pairs of leaves in a polynomial; a lone leaf is paired with itself."""
+    leaves = sorted(p.leaves)
+    return list(combinations(leaves, 2)) or [(leaves[0], leaves[0])]

@@ -1,0 +1,206 @@
+"""The search: the cheapest plan for all demands of a problem together, exactly.
+
+Values and the ways to make them form an AND-OR graph without cycles: every operand is smaller than
+what it makes. A shared value is paid once, so the price is that of a DAG, not of trees. The search
+is A* over *frontiers*, the sets of values still to be made: it takes the largest value of a frontier
+(nothing left can need it again), pays for one way to make it, and puts its operands in its place.
+The cheapest way to make a value, summed over the frontier, never overestimates what is left to pay,
+so the first empty frontier is a cheapest plan.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import combinations, count
+
+from runlora_fx.cost_model.objective import Objective, Price
+from runlora_fx.passes.algebra import (
+    Polynomial,
+    Word,
+    components,
+    factorisations,
+    normalise,
+)
+from runlora_fx.passes.plan import (
+    Keep,
+    Plan,
+    Problem,
+    Product,
+    Step,
+    Sum,
+    Value,
+    step_cost,
+)
+
+#: Up to this many words, every way to split a sum in two is tried; beyond, only along common factors.
+_ALL_SPLITS = 6
+
+#: Frontiers to visit before the search settles for the best of the ways it can prove (never seen).
+_FRONTIERS = 200_000
+
+
+class SearchLimitError(RuntimeError):
+    """The search gave up: the problem has too many plans."""
+
+
+def cheapest(problem: Problem, objective: Objective, first: Step | None = None) -> Plan:
+    """The plan with the least price among all ways that :class:`Ways` knows.
+
+    Args:
+        problem: What to compute.
+        objective: How steps are priced.
+        first: If given, the step that the first demand has to take: a question of the form
+            "what if the weight were merged?".
+
+    Raises:
+        SearchLimitError: If more than a fixed number of frontiers was visited.
+        ValueError: If no plan exists.
+    """
+    ways = Ways(problem, objective)
+    forced = {problem.demands[0]: [first]} if first is not None else {}
+    start = frozenset(d for d in problem.demands if not ways.is_given(d))
+    tie = count()
+    queue: list[tuple[Price, int, Price, frozenset[Value], _Path | None]] = [
+        (0, next(tie), 0, start, None)
+    ]
+    best: dict[frozenset[Value], Price] = {start: 0}
+    visited = 0
+    while queue:
+        _, _, paid, frontier, path = heapq.heappop(queue)
+        if not frontier:
+            return Plan(dict(path.walk()) if path else {})
+        if paid > best[frontier]:
+            continue
+        visited += 1
+        if visited > _FRONTIERS:
+            raise SearchLimitError(f"more than {_FRONTIERS} frontiers for {problem.demands}")
+        value = max(frontier, key=ways.rank)
+        rest = frontier - {value}
+        for step, price, operands in ways.of(value):
+            if value in forced and step not in forced[value]:
+                continue
+            state, total = rest | operands, paid + price
+            bound = ways.bound(state)
+            if bound is not None and total < best.get(state, total + 1):
+                best[state] = total
+                path_here = _Path(value, step, path)
+                heapq.heappush(queue, (total + bound, next(tie), total, state, path_here))
+    raise ValueError(f"no plan for {problem.demands}")
+
+
+@dataclass(frozen=True)
+class _Path:
+    """The decisions that led to a frontier, latest first."""
+
+    value: Value
+    step: Step
+    before: _Path | None
+
+    def walk(self) -> Iterator[tuple[Value, Step]]:
+        node: _Path | None = self
+        while node is not None:
+            yield node.value, node.step
+            node = node.before
+
+
+Terms = tuple[tuple[Word, float], ...]
+Way = tuple[Step, Price, frozenset[Value]]
+
+
+@dataclass
+class Ways:
+    """The AND-OR graph of a problem, made as it is visited."""
+
+    problem: Problem
+    objective: Objective
+    _known: dict[Value, list[Way]] = field(default_factory=dict)
+    _incoming: Mapping[Value, list[Step]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        incoming: dict[Value, list[Step]] = {}
+        for value, step in self.problem.incoming:
+            incoming.setdefault(value, []).append(step)
+        self._incoming = incoming
+
+    def rank(self, value: Value) -> tuple[int, bool, Terms]:
+        """Orders values such that operands come before what they make."""
+        return (value.core.size, value.backward, value.core.terms)
+
+    def is_given(self, value: Value) -> bool:
+        """Whether the value is a leaf that needs no step."""
+        factor = value.core.leaf
+        return factor is not None and (not value.backward or self.problem.leaves[factor.leaf].held)
+
+    def bound(self, frontier: frozenset[Value]) -> Price | None:
+        """A lower bound of the price of what a frontier still needs; None if it cannot be met."""
+        total: Price = 0
+        for value in frontier:
+            ways = self.of(value)
+            if not ways:
+                return None
+            total += min(price for _, price, _ in ways)
+        return total
+
+    def of(self, value: Value) -> list[Way]:
+        """All ways to make a value: (step, its price, the operands that need a step)."""
+        if value not in self._known:
+            self._known[value] = [
+                (step, self.objective.price(step_cost(self.problem, value.core, step)), operands)
+                for step in dict.fromkeys(self._steps(value))
+                for operands in [self._operands(value, step)]
+            ]
+        return self._known[value]
+
+    def phase(self, p: Polynomial, backward: bool) -> Value:
+        """The value behind an operand of a step that runs in the given phase."""
+        core = normalise(p).core
+        tangent = any(self.problem.leaves[i].backward for i in core.leaves)
+        return Value(core, backward or tangent)
+
+    def _operands(self, value: Value, step: Step) -> frozenset[Value]:
+        if isinstance(step, Keep):
+            return frozenset([Value(value.core, False)])
+        polynomials = step.parts if isinstance(step, Sum) else (step.left, step.right)
+        operands = (self.phase(p, value.backward) for p in polynomials)
+        return frozenset(v for v in operands if not self.is_given(v))
+
+    def _steps(self, value: Value) -> Iterator[Step]:
+        core = value.core
+        if core.leaf is not None:
+            return  # a forward leaf that the backward does not hold
+        yield from self._incoming.get(value, ())
+        if value.backward and core in self.problem.kept:
+            yield Keep()
+        for left, right in factorisations(core):
+            yield Product(left, right)
+        if len(core) == 1:
+            return
+        parts = components(core)
+        if len(parts) > 1:
+            yield Sum(tuple(parts))
+        elif len(core) <= _ALL_SPLITS:
+            yield from _all_splits(core)
+        else:
+            yield from _factor_splits(core)
+
+
+def _all_splits(core: Polynomial) -> Iterator[Step]:
+    """Every way to split the words in two."""
+    first, *others = core.terms
+    for k in range(len(others)):
+        for chosen in combinations(others, k):
+            rest = tuple(t for t in others if t not in chosen)
+            yield Sum((Polynomial((first, *chosen)), Polynomial(rest)))
+
+
+def _factor_splits(core: Polynomial) -> Iterator[Step]:
+    """Apart what shares a first or last factor; and every word alone."""
+    for end in (0, -1):
+        for factor in dict.fromkeys(word.factors[end] for word in core.words):
+            chosen = tuple(t for t in core.terms if t[0].factors[end] == factor)
+            if 1 < len(chosen) < len(core):
+                rest = tuple(t for t in core.terms if t not in chosen)
+                yield Sum((Polynomial(chosen), Polynomial(rest)))
+    yield Sum(tuple(Polynomial((term,)) for term in core.terms))

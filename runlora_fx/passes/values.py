@@ -1,0 +1,85 @@
+"""Value numbering: nodes that must hold the same tensor get the same number.
+
+Under autocast every use of an activation has its own cast, and PEFT folds it once per adapter: a
+leaf is therefore a value, not a node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from itertools import count
+from typing import Any
+
+import torch
+from torch import fx
+
+
+class ValueNumbers:
+    """The number of every node of a graph; nodes added later are numbered when asked for."""
+
+    def __init__(self, graph: fx.Graph, pure: Mapping[Any, Any]) -> None:
+        """Number the nodes of a graph.
+
+        Args:
+            graph: The graph.
+            pure: Call targets beyond ATen operators that are known to be functions of their
+                arguments.
+        """
+        self._pure = pure
+        self._fresh = count()
+        self._by_key: dict[Hashable, int] = {}
+        self._number: dict[fx.Node, int] = {}
+        self._first: dict[int, fx.Node] = {}
+        for node in graph.nodes:
+            self.of(node)
+
+    def of(self, node: fx.Node) -> int:
+        """The value number of a node whose arguments are numbered already."""
+        if node not in self._number:
+            key = self.key(node.op, node.target, node.args, node.kwargs)
+            number = next(self._fresh) if key is None else self._by_key.get(key)
+            if number is None:
+                number = self._by_key[key] = next(self._fresh)
+            self._number[node] = number
+            self._first.setdefault(number, node)
+        return self._number[node]
+
+    def first(self, number: int) -> fx.Node:
+        """The earliest node that holds a value."""
+        return self._first[number]
+
+    def find(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node | None:
+        """The earliest node that already makes this very call."""
+        key = self.key("call_function", target, args, kwargs)
+        number = self._by_key.get(key) if key is not None else None
+        return None if number is None else self._first[number]
+
+    def key(
+        self, op: str, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Hashable | None:
+        """What identifies a call; None where two equal calls may give different tensors."""
+        if op == "get_attr":
+            return (op, target)
+        if op not in ("call_function", "call_method") or not self._is_pure(target):
+            return None
+        key = (op, target, self._freeze(args), self._freeze(dict(kwargs)))
+        try:
+            hash(key)
+        except TypeError:
+            return None
+        return key
+
+    def _is_pure(self, target: Any) -> bool:
+        if isinstance(target, torch._ops.OpOverload):
+            random = torch.Tag.nondeterministic_seeded in target.tags
+            return not random and not target._schema.is_mutable
+        return target in self._pure
+
+    def _freeze(self, x: Any) -> Hashable:
+        if isinstance(x, fx.Node):
+            return ("value", self.of(x))
+        if isinstance(x, list | tuple):
+            return tuple(self._freeze(y) for y in x)
+        if isinstance(x, dict):
+            return tuple(sorted((k, self._freeze(v)) for k, v in x.items()))
+        return (type(x), x)

@@ -1,0 +1,150 @@
+"""Writing nodes: one call at a time, with metadata, and never the same call twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from runlora_fx._torch_compat import COPIED_META, fake_mode_of, in_fake_mode, is_sym_int
+from runlora_fx.passes.dialects.base import Dialect
+from runlora_fx.passes.forms import Dim, Shape, shape_of, value_of
+from runlora_fx.passes.read import GraphReader
+
+
+class EmissionError(RuntimeError):
+    """A plan cannot be written into this graph."""
+
+
+class Writer:
+    """Writes nodes in front of an anchor, which lends them its metadata.
+
+    Attributes:
+        written: The nodes made so far, in order.
+    """
+
+    def __init__(self, graph: fx.Graph, reader: GraphReader, dialect: Dialect) -> None:
+        """Write into the graph that the reader has read."""
+        self._graph = graph
+        self._reader = reader
+        self._calls = dialect.calls
+        self._position = {node: i for i, node in enumerate(graph.nodes)}
+        self._mode = fake_mode_of(node.meta.get("val") for node in graph.nodes)
+        self._anchor: fx.Node | None = None
+        self.written: list[fx.Node] = []
+
+    def move_to(self, anchor: fx.Node) -> None:
+        """Write in front of this node from now on."""
+        self._anchor = anchor
+
+    @property
+    def flattens(self) -> bool:
+        """Whether products take matrices only, so that activations must be flattened."""
+        return self._calls.stacked is None
+
+    def is_before(self, node: fx.Node) -> bool:
+        """Whether a node stands before what is written now."""
+        assert self._anchor is not None
+        return self._position[node] < self._position[self._anchor]
+
+    # -- calls ---------------------------------------------------------------------------------
+
+    def matmul(self, a: fx.Node, b: fx.Node) -> fx.Node:
+        """``a @ b`` of matrices or batches of matrices."""
+        calls, ranks = self._calls, (len(shape_of(a)), len(shape_of(b)))
+        if ranks == (2, 2):
+            return self._call(calls.mm, a, b)
+        if calls.stacked is not None and ranks[1] == 2:
+            return self._call(calls.stacked, a, b)
+        return self._call(calls.bmm, a, b)
+
+    def addmm(self, c: fx.Node, a: fx.Node, b: fx.Node, alpha: float) -> fx.Node:
+        """``c + alpha * (a @ b)`` in one kernel."""
+        kwargs = {} if alpha == 1.0 else {"alpha": _number(alpha)}
+        return self._call(self._calls.addmm, c, a, b, **kwargs)
+
+    def add(self, a: fx.Node, b: fx.Node, alpha: float) -> fx.Node:
+        """``a + alpha * b``."""
+        kwargs = {} if alpha == 1.0 else {"alpha": _number(alpha)}
+        return self._call(self._calls.add, a, b, **kwargs)
+
+    def scale(self, a: fx.Node, by: float | fx.Node) -> fx.Node:
+        """``a * by``."""
+        return a if by == 1.0 else self._call(self._calls.mul, a, by)
+
+    def transpose(self, a: fx.Node) -> fx.Node:
+        """The transpose of a matrix, or of each in a batch."""
+        n = len(shape_of(a))
+        return self._call(self._calls.permute, a, [*range(n - 2), n - 1, n - 2])
+
+    def reshape(self, a: fx.Node, shape: Shape) -> fx.Node:
+        """The same elements in another shape."""
+        if shape_of(a) == shape:
+            return a
+        return self._call(self._calls.reshape, a, self._sizes(a, shape))
+
+    # -- nodes ---------------------------------------------------------------------------------
+
+    def _call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        anchor = self._anchor
+        assert anchor is not None, "move_to() comes first"
+        known = self._reader.values.find(target, args, kwargs)
+        if known is not None and self.is_before(known):
+            return known
+        with self._graph.inserting_before(anchor):
+            node = self._graph.call_function(target, args, kwargs)
+        for name in COPIED_META:
+            if name in anchor.meta:
+                node.meta[name] = anchor.meta[name]
+        with in_fake_mode(self._mode), torch.no_grad():
+            node.meta["val"] = target(*_values(args), **_values(kwargs))
+        # After the anchor's operands and before the anchor: as early as anything written here.
+        self._position[node] = self._position[anchor] - 1
+        self._reader.values.of(node)
+        self._reader.classify(node)
+        self.written.append(node)
+        return node
+
+    def erase(self) -> None:
+        """Take back everything that was written."""
+        for node in reversed(self.written):
+            self._graph.erase_node(node)
+        self.written = []
+
+    # -- sizes ---------------------------------------------------------------------------------
+
+    def _sizes(self, source: fx.Node, shape: Shape) -> list[int | fx.Node]:
+        if self._calls.stacked is not None and len(shape) == 2:
+            return [-1, *(size for size in shape[1:] if isinstance(size, int))]
+        unknown = [size for size in shape if not isinstance(size, int)]
+        if len(unknown) <= 1:
+            return [size if isinstance(size, int) else -1 for size in shape]
+        return [size if isinstance(size, int) else self._size(source, size) for size in shape]
+
+    def _size(self, source: fx.Node, size: Dim) -> fx.Node:
+        """A node that holds a symbolic size, from the graph or from a tensor that has it."""
+        assert self._anchor is not None
+        limit = self._position[self._anchor]
+        tensors: list[tuple[fx.Node, int]] = []
+        for node, position in self._position.items():
+            if position >= limit:
+                continue
+            if is_sym_int(node) and node.meta["val"].node.expr == size:
+                return node
+            if value_of(node) is not None and size in shape_of(node):
+                tensors.append((node, shape_of(node).index(size)))
+        if not tensors:
+            raise EmissionError(f"no tensor before {self._anchor.name} has the size {size}")
+        tensor, dim = tensors[0]
+        return self._call(self._calls.size, tensor, dim)
+
+
+def _values(x: Any) -> Any:
+    """Arguments with the nodes' example values in their places."""
+    return fx.node.map_arg(x, lambda node: node.meta["val"])
+
+
+def _number(x: float) -> int | float:
+    return int(x) if x == int(x) else x

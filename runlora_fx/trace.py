@@ -1,0 +1,109 @@
+"""The public functions: rewrite a graph, look at a joint graph, explain a model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from runlora_fx import history
+from runlora_fx.backend import aot_backend
+from runlora_fx.joint_pass import run
+from runlora_fx.options import Options
+from runlora_fx.passes.dialects.aten import ATEN
+from runlora_fx.passes.dialects.torch_fn import TORCH
+from runlora_fx.passes.lower import Lowering
+from runlora_fx.passes.shapes import annotate
+from runlora_fx.report import Report, merged
+
+
+def rewrite(
+    gm: fx.GraphModule, example_inputs: Sequence[Any] | None = None, **options: Any
+) -> fx.GraphModule:
+    """Rewrite the linear algebra of a graph into its cheapest plan.
+
+    Works at whichever level the graph is: torch functions and modules (``symbolic_trace``, Dynamo) or
+    ATen operators (``make_fx``, ``torch.export(...).module()``, AOTAutograd).
+
+    Args:
+        gm: The graph; left untouched.
+        example_inputs: Inputs of the shapes to plan for. Not needed where the nodes carry example
+            values (``meta["val"]`` or ``meta["example_value"]``).
+        **options: See :class:`~runlora_fx.Options`.
+
+    Returns:
+        A rewritten copy that shares the parameters; :func:`~runlora_fx.last_report` tells what was
+        done.
+
+    Raises:
+        ValueError: If an option is not valid, or if there are neither metadata nor example inputs.
+    """
+    chosen = Options.of(options)
+    is_aten = any(isinstance(node.target, torch._ops.OpOverload) for node in gm.graph.nodes)
+    result = _copy(gm)
+    lowering = Lowering(result)
+    annotate(result, example_inputs)
+    run(result.graph, ATEN if is_aten else TORCH, chosen)
+    lowering.undo()
+    result.graph.lint()
+    result.recompile()
+    return result
+
+
+def joint_graph(
+    model: Callable[..., Any], example_inputs: Sequence[Any], **options: Any
+) -> fx.GraphModule:
+    """The rewritten forward and backward of a function or module, as one graph to look at.
+
+    Args:
+        model: What to trace. It is run once.
+        example_inputs: Its positional arguments. Where nothing requires grad (or under ``no_grad``)
+            the graph is the inference graph.
+        **options: See :class:`~runlora_fx.Options`.
+
+    Returns:
+        The graph: inputs are parameters, buffers, arguments and tangents, in AOTAutograd's order.
+
+    Raises:
+        ValueError: If an option is not valid.
+        RuntimeError: If the model does not trace into one graph.
+    """
+    seen: list[fx.GraphModule] = []
+    backend = aot_backend(Options.of(options), lambda gm: seen.append(_copy(gm)))
+    torch.compile(model, backend=backend, fullgraph=True)(*example_inputs)
+    if len(seen) != 1:
+        raise RuntimeError(f"expected one graph, traced {len(seen)}")
+    return seen[0]
+
+
+def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
+    """What the backend would do with a model: run it once and report on every graph.
+
+    Args:
+        model: A module or function. Runs forward once, without Inductor.
+        *args: Its arguments.
+        **kwargs: Its keyword arguments.
+
+    Returns:
+        One report for all graphs; training graphs where gradients are enabled and needed.
+    """
+    backend = aot_backend(Options())
+    with history.collecting() as reports:
+        torch.compile(model, backend=lambda gm, inputs: backend(gm, inputs))(*args, **kwargs)
+    report = merged(reports)
+    history.record(report)
+    return report
+
+
+def _copy(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy with a graph of its own; parameters are shared."""
+    graph = fx.Graph()
+    copied = graph.graph_copy(gm.graph, {}, return_output_node=True)
+    assert isinstance(copied, tuple)
+    value, output = copied
+    graph.output(value).meta = copy.copy(output.meta)
+    graph._codegen = copy.deepcopy(gm.graph._codegen)
+    return fx.GraphModule(gm, graph)

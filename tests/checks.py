@@ -1,0 +1,213 @@
+"""What the tests look at: values and gradients of a step, and what its compiled graphs cost.
+
+Costs are counted, never timed: matmul FLOPs in the graphs that Inductor is about to generate code for,
+and the bytes a compiled forward keeps for its backward.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+import torch._functorch.config as functorch_config
+import torch._inductor.config as inductor_config
+from market import MODELS, Batch
+from torch import Tensor, fx, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
+
+import runlora_fx
+
+RUNLORA, RUNLORA_EAGER, INDUCTOR = "runlora", "runlora_eager", "inductor"
+
+# A matmul operator -> the position of its left factor (..., k). 2-D weights, batched products and the
+# packed linears that Inductor makes of frozen weights on CPU; attention is one operator and not listed.
+MATMULS = {
+    "aten.mm": 0,
+    "aten.bmm": 0,
+    "aten.addmm": 1,
+    "aten.baddbmm": 1,
+    "aten._addmm_activation": 1,
+    "mkldnn._linear_pointwise": 0,
+    "mkl._mkl_linear": 0,
+}
+
+# Compile with it where speed of the kernels is no subject: scalar C++ is compiled in half the time.
+scalar_kernels = inductor_config.patch({"cpp.simdlen": 1})
+
+
+# ---------------------------------------------------------------------------------------------- values
+
+
+def run_training(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """One forward and backward: "loss", "logits" and each trainable parameter's gradient, by name."""
+    model.zero_grad(set_to_none=True)
+    outputs = model(**batch)
+    outputs.loss.backward()
+    values = {"loss": outputs.loss.detach(), "logits": outputs.logits.detach()}
+    for name, weight in _uncompiled(model).named_parameters():
+        if weight.requires_grad:
+            assert weight.grad is not None, f"{name} has no gradient"
+            values[name] = weight.grad.clone()
+    return values
+
+
+@torch.no_grad()
+def run_inference(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """One forward without gradients: "loss" and "logits"."""
+    outputs = model(**batch)
+    return {"loss": outputs.loss, "logits": outputs.logits}
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    """||found - wanted|| / ||wanted|| in double precision; absolute where `wanted` is zero."""
+    scale = wanted.double().norm().item()
+    return (found.double() - wanted.double()).norm().item() / (scale or 1.0)
+
+
+def assert_same_values(
+    found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], rtol: float
+) -> None:
+    """Require the same names and, for each, the same dtype and a relative error of at most `rtol`."""
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert found[name].dtype == value.dtype, f"{name}: {found[name].dtype} for {value.dtype}"
+    errors = {name: relative_error(found[name], value) for name, value in wanted.items()}
+    wrong = {name: error for name, error in errors.items() if not error <= rtol}
+    assert not wrong, f"relative error above {rtol}: {wrong}"
+
+
+def assert_same_outputs_and_grads(
+    fn: Callable[..., Any], rewritten: Callable[..., Any], inputs: Sequence[Any], rtol: float
+) -> None:
+    """Require equal outputs and equal gradients of `inputs` (and of parameters, if a module) of both.
+
+    The gradients are those of sum_i <c_i, output_i> with fixed random c_i; an input takes part if it
+    requires a gradient.
+    """
+    wanted = outputs_and_grads(fn, inputs)
+    assert_same_values(outputs_and_grads(rewritten, inputs), wanted, rtol)
+
+
+def outputs_and_grads(fn: Callable[..., Any], inputs: Sequence[Any]) -> dict[str, Tensor]:
+    """The tensors that `assert_same_outputs_and_grads` compares, by name."""
+    inputs = [
+        x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
+        for x in inputs
+    ]
+    sources = {f"input {i}": x for i, x in enumerate(inputs) if isinstance(x, Tensor)}
+    if isinstance(fn, nn.Module):
+        sources.update(_uncompiled(fn).named_parameters())
+    sources = {name: x for name, x in sources.items() if x.requires_grad}
+    outputs = [y for y in tree_leaves(fn(*inputs)) if isinstance(y, Tensor)]
+    values = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
+
+    generator = torch.Generator().manual_seed(1)
+    heads = [y for y in outputs if y.requires_grad]
+    tangents = [torch.randn(y.shape, generator=generator).to(y) for y in heads]
+    if heads:
+        grads = torch.autograd.grad(heads, list(sources.values()), tangents, allow_unused=True)
+        values |= {f"gradient of {n}": g for n, g in zip(sources, grads, strict=True) if g is not None}
+    return values
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    return getattr(model, "_orig_mod", model)
+
+
+# ----------------------------------------------------------------------------------------------- costs
+
+
+def matmul_flops(graph: fx.Graph) -> int:
+    """FLOPs of all matrix products of an ATen graph: 2 m k n each [FLOP]."""
+    flops = 0
+    for node in graph.nodes:
+        left = MATMULS.get(str(getattr(node.target, "overloadpacket", "")))
+        if left is not None:
+            factor = node.args[left]
+            assert isinstance(factor, fx.Node)
+            flops += 2 * int(node.meta["val"].numel()) * int(factor.meta["val"].shape[-1])
+    return flops
+
+
+@contextmanager
+def counting() -> Iterator[list[int]]:
+    """Compile anew, and list the matmul FLOPs of each graph after Inductor's post-grad passes.
+
+    A training step compiled inside adds two entries, first the forward's and then the backward's, once
+    its backward has run. Graph caches are off, since on a hit no pass runs; the cache of compiled C++
+    kernels stays on.
+    """
+    flops: list[int] = []
+    torch._dynamo.reset()
+    with (
+        inductor_config.patch(
+            post_grad_custom_post_pass=lambda graph: flops.append(matmul_flops(graph)),
+            fx_graph_cache=False,
+        ),
+        functorch_config.patch(enable_autograd_cache=False),
+    ):
+        yield flops
+
+
+def saved_bytes(forward: Callable[[], Any], given: Sequence[Tensor]) -> int:
+    """Bytes that `forward` keeps for its backward, parameters and inputs apart [B].
+
+    Whole storages, each counted once; a view of a weight costs nothing. On a compiled forward this is
+    what the partitioner chose to save. Call it on a compiled function only once it is compiled.
+
+    Args:
+        forward: Runs the forward pass.
+        given: Tensors that live anyway: parameters, buffers and inputs.
+    """
+    known = {x.untyped_storage().data_ptr() for x in given}
+    saved: dict[int, Tensor] = {}  # holds the tensors, or a freed address could come again
+
+    def keep(x: Tensor) -> Tensor:
+        saved[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with saved_tensors_hooks(keep, lambda x: x):
+        outputs = forward()
+    total = sum(x.untyped_storage().nbytes() for at, x in saved.items() if at not in known)
+    del outputs
+    return total
+
+
+@dataclass(frozen=True)
+class Training:
+    """One compiled training step.
+
+    Attributes:
+        values: Loss, logits and gradients, as `run_training` returns them.
+        flops: Matmul FLOPs of forward and backward after Inductor's passes [FLOP].
+        saved: Bytes kept from forward to backward [B].
+        report: What the rewriting decided; None under plain Inductor.
+    """
+
+    values: dict[str, Tensor] = field(repr=False)
+    flops: int
+    saved: int
+    report: "runlora_fx.Report | None"
+
+
+@scalar_kernels
+def compile_training(model: nn.Module, batch: Batch, backend: str) -> Training:
+    """Compile one training step of `model` with an Inductor-based backend, run it, count its costs."""
+    with counting() as flops:
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
+        values = run_training(compiled, batch)
+        report = None if backend == INDUCTOR else runlora_fx.last_report()
+        given = [*model.parameters(), *model.buffers(), *batch.values()]
+        saved = saved_bytes(lambda: compiled(**batch), given)
+        assert len(flops) == 2, f"{len(flops)} graphs, not one forward and one backward"
+    return Training(values, sum(flops), saved, report)
+
+
+@cache
+def compiled_training(name: str, rank: int, backend: str) -> Training:
+    """`compile_training` of a market model in fp32, once per session."""
+    case = MODELS[name]
+    return compile_training(case.model(rank), case.batch(), backend)

@@ -1,0 +1,122 @@
+"""Whole PEFT models: loss, logits and every adapter gradient as before the rewriting.
+
+Reassociation changes rounding only. In fp64 that leaves no room to hide in; in fp32 the results must agree
+as two orderings of the same sums do; in bf16 the rewritten step may not be noticeably further from the
+fp64 result than what Inductor makes of the unchanged one.
+"""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from checks import (
+    INDUCTOR,
+    RUNLORA,
+    RUNLORA_EAGER,
+    assert_same_values,
+    compiled_training,
+    run_inference,
+    run_training,
+    scalar_kernels,
+)
+from market import MODELS
+
+RANKS = (8, 64)
+RTOL = {torch.float32: 1e-5, torch.float64: 1e-11}
+
+every_model = pytest.mark.parametrize("name", MODELS)
+every_rank = pytest.mark.parametrize("rank", RANKS)
+every_dtype = pytest.mark.parametrize("dtype", RTOL, ids=str)
+
+
+@every_rank
+@every_model
+def test_a_training_step_equals_eager(name: str, rank: int) -> None:
+    case = MODELS[name]
+    wanted = run_training(case.model(rank), case.batch())
+    assert_same_values(compiled_training(name, rank, RUNLORA).values, wanted, RTOL[torch.float32])
+
+
+@every_dtype
+@every_rank
+@every_model
+def test_a_training_step_without_code_generation_equals_eager(
+    name: str, rank: int, dtype: torch.dtype
+) -> None:
+    case = MODELS[name]
+    model, batch = case.model(rank, dtype), case.batch(dtype)
+    wanted = run_training(model, batch)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=RUNLORA_EAGER, fullgraph=True)
+    assert_same_values(run_training(compiled, batch), wanted, RTOL[dtype])
+
+
+@every_dtype
+@every_rank
+@every_model
+def test_inference_without_code_generation_equals_eager(
+    name: str, rank: int, dtype: torch.dtype
+) -> None:
+    _check_inference(name, rank, dtype, RUNLORA_EAGER)
+
+
+@pytest.mark.parametrize(("name", "rank"), [("llama", 8), ("gpt2", 64)])
+def test_inference_equals_eager(name: str, rank: int) -> None:
+    _check_inference(name, rank, torch.float32, RUNLORA)
+
+
+@scalar_kernels
+def _check_inference(name: str, rank: int, dtype: torch.dtype, backend: str) -> None:
+    case = MODELS[name]
+    model, batch = case.model(rank, dtype).eval(), case.batch(dtype)
+    wanted = run_inference(model, batch)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    assert_same_values(run_inference(compiled, batch), wanted, RTOL[dtype])
+
+
+@dataclass(frozen=True)
+class Error:
+    """Relative distance from the fp64 result, over several seeds."""
+
+    outputs: float
+    gradients: float
+
+
+@every_rank
+@pytest.mark.parametrize(
+    ("name", "adapter_dtype"),
+    [("llama", torch.bfloat16), ("gpt2", torch.float32)],  # fp32 adapters are PEFT's default
+    ids=str,
+)
+def test_bf16_is_as_near_to_fp64_as_inductor(
+    name: str, adapter_dtype: torch.dtype, rank: int
+) -> None:
+    ours, inductor = (_bf16_error(name, adapter_dtype, rank, b) for b in (RUNLORA, INDUCTOR))
+    assert ours.outputs <= 1.25 * inductor.outputs
+    assert ours.gradients <= 1.25 * inductor.gradients
+
+
+@scalar_kernels
+def _bf16_error(name: str, adapter_dtype: torch.dtype, rank: int, backend: str) -> Error:
+    case, dtype = MODELS[name], torch.bfloat16
+    model = case.model(rank, dtype, adapter_dtype=adapter_dtype)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    reference = case.model(rank, torch.float64)
+
+    squares = {"outputs": 0.0, "gradients": 0.0}
+    seeds = range(3)
+    for seed in seeds:
+        batch = case.batch(seed=seed)
+        weights = case.model(rank, dtype, adapter_dtype=adapter_dtype, seed=seed).state_dict()
+        model.load_state_dict(weights)
+        reference.load_state_dict(weights)
+        found, wanted = run_training(compiled, batch), run_training(reference, batch)
+        for group in squares:
+            names = [n for n in wanted if (n in ("loss", "logits")) == (group == "outputs")]
+            error = math.fsum((found[n].double() - wanted[n]).square().sum().item() for n in names)
+            scale = math.fsum(wanted[n].square().sum().item() for n in names)
+            squares[group] += error / scale
+    return Error(**{group: math.sqrt(square / len(seeds)) for group, square in squares.items()})
