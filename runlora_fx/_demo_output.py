@@ -79,7 +79,7 @@ def print_costs(console: Console, variants: Sequence[Variant]) -> None:
     """Print time per step, as median and as ratios, and the memory kept for the backward."""
     times = {variant.name: median(variant.seconds) for variant in variants}
     table = Table(title=f"Cost of a training step, median of {len(variants[0].seconds)}")
-    for name in ("", "time", "time / eager", "time / inductor", "kept for backward"):
+    for name in ("", "time", "/ eager", "/ inductor", "kept for backward", "first step"):
         table.add_column(name, justify="right" if name else "left")
     for variant in variants:
         seconds = times[variant.name]
@@ -89,6 +89,7 @@ def print_costs(console: Console, variants: Sequence[Variant]) -> None:
             f"{seconds / times['eager']:.3f}",
             f"{seconds / times['inductor']:.3f}",
             f"{variant.saved_bytes / 2**20:.1f} MiB",
+            f"{variant.first_seconds:.1f} s",
         )
     console.print(table)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -56,6 +56,15 @@ def size_hint(expr: sympy.Expr, mode: FakeTensorMode | None, fallback: int) -> i
         return int(hint(expr, fallback=fallback))
     value = env.size_hint(expr, allow_none=True)
     return fallback if value is None else int(value)
+
+
+def inductor_compiler(mode: str | None, options: Mapping[str, Any]) -> Any:
+    """What ``torch.compile(backend="inductor", mode=..., options=...)`` makes: validated options.
+
+    Raises:
+        RuntimeError: If an option is unknown or its value is not valid.
+    """
+    return torch._TorchCompileInductorWrapper(mode, options, None)  # type: ignore[no-untyped-call]
 
 
 def is_sym_int(node: fx.Node) -> bool:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
-import torch
 from functorch.compile import make_boxed_func
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
@@ -13,6 +12,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor import config as inductor_config
 
 from runlora_fx import history
+from runlora_fx._torch_compat import inductor_compiler
 from runlora_fx.joint_pass import RunloraPass, run
 from runlora_fx.options import Options, split_options
 from runlora_fx.passes.dialects.aten import ATEN
@@ -36,21 +36,21 @@ def runlora(
         gm: The graph that Dynamo traced.
         example_inputs: Its example inputs.
         mode: As for ``backend="inductor"``.
-        options: Inductor's options, and ours as ``runlora.NAME`` (see :class:`~runlora_fx.Options`).
+        options: Inductor's options, and ours as ``runlora.NAME`` (:class:`~runlora_fx.Options`).
 
     Raises:
         ValueError: If a ``runlora.`` option is unknown or not valid.
         RuntimeError: If an Inductor option is unknown or not valid.
     """
     ours, inductors = split_options(options)
-    inductor = torch._TorchCompileInductorWrapper(mode, inductors, None)
+    inductor = inductor_compiler(mode, inductors)
     # Not a patch of the global config: passes set there by the user run first, then ours.
     before = inductor.config.get(_HOOK, getattr(inductor_config, _HOOK))
     own_pass = RunloraPass(ours, _as_sequence(before))
     compiled = inductor(gm, example_inputs, config_patches={_HOOK: own_pass})
     if not own_pass.ran:
         history.record(Report(graph="cached", from_cache=True))
-    return compiled
+    return cast(Callable[..., Any], compiled)
 
 
 def runlora_eager(
@@ -74,7 +74,7 @@ def runlora_eager(
         raise ValueError(
             f"backend='runlora_eager' takes runlora.* options only, not {sorted(others)}"
         )
-    return aot_backend(ours)(gm, example_inputs)
+    return cast(Callable[..., Any], aot_backend(ours)(gm, example_inputs))
 
 
 def aot_backend(
@@ -97,19 +97,20 @@ def aot_backend(
         run(graph_module.graph, ATEN, options)
         graph_module.recompile()
         see(graph_module)
-        return make_boxed_func(graph_module)
+        return _as_it_is(graph_module, _)
 
-    return aot_autograd(
+    backend = aot_autograd(
         fw_compiler=_as_it_is,
         bw_compiler=_as_it_is,
         inference_compiler=inference,
         partition_fn=partition,
         keep_inference_input_mutations=True,
     )
+    return cast(Callable[..., Any], backend)
 
 
 def _as_it_is(gm: fx.GraphModule, _: Any) -> Callable[..., Any]:
-    return make_boxed_func(gm)
+    return cast(Callable[..., Any], make_boxed_func(gm))
 
 
 def _as_sequence(passes: Any) -> tuple[Callable[[fx.Graph], None], ...]:
@@ -120,7 +121,7 @@ def _as_sequence(passes: Any) -> tuple[Callable[[fx.Graph], None], ...]:
 
 def _reset() -> None:
     """What ``torch._dynamo.reset()`` expects of a backend; the same as Inductor's."""
-    torch._TorchCompileInductorWrapper(None, None, None).reset()
+    inductor_compiler(None, {}).reset()
 
 
 runlora.reset = _reset  # type: ignore[attr-defined]

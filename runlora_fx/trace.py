@@ -25,8 +25,8 @@ def rewrite(
 ) -> fx.GraphModule:
     """Rewrite the linear algebra of a graph into its cheapest plan.
 
-    Works at whichever level the graph is: torch functions and modules (``symbolic_trace``, Dynamo) or
-    ATen operators (``make_fx``, ``torch.export(...).module()``, AOTAutograd).
+    Works at whichever level the graph is: torch functions and modules (``symbolic_trace``, Dynamo)
+    or ATen operators (``make_fx``, ``torch.export(...).module()``, AOTAutograd).
 
     Args:
         gm: The graph; left untouched.

@@ -1,14 +1,14 @@
 """What the tests look at: values and gradients of a step, and what its compiled graphs cost.
 
-Costs are counted, never timed: matmul FLOPs in the graphs that Inductor is about to generate code for,
-and the bytes a compiled forward keeps for its backward.
+Costs are counted, never timed: matmul FLOPs in the graphs that Inductor is about to generate code
+for, and the bytes a compiled forward keeps for its backward.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch._functorch.config as functorch_config
@@ -22,8 +22,8 @@ import runlora_fx
 
 RUNLORA, RUNLORA_EAGER, INDUCTOR = "runlora", "runlora_eager", "inductor"
 
-# A matmul operator -> the position of its left factor (..., k). 2-D weights, batched products and the
-# packed linears that Inductor makes of frozen weights on CPU; attention is one operator and not listed.
+# A matmul operator -> the position of its left factor (..., k). The last ones are what Inductor makes
+# of frozen weights on CPU. Fused attention is one operator, and not listed.
 MATMULS = {
     "aten.mm": 0,
     "aten.bmm": 0,
@@ -34,15 +34,30 @@ MATMULS = {
     "mkl._mkl_linear": 0,
 }
 
-# Compile with it where speed of the kernels is no subject: scalar C++ is compiled in half the time.
-scalar_kernels = inductor_config.patch({"cpp.simdlen": 1})
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
-# ---------------------------------------------------------------------------------------------- values
+def scalar_kernels(fn: Callable[P, T]) -> Callable[P, T]:
+    """Let Inductor generate scalar C++ inside `fn`: it compiles in about half the time."""
+    patched: Callable[P, T] = inductor_config.patch({"cpp.simdlen": 1})(fn)
+    return patched
+
+
+# --- values
+
+
+def compile_whole(model: nn.Module, backend: str) -> nn.Module:
+    """Compile anew, into one graph: a graph break is an error, and so is a failing rewrite."""
+    torch._dynamo.reset()
+    options: Any = None if backend == INDUCTOR else {"runlora.strict": True}
+    compiled = torch.compile(model, backend=backend, fullgraph=True, options=options)
+    assert isinstance(compiled, nn.Module)
+    return compiled
 
 
 def run_training(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """One forward and backward: "loss", "logits" and each trainable parameter's gradient, by name."""
+    """One forward and backward: "loss", "logits" and the gradient of each trainable parameter."""
     model.zero_grad(set_to_none=True)
     outputs = model(**batch)
     outputs.loss.backward()
@@ -64,13 +79,13 @@ def run_inference(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
 def relative_error(found: Tensor, wanted: Tensor) -> float:
     """||found - wanted|| / ||wanted|| in double precision; absolute where `wanted` is zero."""
     scale = wanted.double().norm().item()
-    return (found.double() - wanted.double()).norm().item() / (scale or 1.0)
+    return float((found.double() - wanted.double()).norm().item() / (scale or 1.0))
 
 
 def assert_same_values(
     found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], rtol: float
 ) -> None:
-    """Require the same names and, for each, the same dtype and a relative error of at most `rtol`."""
+    """Require the same names, and for each the same dtype and a relative error up to `rtol`."""
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         assert found[name].dtype == value.dtype, f"{name}: {found[name].dtype} for {value.dtype}"
@@ -82,10 +97,10 @@ def assert_same_values(
 def assert_same_outputs_and_grads(
     fn: Callable[..., Any], rewritten: Callable[..., Any], inputs: Sequence[Any], rtol: float
 ) -> None:
-    """Require equal outputs and equal gradients of `inputs` (and of parameters, if a module) of both.
+    """Require of both equal outputs, and equal gradients of `inputs` and of a module's parameters.
 
-    The gradients are those of sum_i <c_i, output_i> with fixed random c_i; an input takes part if it
-    requires a gradient.
+    The gradients are those of sum_i <c_i, output_i> with fixed random c_i; an input takes part if
+    it requires a gradient.
     """
     wanted = outputs_and_grads(fn, inputs)
     assert_same_values(outputs_and_grads(rewritten, inputs), wanted, rtol)
@@ -109,7 +124,8 @@ def outputs_and_grads(fn: Callable[..., Any], inputs: Sequence[Any]) -> dict[str
     tangents = [torch.randn(y.shape, generator=generator).to(y) for y in heads]
     if heads:
         grads = torch.autograd.grad(heads, list(sources.values()), tangents, allow_unused=True)
-        values |= {f"gradient of {n}": g for n, g in zip(sources, grads, strict=True) if g is not None}
+        named = zip(sources, grads, strict=True)
+        values |= {f"gradient of {name}": grad for name, grad in named if grad is not None}
     return values
 
 
@@ -117,7 +133,7 @@ def _uncompiled(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
-# ----------------------------------------------------------------------------------------------- costs
+# --- costs
 
 
 def matmul_flops(graph: fx.Graph) -> int:
@@ -134,14 +150,12 @@ def matmul_flops(graph: fx.Graph) -> int:
 
 @contextmanager
 def counting() -> Iterator[list[int]]:
-    """Compile anew, and list the matmul FLOPs of each graph after Inductor's post-grad passes.
+    """List the matmul FLOPs of each graph compiled inside, after Inductor's post-grad passes.
 
-    A training step compiled inside adds two entries, first the forward's and then the backward's, once
-    its backward has run. Graph caches are off, since on a hit no pass runs; the cache of compiled C++
-    kernels stays on.
+    A training step adds two entries, the forward's and, once its backward has run, the backward's.
+    Graph caches are off, since on a hit no pass runs; the cache of compiled C++ kernels stays on.
     """
     flops: list[int] = []
-    torch._dynamo.reset()
     with (
         inductor_config.patch(
             post_grad_custom_post_pass=lambda graph: flops.append(matmul_flops(graph)),
@@ -155,8 +169,8 @@ def counting() -> Iterator[list[int]]:
 def saved_bytes(forward: Callable[[], Any], given: Sequence[Tensor]) -> int:
     """Bytes that `forward` keeps for its backward, parameters and inputs apart [B].
 
-    Whole storages, each counted once; a view of a weight costs nothing. On a compiled forward this is
-    what the partitioner chose to save. Call it on a compiled function only once it is compiled.
+    Whole storages, each counted once; a view of a weight costs nothing. On a compiled forward this
+    is what the partitioner chose to save; compile it before.
 
     Args:
         forward: Runs the forward pass.
@@ -195,9 +209,15 @@ class Training:
 
 @scalar_kernels
 def compile_training(model: nn.Module, batch: Batch, backend: str) -> Training:
-    """Compile one training step of `model` with an Inductor-based backend, run it, count its costs."""
+    """Compile one training step of `model`, run it and count its costs.
+
+    Args:
+        model: A model that takes `batch` and returns a loss and logits.
+        batch: Its inputs.
+        backend: `RUNLORA` or `INDUCTOR`.
+    """
     with counting() as flops:
-        compiled = torch.compile(model, backend=backend, fullgraph=True)
+        compiled = compile_whole(model, backend)
         values = run_training(compiled, batch)
         report = None if backend == INDUCTOR else runlora_fx.last_report()
         given = [*model.parameters(), *model.buffers(), *batch.values()]

@@ -1,9 +1,9 @@
 """A market of small PEFT models with random weights: what a rewritten graph is compared on.
 
-A new model is one entry in `MODELS`; it inherits every test that runs over the registry. All cases have
-hidden size 64 and two layers, and more tokens than in * out / (in + out) of each adapted layer that sees
-the whole sequence, so that merging W + s B A pays. Everything is made from seeds: two calls with the same
-arguments return equal weights and equal inputs.
+A new model is one entry in `MODELS`; it inherits every test that runs over the registry. All have
+two layers of hidden size 64, and more tokens than in * out / (in + out) of each adapted layer that
+sees the whole sequence, so that merging W + s B A pays. Everything is made from seeds: two calls with
+the same arguments return equal weights and equal inputs.
 """
 
 from collections.abc import Callable, Mapping
@@ -35,8 +35,8 @@ Batch = Mapping[str, Tensor]
 HIDDEN, FFN, LAYERS, HEADS = 64, 128, 2, 4
 VOCAB, LABELS = 96, 5
 SEQUENCE = 48
-# W ~ 1/sqrt(HIDDEN) keeps activations of order one through the layers; B is small, but not PEFT's zero,
-# with which all gradients of A vanish.
+# W ~ 1/sqrt(HIDDEN) keeps activations of order one through the layers; B is small, but not PEFT's
+# zero, with which all gradients of A vanish.
 WEIGHT_STD, LORA_B_STD = HIDDEN**-0.5, 0.02
 
 
@@ -111,8 +111,8 @@ def randomise_lora_b(model: nn.Module) -> None:
 def _without_float_casts(model: PeftModel) -> None:
     """Remove the casts to fp32 that transformers has in Llama's norm and in the causal loss.
 
-    With them a double-precision model rounds to single precision on its way, and two evaluations that
-    differ by 1e-16 may end up 1e-7 apart.
+    With them a double-precision model rounds to single precision on its way, and two evaluations
+    that differ by 1e-16 may end up 1e-7 apart.
     """
     base = model.get_base_model()
     if type(base).__name__.endswith("ForCausalLM") or isinstance(base, GPT2LMHeadModel):

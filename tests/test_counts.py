@@ -1,7 +1,7 @@
 """What a rewritten training step costs, counted in Inductor's own graphs.
 
-Every adapted layer is found, the matmuls that Inductor gets are those the planner priced, and neither
-they nor the bytes saved for the backward are more than without the rewriting.
+Every adapted layer is found, the matmuls that Inductor gets are those the planner priced, they are
+fewer than without the rewriting, and no more bytes are saved for the backward.
 """
 
 import pytest

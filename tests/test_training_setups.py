@@ -15,6 +15,7 @@ from checks import (
     assert_same_outputs_and_grads,
     assert_same_values,
     compile_training,
+    compile_whole,
     compiled_training,
     counting,
     outputs_and_grads,
@@ -52,7 +53,7 @@ def _flops(model: nn.Module, x: Tensor) -> tuple[int, int]:
     flops = []
     for backend in (INDUCTOR, RUNLORA):
         with counting() as counted:
-            compiled = torch.compile(model, backend=backend, fullgraph=True)
+            compiled = compile_whole(model, backend)
             assert_same_outputs_and_grads(model, compiled, [x], RTOL)
         flops.append(sum(counted))
     inductor, ours = flops
@@ -102,8 +103,7 @@ def test_two_active_adapters_in_a_model() -> None:
     model.to(dtype)
     model.base_model.set_adapter(["default", "second"])
     wanted = run_training(model, case.batch(dtype))
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend=RUNLORA_EAGER, fullgraph=True)
+    compiled = compile_whole(model, RUNLORA_EAGER)
     assert_same_values(run_training(compiled, case.batch(dtype)), wanted, 1e-11)
 
 
@@ -117,7 +117,7 @@ def test_dropout_keeps_its_mask() -> None:
     values, flops = {}, {}
     for backend in (INDUCTOR, RUNLORA):
         with counting() as counted:
-            compiled = torch.compile(model, backend=backend, fullgraph=True)
+            compiled = compile_whole(model, backend)
             torch.manual_seed(1)
             values[backend] = outputs_and_grads(compiled, [x])
         flops[backend] = sum(counted)
@@ -144,7 +144,9 @@ def test_gradient_checkpointing_saves_no_more_than_inductor(name: str) -> None:
     not_checkpointed = compiled_training(name, 8, INDUCTOR)
 
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if name == "llama":  # a hook on the embeddings, of use to reentrant checkpoints only: a graph break
+    if (
+        name == "llama"
+    ):  # a hook on the embeddings, of use to reentrant checkpoints only: a graph break
         model.disable_input_require_grads()
     inductor, ours = (compile_training(model, batch, backend) for backend in (INDUCTOR, RUNLORA))
     assert_same_values(ours.values, wanted, RTOL)

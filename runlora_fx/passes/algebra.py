@@ -1,10 +1,10 @@
 """Matrix polynomials: the normal form in which every linear region is read, planned and proven.
 
-A *factor* is a leaf matrix or its transpose, a *word* a product of factors, a *polynomial* a sum of
-words with scalar coefficients. A coefficient is a number times a monomial of *scalar leaves* (0-d
-tensors whose value only the run knows). Products are expanded over sums, transposes are pushed to the
-leaves and like words are added, so two expressions denote the same function of their leaves if and
-only if their polynomials are equal.
+A *factor* is a leaf matrix or its transpose, a *word* a product of factors, a *polynomial* a sum
+of words with scalar coefficients. A coefficient is a number times a monomial of *scalar leaves*
+(0-d tensors whose value only the run knows). Products are expanded over sums, transposes are
+pushed to the leaves and like words are added, so two expressions denote the same function of their
+leaves if and only if their polynomials are equal.
 
 This module knows nothing of torch, shapes or costs: leaves are integers.
 """
@@ -28,7 +28,7 @@ class Factor(NamedTuple):
     transposed: bool = False
 
     @property
-    def T(self) -> Factor:  # noqa: N802 - the field's own name for it
+    def T(self) -> Factor:
         """The transposed factor."""
         return Factor(self.leaf, not self.transposed)
 
@@ -43,7 +43,7 @@ class Word(NamedTuple):
     scalars: tuple[int, ...] = ()
 
     @property
-    def T(self) -> Word:  # noqa: N802
+    def T(self) -> Word:
         """(U V)' = V' U'."""
         return Word(tuple(f.T for f in reversed(self.factors)), self.scalars)
 
@@ -99,7 +99,7 @@ class Polynomial:
 
     @cached_property
     def size(self) -> int:
-        """Factors in all words: strictly larger than that of any operand a product or sum makes it from."""
+        """Factors in all words: more than in any operand that a step makes it from."""
         return sum(len(word.factors) for word, _ in self.terms)
 
     @cached_property
@@ -113,7 +113,7 @@ class Polynomial:
         return frozenset(s for word, _ in self.terms for s in word.scalars)
 
     @property
-    def T(self) -> Polynomial:  # noqa: N802
+    def T(self) -> Polynomial:
         """The transposed polynomial."""
         return _transposed(self)
 
@@ -259,14 +259,14 @@ def factorisations(p: Polynomial) -> Iterator[tuple[Polynomial, Polynomial]]:
             right = Polynomial(((Word(word.factors[i:], word.scalars), c),))
             yield of_factors(word.factors[:i]), right
         return
-    # In a product every word of R stands behind the whole of L, so each suffix of any one word fixes
-    # L (what stands before that suffix), and L's leading word then fixes R.
+    # In a product every word of R stands behind the whole of L, so each suffix of any one word
+    # fixes L (what stands before that suffix), and L's leading word then fixes R.
     leading = p.terms[0][0].factors
     for i in range(1, len(leading)):
         left = without_scalar(_before(p, leading[i:]))[1]
-        right = _behind(p, left.terms[0][0])
-        if right is not None and (left @ right).close_to(p, rtol=1e-12):
-            yield left, right
+        rest = _behind(p, left.terms[0][0])
+        if rest is not None and (left @ rest).close_to(p, rtol=1e-12):
+            yield left, rest
 
 
 def substitute(p: Polynomial, leaves: Mapping[int, int], scalars: Mapping[int, int]) -> Polynomial:

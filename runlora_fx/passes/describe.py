@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from os.path import commonprefix
+from itertools import takewhile
 
 import sympy
 from torch import fx
@@ -29,9 +29,6 @@ from runlora_fx.passes.plan import (
 )
 from runlora_fx.passes.region import PosedProblem, Region
 from runlora_fx.report import Candidate, Refusal, Site
-
-#: Parts of a module path that say only how it was reached.
-_NOISE = frozenset(["", "L", "self", "L__self__", "__dict__", "_modules"])
 
 #: Parts of a module path that belong to an adapter's inside.
 _ADAPTER_PARTS = re.compile(r"^(lora_.*|base_layer)$")
@@ -91,8 +88,8 @@ def unmatched(graph: fx.Graph, sites: Iterable[Site]) -> Iterator[Refusal]:
 class Names:
     """Names of a problem's leaves and dimensions, in the field's own letters.
 
-    ``X`` is the activation that the base weight ``W`` and the adapter ``A`` (down), ``B`` (up) act on,
-    ``dY`` the tangent of the result; ``N`` tokens, ``i`` in, ``o`` out, ``r`` rank.
+    ``X`` is the activation that the base weight ``W`` and the adapter ``A`` (down), ``B`` (up) act
+    on, ``dY`` the tangent of the result; ``N`` tokens, ``i`` in, ``o`` out, ``r`` rank.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -108,7 +105,7 @@ class Names:
             if i not in self.leaves:
                 letter = "1" if spec.kind == "ones" else ("dY" if spec.backward else "L")
                 self._name(i, letter)
-        for i, spec in enumerate(problem.leaves):
+        for spec in problem.leaves:
             if spec.backward:
                 self._dim(spec.rows, "N")
         for d in range(len(problem.dims)):
@@ -297,7 +294,8 @@ def _modules(region: Region) -> tuple[str, ...]:
             adapted.append(".".join(parts[:inside]))
     if adapted:
         return tuple(dict.fromkeys(adapted))
-    common = commonprefix([path.split(".") for path in paths]) if paths else []
+    levels = zip(*(path.split(".") for path in paths), strict=False)
+    common = [level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels)]
     return (".".join(common),) if common else _node_names(region)
 
 
@@ -313,4 +311,6 @@ def _path(node: fx.Node) -> str:
     entries: Sequence[object] = list(stack.values())
     path = entries[-1][0] if isinstance(entries[-1], tuple) else str(entries[-1])
     parts = re.sub(r"\['?([^'\]]*)'?\]", r".\1", path).split(".")
-    return ".".join(part for part in parts if part not in _NOISE)
+    while parts and parts[0] in ("", "L", "self", "L__self__"):
+        del parts[0]
+    return ".".join(part for part in parts if part not in ("", "__dict__", "_modules"))

@@ -7,6 +7,7 @@ them apart lets a plan's cost be written, and read, in tokens, features and rank
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TypeAlias
 
 from runlora_fx.passes.algebra import Factor, Polynomial
@@ -32,7 +33,7 @@ class DimClasses:
             first = p.terms[0][0].factors
             for word in p.words:
                 factors = word.factors
-                for left, right in zip(factors, factors[1:], strict=False):
+                for left, right in pairwise(factors):
                     self._join(_end(left), _start(right))
                 self._join(_start(factors[0]), _start(first[0]))
                 self._join(_end(factors[-1]), _end(first[-1]))

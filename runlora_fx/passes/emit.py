@@ -1,9 +1,9 @@
 """Emission: from a plan to nodes.
 
 The emitter decides nothing about the algebra: it obeys the plan. What is left to it is how a value
-lies in memory. A value is computed in the orientation in which its largest leaf stands untransposed,
-a root in its own: an activation computed transposed would drag transposed layouts through whatever
-reads it.
+lies in memory. A value is computed in the orientation in which its largest leaf stands
+untransposed, a root in its own: an activation computed transposed would drag transposed layouts
+through whatever reads it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class Emitter:
             writer: Where to write.
             plan: A step for every value that the roots need, in leaves of the graph.
             roots: All roots that are going to be emitted.
-            existing: Nodes of the incoming graph that compute a value by a step; whether transposed.
+            existing: Nodes of the incoming graph that compute a value by a step, and whether they
+                hold its transpose.
             hint: The size of a symbolic dimension.
         """
         self._reader = reader
@@ -75,7 +76,7 @@ class Emitter:
         self._writer.move_to(root.node)
         shape = shape_of(root.node)
         flip = _is_column_major(root.node)
-        parts = [normalise(part) for part in root.parts]
+        parts = [addend for part in root.parts for addend in self._addends(part, root.backward)]
         whole = [part for part in parts if not flip and self._is_in_shape(part, root)]
         rest = [part for part in parts if part not in whole]
         result: fx.Node | None = None
@@ -94,6 +95,16 @@ class Emitter:
         return result
 
     # -- roots ---------------------------------------------------------------------------------
+
+    def _addends(self, part: Polynomial, backward: bool) -> list[Normalised]:
+        """A part of a root; a sum that nothing else reads is added up with the other parts."""
+        scalar, transposed, core = normalised = normalise(part)
+        value = self._value(core, backward)
+        step = self._steps.get(value)
+        if not isinstance(step, Sum) or value in self._made or self._uses[value] != 1:
+            return [normalised]
+        addends = (p.T if transposed else p for p in step.parts)
+        return [n for p in addends for n in self._addends(p.scaled(scalar), backward)]
 
     def _is_in_shape(self, part: Normalised, root: Root) -> bool:
         """Whether a part is a leaf that has the root's own shape: added there, for fusion."""
@@ -114,8 +125,8 @@ class Emitter:
     ) -> fx.Node:
         """The sum of parts, or its transpose.
 
-        A product is accumulated onto a bias, and outside roots onto a leaf (the base weight), by one
-        ``addmm``. A root's other addends stay plain additions: they fuse with what reads the root.
+        A product is accumulated onto a bias, and outside roots onto a leaf (the base weight), by
+        one ``addmm``. A root's other addends stay plain additions: they fuse with its readers.
         """
         order = {"row": 0, "leaf": 1, "product": 2}
         kinds = [self._kind(part) for part in parts]
@@ -173,15 +184,15 @@ class Emitter:
     def _add(self, total: fx.Node | None, node: fx.Node, scalar: Scalar) -> fx.Node:
         if total is None:
             return self._scaled(node, scalar)
-        node = self._scaled(node, Scalar(1.0, scalar.leaves))
+        node = self._scaled(node, scalar)
         if 1 < len(shape_of(total)) != len(shape_of(node)) > 1:
             total, node = (self._writer.reshape(x, _flattened(x)) for x in (total, node))
-        return self._writer.add(total, node, scalar.number)
+        return self._writer.add(total, node)
 
     # -- values --------------------------------------------------------------------------------
 
     def _matrix(self, value: Value, transposed: bool, prefer: bool | None = None) -> fx.Node:
-        """A value, or its transpose, as a matrix; ``prefer`` is the orientation to compute it in."""
+        """A value or its transpose as a matrix; ``prefer`` says how to compute it if it is new."""
         if value not in self._made:
             self._made[value] = self._make(value, self._lies(value) if prefer is None else prefer)
         node, lies = self._made[value]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torch import fx, nn
-from torch.nn import functional as F  # noqa: N812 - its usual name
+from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 

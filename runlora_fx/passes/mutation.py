@@ -1,8 +1,8 @@
 """Mutation: which tensors of a graph are modified in place.
 
-Functional graphs have none but the final write-backs to their inputs. At the torch level ``x += 1``
-or ``F.relu(x, inplace=True)`` change what later nodes read, so nothing that shares memory with ``x``
-may be read as a leaf or be moved.
+Functional graphs have none but the final write-backs to their inputs. At the torch level
+``x += 1`` or ``F.relu(x, inplace=True)`` change what later nodes read, so nothing that shares
+memory with ``x`` may be read as a leaf or be moved.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from runlora_fx.passes.dialects.base import Dialect
 from runlora_fx.passes.forms import Product, Scale, Sum
 
 _IN_PLACE_OPERATORS = frozenset(
-    "setitem iadd isub imul imatmul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift".split()
+    ["setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "imatmul", "ipow", "iand"]
+    + ["ior", "ixor", "ilshift", "irshift"]
 )
 
 
 def unstable_nodes(graph: fx.Graph, dialect: Dialect) -> set[fx.Node]:
-    """The tensors that are modified in place before the graph's last use of them, and their views."""
+    """The tensors that are modified in place while the graph may still read them; their views."""
     nodes = list(graph.nodes)
     tail = len(nodes)
     # Write-backs at the very end come after every read.
@@ -37,25 +38,25 @@ def unstable_nodes(graph: fx.Graph, dialect: Dialect) -> set[fx.Node]:
 
 def _writes(node: fx.Node) -> list[fx.Node]:
     """The tensors that a node modifies."""
-    target, first = node.target, node.args[0] if node.args else None
+    target = node.target
+    written: list[object]
     if isinstance(target, torch._ops.OpOverload):
         named = zip(target._schema.arguments, node.args, strict=False)
-        written = [
-            value
-            for argument, value in named
-            if argument.alias_info is not None and argument.alias_info.is_write
-        ]
-        return [value for value in written if isinstance(value, fx.Node)]
-    out = node.kwargs.get("out")
-    written = [out] if isinstance(out, fx.Node) else []
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    in_place = (
-        (node.op == "call_method" and name.endswith("_") and not name.endswith("__"))
-        or (node.op == "call_function" and _is_in_place_function(target, name))
-        or bool(node.kwargs.get("inplace"))
-        or (node.op == "call_module" and getattr(_module_of(node), "inplace", False))
-    )
-    return [*written, first] if in_place and isinstance(first, fx.Node) else written
+        written = [value for argument, value in named if _is_written(argument)]
+    else:
+        name = target if isinstance(target, str) else getattr(target, "__name__", "")
+        in_place = (
+            (node.op == "call_method" and name.endswith("_") and not name.endswith("__"))
+            or (node.op == "call_function" and _is_in_place_function(target, name))
+            or bool(node.kwargs.get("inplace"))
+            or (node.op == "call_module" and getattr(_module_of(node), "inplace", False))
+        )
+        written = [node.kwargs.get("out"), *(node.args[:1] if in_place else ())]
+    return [value for value in written if isinstance(value, fx.Node)]
+
+
+def _is_written(argument: torch.Argument) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
 
 
 def _is_in_place_function(target: Any, name: str) -> bool:

@@ -35,7 +35,7 @@ class Phases:
         self._forward = _ancestors(outputs)
 
     def runs_backward(self, node: fx.Node) -> bool:
-        """Whether the node runs in the backward: it needs tangents, or only the backward needs it."""
+        """Whether the backward runs the node: it needs tangents, or nothing else needs it."""
         return self.is_joint and (node in self.tangent or node not in self._forward)
 
     def held(self, reader: GraphReader, node: fx.Node) -> bool:

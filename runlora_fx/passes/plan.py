@@ -79,7 +79,7 @@ Step: TypeAlias = Product | Sum | Keep
 
 def product_step(left: Polynomial, right: Polynomial) -> Product:
     """The product as a step that makes its normalised value."""
-    scalar, transposed, _ = normalise(left @ right)
+    transposed = normalise(left @ right).transposed
     if transposed:
         left, right = right.T, left.T
     (_, left), (_, right) = without_scalar(left), without_scalar(right)

@@ -200,7 +200,7 @@ class Regions:
         return any(node in self._phases.tangent for node in nodes)
 
     def _fetched(self, made: Made, forward: dict[Polynomial, Made]) -> Iterator[Made]:
-        """How the backward gets what the forward made: it is kept, or checkpointing makes it again."""
+        """How the backward gets what the forward made: kept, or made again by checkpointing."""
         for operand in made.operands:
             core = normalise(operand).core
             below = forward.get(core)

@@ -2,10 +2,10 @@
 
 Values and the ways to make them form an AND-OR graph without cycles: every operand is smaller than
 what it makes. A shared value is paid once, so the price is that of a DAG, not of trees. The search
-is A* over *frontiers*, the sets of values still to be made: it takes the largest value of a frontier
-(nothing left can need it again), pays for one way to make it, and puts its operands in its place.
-The cheapest way to make a value, summed over the frontier, never overestimates what is left to pay,
-so the first empty frontier is a cheapest plan.
+is A* over *frontiers*, the sets of values still to be made: it takes the largest value of a
+frontier (nothing left can need it again), pays for one way to make it, and puts its operands in its
+place. The cheapest way to make a value, summed over the frontier, never overestimates what is left
+to pay, so the first empty frontier is a cheapest plan.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from runlora_fx.passes.plan import (
     step_cost,
 )
 
-#: Up to this many words, every way to split a sum in two is tried; beyond, only along common factors.
+#: Up to this many words every way to split a sum in two is tried; beyond, common factors only.
 _ALL_SPLITS = 6
 
-#: Frontiers to visit before the search settles for the best of the ways it can prove (never seen).
+#: Frontiers to visit before the search gives up; real models need some hundreds.
 _FRONTIERS = 200_000
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -65,10 +65,9 @@ class Writer:
         kwargs = {} if alpha == 1.0 else {"alpha": _number(alpha)}
         return self._call(self._calls.addmm, c, a, b, **kwargs)
 
-    def add(self, a: fx.Node, b: fx.Node, alpha: float) -> fx.Node:
-        """``a + alpha * b``."""
-        kwargs = {} if alpha == 1.0 else {"alpha": _number(alpha)}
-        return self._call(self._calls.add, a, b, **kwargs)
+    def add(self, a: fx.Node, b: fx.Node) -> fx.Node:
+        """``a + b``. Never with ``alpha``: Inductor (2.13) loses it where it fuses mm and add."""
+        return self._call(self._calls.add, a, b)
 
     def scale(self, a: fx.Node, by: float | fx.Node) -> fx.Node:
         """``a * by``."""
@@ -83,7 +82,7 @@ class Writer:
         """The same elements in another shape."""
         if shape_of(a) == shape:
             return a
-        return self._call(self._calls.reshape, a, self._sizes(a, shape))
+        return self._call(self._calls.reshape, a, self._sizes(shape))
 
     # -- nodes ---------------------------------------------------------------------------------
 
@@ -115,15 +114,15 @@ class Writer:
 
     # -- sizes ---------------------------------------------------------------------------------
 
-    def _sizes(self, source: fx.Node, shape: Shape) -> list[int | fx.Node]:
+    def _sizes(self, shape: Shape) -> list[int | fx.Node]:
         if self._calls.stacked is not None and len(shape) == 2:
             return [-1, *(size for size in shape[1:] if isinstance(size, int))]
         unknown = [size for size in shape if not isinstance(size, int)]
         if len(unknown) <= 1:
             return [size if isinstance(size, int) else -1 for size in shape]
-        return [size if isinstance(size, int) else self._size(source, size) for size in shape]
+        return [size if isinstance(size, int) else self._size(size) for size in shape]
 
-    def _size(self, source: fx.Node, size: Dim) -> fx.Node:
+    def _size(self, size: Dim) -> fx.Node:
         """A node that holds a symbolic size, from the graph or from a tensor that has it."""
         assert self._anchor is not None
         limit = self._position[self._anchor]
@@ -132,13 +131,12 @@ class Writer:
             if position >= limit:
                 continue
             if is_sym_int(node) and node.meta["val"].node.expr == size:
-                return node
+                return cast(fx.Node, node)
             if value_of(node) is not None and size in shape_of(node):
                 tensors.append((node, shape_of(node).index(size)))
         if not tensors:
             raise EmissionError(f"no tensor before {self._anchor.name} has the size {size}")
-        tensor, dim = tensors[0]
-        return self._call(self._calls.size, tensor, dim)
+        return self._call(self._calls.size, *tensors[0])
 
 
 def _values(x: Any) -> Any:

@@ -36,7 +36,7 @@ def _is_iota(node: object) -> bool:
     if node.target is _aten.unsqueeze.default:
         return _is_iota(node.args[0])
     if node.target is torch.ops.prims.iota.default:
-        return node.kwargs.get("start", 0) == 0 and node.kwargs.get("step", 1) == 1
+        return (node.kwargs.get("start", 0), node.kwargs.get("step", 1)) == (0, 1)
     return node.target is _aten.arange.default and len(node.args) == 1
 
 

@@ -19,8 +19,8 @@ class Calls:
     """The call targets that emission writes.
 
     Attributes:
-        stacked: Multiplies a tensor of any rank by a matrix, where the level has such a call. Graphs
-            traced at that level hold for any batch shape, so activations are not flattened there.
+        stacked: Multiplies a tensor of any rank by a matrix, where the level has such a call.
+            Graphs traced at that level hold for any batch shape, so activations are not flattened.
     """
 
     mm: Callable[..., Any]

@@ -105,8 +105,8 @@ def einsum(equation: str, operands: Any) -> Form | None:
     if out == free_left + free_right:
         return Product(a, b, Cut(0, len(free_left)))
     if out == free_right + free_left:
-        flipped = (Operand(o.node, o.cut, not o.transposed) for o in (b, a))
-        return Product(*flipped, Cut(0, len(free_right)))
+        left_t, right_t = (Operand(o.node, o.cut, not o.transposed) for o in (b, a))
+        return Product(left_t, right_t, Cut(0, len(free_right)))
     return None
 
 

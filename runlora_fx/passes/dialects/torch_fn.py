@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn import functional as F  # noqa: N812 - its usual name
+from torch.nn import functional as F
 
 from runlora_fx.passes.dialects import builders
 from runlora_fx.passes.dialects.base import Calls, Dialect
