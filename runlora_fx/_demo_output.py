@@ -76,22 +76,31 @@ def print_losses(
 
 
 def print_costs(console: Console, variants: Sequence[Variant]) -> None:
-    """Print time per step, as median and as ratios, and the memory kept for the backward."""
-    times = {variant.name: median(variant.seconds) for variant in variants}
+    """Print time per step, ratios of times, and the memory kept for the backward.
+
+    A ratio is the median over the ratios within single steps, which a machine that is busy for a
+    while disturbs less than a ratio of medians.
+    """
+    named = {variant.name: variant for variant in variants}
     table = Table(title=f"Cost of a training step, median of {len(variants[0].seconds)}")
     for name in ("", "time", "/ eager", "/ inductor", "kept for backward", "first step"):
         table.add_column(name, justify="right" if name else "left")
     for variant in variants:
-        seconds = times[variant.name]
         table.add_row(
             variant.name,
-            f"{seconds * 1e3:.1f} ms",
-            f"{seconds / times['eager']:.3f}",
-            f"{seconds / times['inductor']:.3f}",
+            f"{median(variant.seconds) * 1e3:.1f} ms",
+            f"{_time_ratio(variant, named['eager']):.3f}",
+            f"{_time_ratio(variant, named['inductor']):.3f}",
             f"{variant.saved_bytes / 2**20:.1f} MiB",
             f"{variant.first_seconds:.1f} s",
         )
     console.print(table)
+
+
+def _time_ratio(variant: Variant, other: Variant) -> float:
+    """Median over the steps of one variant's time over another's."""
+    pairs = zip(variant.seconds, other.seconds, strict=True)
+    return median(mine / theirs for mine, theirs in pairs)
 
 
 def print_plans(console: Console, report: Report | None) -> None:

@@ -22,8 +22,8 @@ import runlora_fx
 
 RUNLORA, RUNLORA_EAGER, INDUCTOR = "runlora", "runlora_eager", "inductor"
 
-# A matmul operator -> the position of its left factor (..., k). The last ones are what Inductor makes
-# of frozen weights on CPU. Fused attention is one operator, and not listed.
+# A matmul operator -> the position of its left factor (..., k). The last two are made by Inductor
+# from frozen weights on CPU. Fused attention is one operator, and not listed.
 MATMULS = {
     "aten.mm": 0,
     "aten.bmm": 0,

@@ -2,8 +2,8 @@
 
 A new model is one entry in `MODELS`; it inherits every test that runs over the registry. All have
 two layers of hidden size 64, and more tokens than in * out / (in + out) of each adapted layer that
-sees the whole sequence, so that merging W + s B A pays. Everything is made from seeds: two calls with
-the same arguments return equal weights and equal inputs.
+sees the whole sequence, so that merging W + s B A pays. Everything is made from seeds: two calls
+with the same arguments return equal weights and equal inputs.
 """
 
 from collections.abc import Callable, Mapping

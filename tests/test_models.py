@@ -1,8 +1,8 @@
 """Whole PEFT models: loss, logits and every adapter gradient as before the rewriting.
 
-Reassociation changes rounding only. In fp64 that leaves no room to hide in; in fp32 the results must
-agree as two orderings of the same sums do; in bf16 the rewritten step may not be noticeably further
-from the fp64 result than what Inductor makes of the unchanged one.
+Reassociation changes rounding only. In fp64 that leaves no room to hide in; in fp32 the results
+must agree as two orderings of the same sums do; in bf16 the rewritten step may not be noticeably
+further from the fp64 result than what Inductor makes of the unchanged one.
 """
 
 import math

@@ -16,6 +16,7 @@ from runlora_fx.passes import algebra
 from runlora_fx.passes.algebra import Polynomial, Scalar
 from runlora_fx.passes.forms import (
     Cast,
+    Copy,
     Cut,
     Dim,
     Form,
@@ -121,6 +122,8 @@ class Expander(ABC):
             case Sum(terms):
                 scaled = (_scaled(self._term(shape, cut, term), Scalar(c)) for term, c in terms)
                 return tuple(p for addends in scaled for p in addends)
+            case Copy(source):
+                return self.operand(source, cut)
             case Reshape(source):
                 mapped = recut(shape, cut, shape_of(source))
                 return None if mapped is None else self.operand(source, mapped)
@@ -180,7 +183,7 @@ def sources(form: Form) -> list[fx.Node]:
             return [node for group in nested for node in group]
         case Scale(source, by):
             return [source, by] if isinstance(by, fx.Node) else [source]
-        case Reshape(source) | Permute(source, _) | Cast(source):
+        case Reshape(source) | Copy(source) | Permute(source, _) | Cast(source):
             return [source]
     return []
 

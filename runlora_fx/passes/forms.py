@@ -80,6 +80,17 @@ class Reshape:
 
 
 @dataclass(frozen=True)
+class Copy:
+    """The same values in new memory: dropout in evaluation, ``clone``, ``contiguous``.
+
+    Read through where the values are an operand. What is copied stays a root, for whoever asked for
+    the copy relies on its layout.
+    """
+
+    source: fx.Node
+
+
+@dataclass(frozen=True)
 class Permute:
     """Dimensions in another order."""
 
@@ -99,7 +110,7 @@ class Cast:
     source: fx.Node
 
 
-Form: TypeAlias = Product | Sum | Scale | Reshape | Permute | Identity | Cast
+Form: TypeAlias = Product | Sum | Scale | Reshape | Copy | Permute | Identity | Cast
 
 
 def value_of(node: object) -> torch.Tensor | None:

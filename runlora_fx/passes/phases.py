@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from runlora_fx.passes.forms import Permute, Reshape
+from runlora_fx.passes.forms import Copy, Permute, Reshape, Scale
 from runlora_fx.passes.read import GraphReader
 
 
@@ -52,7 +52,7 @@ class Phases:
             if user in seen:
                 continue
             seen.add(user)
-            if isinstance(reader.forms.get(user), Reshape | Permute):
+            if isinstance(reader.forms.get(user), Reshape | Copy | Permute | Scale):
                 pending.extend(user.users)
             elif self.runs_backward(user) and user.op != "output":
                 return True

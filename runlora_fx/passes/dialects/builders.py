@@ -9,6 +9,7 @@ from torch import fx
 
 from runlora_fx.passes.forms import (
     Cast,
+    Copy,
     Cut,
     Form,
     Operand,
@@ -167,6 +168,16 @@ def same_if_shape_kept(node: fx.Node, a: Any) -> Form | None:
 def cast(a: Any, *_: Any, **__: Any) -> Form | None:
     """A conversion to another dtype."""
     return Cast(a) if ndim(a) >= 1 else None
+
+
+def copy(a: Any, *_: Any, **__: Any) -> Form | None:
+    """The same values in new memory."""
+    return Copy(a) if ndim(a) >= 1 else None
+
+
+def dropout(a: Any, p: Any = 0.5, training: Any = True, inplace: Any = False) -> Form | None:
+    """Dropout that drops nothing is a copy."""
+    return copy(a) if (training is False or p == 0) and not inplace else None
 
 
 def _matrix(node: fx.Node, letters: str, rows: str, cols: str) -> Operand | None:

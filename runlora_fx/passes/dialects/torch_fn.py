@@ -62,6 +62,7 @@ def _eye(n: Any, m: Any = None, **_: Any) -> Form | None:
 
 _matmul = _keywords(builders.matmul, "input", "other")
 _product = _keywords(builders.product, "input", "mat2")
+_dropout = _keywords(builders.dropout, "input", "p", "training", "inplace")
 _linear = _keywords(builders.linear, "input", "weight", "bias")
 
 TORCH = Dialect(
@@ -116,7 +117,12 @@ TORCH = Dialect(
         "unsqueeze": builders.same,
         torch.squeeze: builders.same,
         "squeeze": builders.same,
-        "contiguous": builders.same,
+        "contiguous": builders.copy,
+        "clone": builders.copy,
+        torch.clone: builders.copy,
+        F.dropout: _dropout,
+        torch.dropout: _dropout,
+        "detach": builders.same,
         "to": builders.cast,
         "type": builders.cast,
         "float": builders.cast,
