@@ -23,7 +23,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     demo.add_arguments(commands.add_parser("demo", help=demo.SUMMARY, description=demo.SUMMARY))
-    return demo.run(demo.Settings.from_arguments(parser.parse_args(argv)))
+    arguments = parser.parse_args(argv)
+    try:
+        settings = demo.Settings.from_arguments(arguments)
+    except ValueError as error:
+        parser.error(str(error))
+    return demo.run(settings)
 
 
 if __name__ == "__main__":

@@ -105,5 +105,5 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
     assert isinstance(copied, tuple)
     value, output = copied
     graph.output(value).meta = copy.copy(output.meta)
-    graph._codegen = copy.deepcopy(gm.graph._codegen)
+    graph._codegen = copy.copy(gm.graph._codegen)
     return fx.GraphModule(gm, graph)

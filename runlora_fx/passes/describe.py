@@ -40,7 +40,9 @@ def describe(region: Region, posed: PosedProblem, decision: Decision, changed: b
     if max(len(w.factors) for d in problem.demands for w in d.core.words) < 3:
         return None
     names = Names(problem)
-    before = _algebra(problem, names, _incoming_plan(problem))
+    parts = [normalise(posed.own(part)) for _, part in region.demands]
+    scalars = {part.core: part.scalar for part in reversed(parts)}
+    before = _algebra(problem, names, scalars, _incoming_plan(problem))
     plan = decision.plan if changed else None
     symbols = names.symbols
     cost_before = incoming_cost(problem, symbols).flops
@@ -49,7 +51,7 @@ def describe(region: Region, posed: PosedProblem, decision: Decision, changed: b
         modules=_modules(region),
         shapes=", ".join(f"{s}={size}" for s, size in zip(symbols, posed.dims, strict=True)),
         before=before,
-        after=before if plan is None else _algebra(problem, names, plan),
+        after=before if plan is None else _algebra(problem, names, scalars, plan),
         flops_before=int(decision.before.flops),
         flops_after=int((decision.after if changed else decision.before).flops),
         flops_before_expr=_expr(cost_before),
@@ -195,13 +197,21 @@ def scalar(s: Scalar) -> str:
 class _Printer:
     """Prints a plan: a line for every demand and for every value that is used more than once."""
 
-    def __init__(self, problem: Problem, names: Names, plan: Mapping[Value, Step]) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        names: Names,
+        scalars: Mapping[Polynomial, Scalar],
+        plan: Mapping[Value, Step],
+    ) -> None:
         self._problem = problem
         self._names = names
+        self._scalars = scalars
         self._plan = plan
         self._labels: dict[Polynomial, tuple[str, bool]] = {}
         self._lines: list[str] = []
-        readers = {(d.core, None) for d in problem.demands} | {
+        self._taken: Counter[str] = Counter()
+        readers = {
             (normalise(p).core, value.core)
             for value, step in plan.items()
             if not isinstance(step, Keep)
@@ -210,21 +220,35 @@ class _Printer:
         self._uses = Counter(core for core, _ in readers)
 
     def lines(self) -> str:
-        taken: Counter[str] = Counter()
         for value in self._problem.demands:
-            name, turned = self._names.demand(value)
-            taken[name] += 1
-            name = name if taken[name] == 1 else f"{name}{taken[name]}"
-            right = self._making(value, turned)
-            self._labels[value.core] = (name, turned)
-            self._lines.append(f"{name} = {right}")
+            if value.core not in self._labels:
+                self._demand(value)
         return "\n".join(self._lines)
 
-    def _making(self, value: Value, turned: bool) -> str:
+    def _demand(self, value: Value) -> None:
+        """The line of a demand; one that other values read stands without its scalar."""
+        name, turned = self._names.demand(value)
+        front = scalar(self._scalars[value.core])
+        if front and self._uses[value.core]:
+            self._label(value, turned)
+        right, is_sum = self._labels.get(value.core, ("", False))[0], False
+        if not right:
+            right = self._making(value, turned)
+            is_sum = isinstance(self._step(value), Sum)
+        self._taken[name] += 1
+        name = name if self._taken[name] == 1 else f"{name}{self._taken[name]}"
+        self._labels.setdefault(value.core, (name, turned))
+        self._lines.append(
+            f"{name} = {front}({right})" if front and is_sum else f"{name} = {front}{right}"
+        )
+
+    def _step(self, value: Value) -> Step | None:
         step = self._plan.get(value) or self._plan.get(Value(value.core, False))
-        if isinstance(step, Keep):
-            return self._making(Value(value.core, False), turned)
-        if step is None:
+        return self._plan.get(Value(value.core, False)) if isinstance(step, Keep) else step
+
+    def _making(self, value: Value, turned: bool) -> str:
+        step = self._step(value)
+        if step is None or isinstance(step, Keep):
             return self._names.polynomial(value.core.T if turned else value.core)
         operands = [p.T if turned else p for p in step_operands(step)]
         if isinstance(step, Product):
@@ -242,8 +266,11 @@ class _Printer:
             text = self._names.factor(core.leaf.T if transposed else core.leaf)
             return f"({front}{text})" if front and inner else front + text
         value = Value(core, backward or self._tangent(core))
-        if core not in self._labels and self._uses[core] > 1:
-            self._label(value, core.terms[0][0].factors[0].transposed)
+        if core not in self._labels:
+            if any(core == demand.core for demand in self._problem.demands):
+                self._demand(value)
+            elif self._uses[core] > 1:
+                self._label(value, core.terms[0][0].factors[0].transposed)
         if core in self._labels:
             name, turned = self._labels[core]
             text = name if turned == transposed else f"{name}'"
@@ -268,8 +295,10 @@ class _Printer:
         return any(self._problem.leaves[i].backward for i in core.leaves)
 
 
-def _algebra(problem: Problem, names: Names, plan: Plan) -> str:
-    return _Printer(problem, names, plan.steps).lines()
+def _algebra(
+    problem: Problem, names: Names, scalars: Mapping[Polynomial, Scalar], plan: Plan
+) -> str:
+    return _Printer(problem, names, scalars, plan.steps).lines()
 
 
 def _incoming_plan(problem: Problem) -> Plan:

@@ -16,9 +16,23 @@ from runlora_fx.passes.dialects.base import Dialect
 from runlora_fx.passes.forms import Product, Scale, Sum
 
 _IN_PLACE_OPERATORS = frozenset(
-    ["setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "imatmul", "ipow", "iand"]
-    + ["ior", "ixor", "ilshift", "irshift"]
-)
+    f"i{name}"
+    for name in [
+        "add",
+        "sub",
+        "mul",
+        "truediv",
+        "floordiv",
+        "mod",
+        "matmul",
+        "pow",
+        "and",
+        "or",
+        "xor",
+        "lshift",
+        "rshift",
+    ]
+) | {"setitem"}
 
 
 def unstable_nodes(graph: fx.Graph, dialect: Dialect) -> set[fx.Node]:

@@ -167,9 +167,11 @@ def _replace(
         try:
             new = emitter.emit(root)
             verify(reader, new, root.node, root.polynomial)
-        except (VerificationError, EmissionError) as error:
+        except Exception as error:
             writer.erase()
-            raise _EmissionFailedError(root, error) from error
+            if isinstance(error, VerificationError | EmissionError):
+                raise _EmissionFailedError(root, error) from error
+            raise
         # All roots are proven before any is replaced: until then the graph is only longer.
         emitted.append((root, new))
     for root, new in emitted:

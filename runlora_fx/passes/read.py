@@ -25,6 +25,7 @@ from runlora_fx.passes.expand import (
 )
 from runlora_fx.passes.forms import (
     Cast,
+    Copy,
     Cut,
     Form,
     Operand,
@@ -104,6 +105,8 @@ class GraphReader(Expander):
         form = self._dialect.read(node)
         if isinstance(form, Cast):
             form = self._resolve_cast(node, form)
+        if isinstance(form, Copy) and not _same_layout(node, form.source):
+            return  # e.g. made contiguous: whoever flattens it next wants the copy
         if form is None or not self._keeps_dtype(node, form):
             return
         self.forms[node] = form
@@ -251,6 +254,11 @@ class GraphReader(Expander):
         order = {node: i for i, node in enumerate(self.cuts)}
         self.roots.sort(key=order.__getitem__)
         return found
+
+
+def _same_layout(a: fx.Node, b: fx.Node) -> bool:
+    here, there = value_of(a), value_of(b)
+    return here is not None and there is not None and here.stride() == there.stride()
 
 
 def _is_plain(node: fx.Node) -> bool:

@@ -99,6 +99,12 @@ class PosedProblem:
     matrices: tuple[int, ...]
     scalars: tuple[int, ...]
 
+    def own(self, p: Polynomial) -> Polynomial:
+        """A polynomial in leaves of the graph, in the problem's own."""
+        matrices = {graph: own for own, graph in enumerate(self.matrices)}
+        scalars = {graph: own for own, graph in enumerate(self.scalars)}
+        return substitute(p, matrices, scalars)
+
     def in_graph(self, plan: Plan) -> Plan:
         """A plan of the problem, in leaves of the graph."""
         matrices, scalars = dict(enumerate(self.matrices)), dict(enumerate(self.scalars))

@@ -82,7 +82,14 @@ class Writer:
         """The same elements in another shape."""
         if shape_of(a) == shape:
             return a
-        return self._call(self._calls.reshape, a, self._sizes(shape))
+        val, sizes = value_of(a), self._sizes(shape)
+        assert val is not None
+        try:
+            with in_fake_mode(self._mode), torch.no_grad():
+                val.view(_values(sizes))
+        except (RuntimeError, ValueError):  # its strides do not allow a view
+            return self._call(self._calls.reshape, a, sizes)
+        return self._call(self._calls.view, a, sizes)
 
     # -- nodes ---------------------------------------------------------------------------------
 

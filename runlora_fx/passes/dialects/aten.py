@@ -132,7 +132,8 @@ ATEN = Dialect(
         add=_aten.add.Tensor,
         mul=_aten.mul.Tensor,
         permute=_aten.permute.default,
-        reshape=_aten.view.default,
+        view=_aten.view.default,
+        reshape=_aten.reshape.default,
         size=_aten.sym_size.int,
     ),
 )

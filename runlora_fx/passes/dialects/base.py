@@ -29,6 +29,7 @@ class Calls:
     add: Callable[..., Any]
     mul: Callable[..., Any]
     permute: Callable[..., Any]
+    view: Callable[..., Any]
     reshape: Callable[..., Any]
     size: Callable[..., Any]
     stacked: Callable[..., Any] | None = None

@@ -138,6 +138,7 @@ TORCH = Dialect(
         add=torch.add,
         mul=torch.mul,
         permute=torch.permute,
+        view=torch.reshape,
         reshape=torch.reshape,
         size=torch.ops.aten.sym_size.int,
         stacked=torch.matmul,
