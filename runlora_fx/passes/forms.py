@@ -9,7 +9,7 @@ Dialects translate nodes into forms; the reader turns forms into polynomials.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
@@ -18,6 +18,7 @@ from typing import NamedTuple, TypeAlias
 import sympy
 import torch
 from torch import fx
+from torch.utils.weak import WeakIdKeyDictionary
 
 #: A size: an integer, or the expression behind a SymInt.
 Dim: TypeAlias = int | sympy.Expr
@@ -113,6 +114,10 @@ class Cast:
 Form: TypeAlias = Product | Sum | Scale | Reshape | Copy | Permute | Identity | Cast
 
 
+#: Asking a fake tensor for its shape is slow, and every stage asks many times.
+_shapes: MutableMapping[torch.Tensor, Shape] = WeakIdKeyDictionary()
+
+
 def value_of(node: object) -> torch.Tensor | None:
     """The example tensor of a node, or None."""
     val = node.meta.get("val") if isinstance(node, fx.Node) else None
@@ -124,7 +129,10 @@ def shape_of(node: fx.Node) -> Shape:
     val = value_of(node)
     if val is None:
         raise TypeError(f"{node.name} holds no tensor")
-    return tuple(dim_of(size) for size in val.shape)
+    shape = _shapes.get(val)
+    if shape is None:
+        shape = _shapes[val] = tuple(dim_of(size) for size in val.shape)
+    return shape
 
 
 def dim_of(size: int | torch.SymInt) -> Dim:

@@ -15,24 +15,10 @@ from torch import fx
 from runlora_fx.passes.dialects.base import Dialect
 from runlora_fx.passes.forms import Product, Scale, Sum
 
-_IN_PLACE_OPERATORS = frozenset(
-    f"i{name}"
-    for name in [
-        "add",
-        "sub",
-        "mul",
-        "truediv",
-        "floordiv",
-        "mod",
-        "matmul",
-        "pow",
-        "and",
-        "or",
-        "xor",
-        "lshift",
-        "rshift",
-    ]
-) | {"setitem"}
+_IN_PLACE_OPERATORS = {
+    *("iadd", "iand", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow"),
+    *("irshift", "isub", "itruediv", "ixor", "setitem"),
+}
 
 
 def unstable_nodes(graph: fx.Graph, dialect: Dialect) -> set[fx.Node]:
