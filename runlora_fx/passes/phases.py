@@ -44,9 +44,10 @@ class Phases:
         True for inputs of the graph (held by their owner), for what the backward makes itself, and
         for what the incoming backward uses already.
         """
-        if node.op in ("placeholder", "get_attr") or self.runs_backward(node):
+        equal = reader.values.equals(node)
+        if node.op in ("placeholder", "get_attr") or any(map(self.runs_backward, equal)):
             return True
-        pending, seen = list(node.users), set()
+        pending, seen = [user for same in equal for user in same.users], set()
         while pending:
             user = pending.pop()
             if user in seen:

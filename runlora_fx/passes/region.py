@@ -143,6 +143,7 @@ class Regions:
         self._phases = phases
         self._hint = hint
         self._kept: set[Polynomial] = set()
+        self._read_backward: set[int] = set()
         self._above: dict[Hashable, Hashable] = {}
         self.roots = [self._root(node) for node in reader.roots]
         self.regions = self._grouped(list(self._incoming()))
@@ -167,13 +168,14 @@ class Regions:
     # -- the graph as it came ------------------------------------------------------------------
 
     def _incoming(self) -> Iterator[Made]:
-        """Everything the graph computes, in its order; fills :attr:`_kept`."""
+        """Everything the graph computes, in its order; fills :attr:`_kept` and :attr:`_read_backward`."""
         forward: dict[Polynomial, Made] = {}
         for node in self._reader.cuts:
             for made in self._made_at(node):
                 core = normalise(made.polynomial).core
                 yield made
                 if made.backward:
+                    self._read_backward |= {p.leaf.leaf for p in made.operands if p.leaf}
                     yield from self._fetched(made, forward)
                 else:
                     forward.setdefault(core, made)
@@ -261,7 +263,7 @@ class Regions:
 
         leaves = [self._reader.leaves.matrices[i] for i in matrices]
         dims = DimClasses(leaves, [own(p) for p in demands])
-        specs = tuple(self._spec(i, dims) for i in range(len(leaves)))
+        specs = tuple(self._spec(own_i, i, dims) for own_i, i in enumerate(matrices))
 
         def value(p: Polynomial, backward: bool) -> Value:
             core = normalise(p).core
@@ -289,13 +291,13 @@ class Regions:
         )
         return PosedProblem(problem, dims.sizes, tuple(matrices), tuple(scalars))
 
-    def _spec(self, own: int, dims: DimClasses) -> LeafSpec:
+    def _spec(self, own: int, index: int, dims: DimClasses) -> LeafSpec:
         leaf = dims.leaves[own]
         batch, rows, cols = dims.of(own)
         if leaf.node is None:
             return LeafSpec(rows, cols, batch, kind="ones")
         backward = leaf.node in self._phases.tangent
-        held = self._phases.held(self._reader, leaf.node)
+        held = index in self._read_backward or self._phases.held(self._reader, leaf.node)
         return LeafSpec(rows, cols, batch, "matrix", backward, held)
 
 

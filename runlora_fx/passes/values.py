@@ -29,7 +29,7 @@ class ValueNumbers:
         self._fresh = count()
         self._by_key: dict[Hashable, int] = {}
         self._number: dict[fx.Node, int] = {}
-        self._first: dict[int, fx.Node] = {}
+        self._nodes: dict[int, list[fx.Node]] = {}
         for node in graph.nodes:
             self.of(node)
 
@@ -41,18 +41,22 @@ class ValueNumbers:
             if number is None:
                 number = self._by_key[key] = next(self._fresh)
             self._number[node] = number
-            self._first.setdefault(number, node)
+            self._nodes.setdefault(number, []).append(node)
         return self._number[node]
 
     def first(self, number: int) -> fx.Node:
         """The earliest node that holds a value."""
-        return self._first[number]
+        return self._nodes[number][0]
+
+    def equals(self, node: fx.Node) -> list[fx.Node]:
+        """All nodes that hold the same value as this one, itself included."""
+        return self._nodes[self.of(node)]
 
     def find(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node | None:
         """The earliest node that already makes this very call."""
         key = self.key("call_function", target, args, kwargs)
         number = self._by_key.get(key) if key is not None else None
-        return None if number is None else self._first[number]
+        return None if number is None else self._nodes[number][0]
 
     def key(
         self, op: str, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
