@@ -80,14 +80,19 @@ class Error:
     gradients: float
 
 
-@every_rank
 @pytest.mark.parametrize(
-    ("name", "adapter_dtype"),
-    [("llama", torch.bfloat16), ("gpt2", torch.float32)],  # fp32 adapters are PEFT's default
+    ("name", "rank", "adapter_dtype"),
+    [
+        ("llama", 8, torch.bfloat16),
+        ("llama", 64, torch.bfloat16),
+        ("gpt2", 8, torch.bfloat16),
+        ("gpt2", 64, torch.bfloat16),
+        ("gpt2", 64, torch.float32),  # PEFT's default: adapters stay in fp32
+    ],
     ids=str,
 )
 def test_bf16_is_as_near_to_fp64_as_inductor(
-    name: str, adapter_dtype: torch.dtype, rank: int
+    name: str, rank: int, adapter_dtype: torch.dtype
 ) -> None:
     ours, inductor = (_bf16_error(name, adapter_dtype, rank, b) for b in (RUNLORA, INDUCTOR))
     assert ours.outputs <= 1.25 * inductor.outputs
