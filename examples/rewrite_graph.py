@@ -20,10 +20,12 @@ class LoraLinear(nn.Module):
         self.scaling = scaling
 
     def forward(self, x: Tensor) -> Tensor:
+        """``x (..., in)`` to ``(..., out)``."""
         return self.base(x) + self.scaling * self.up(self.down(x))
 
 
 def main() -> None:
+    """Rewrite the layer and print what changed."""
     torch.manual_seed(0)
     layer = LoraLinear(256, 256, rank=16, scaling=2.0)
     x = torch.randn(4, 128, 256)

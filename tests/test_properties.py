@@ -1,13 +1,12 @@
 """Random linear algebra, at every level: the rewritten graph computes the same, and never for more.
 
-A program is a list of steps over a growing list of matrices; hypothesis shrinks a failing one to the
-few steps that matter, and the assertion prints it.
+A program is a list of steps over a growing list of matrices; hypothesis shrinks a failing one to
+the few steps that matter, and the assertion prints it.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import pytest
 import torch
 from checks import matmul_flops, outputs_and_grads
 from hypothesis import HealthCheck, given, settings
@@ -18,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import runlora_fx
 from runlora_fx.passes.dialects.base import Dialect
 from runlora_fx.passes.dialects.torch_fn import TORCH
-from runlora_fx.passes.forms import Product, Sum, numel, shape_of
+from runlora_fx.passes.forms import numel, products, shape_of
 
 #: Sizes of the dimensions that matrices have: tokens, features, a rank.
 SIZES = (24, 8, 6, 2)
@@ -44,9 +43,8 @@ class Program:
             return fitting[next(picks) % len(fitting)] if fitting else None
 
         for kind, i, c in self.steps:
-            # Later values twice as likely: chains, not bushes.
-            i = (i * 7) % (2 * len(values))
-            i = i if i < len(values) else len(values) - 1 - (i - len(values)) // 2
+            # Mostly the latest value: long chains are what can be reordered.
+            i = len(values) - 1 if i % 4 else (i // 4) % len(values)
             value, shape = values[i], shapes[i]
             if kind == "mul":
                 j = choose(lambda other, shape=shape: other[0] == shape[1])
@@ -67,18 +65,18 @@ class Program:
             else:
                 values.append(torch.tanh(value))
                 shapes.append(shape)
-        return torch.stack([value.sin().sum() for value in values[-3:]])
+        return values[-1].sin().sum() + values[-3].cos().sum()
 
 
 steps = st.tuples(
-    st.sampled_from(["mul", "mul", "mul", "add", "add", "t", "scale", "tanh"]),
+    st.sampled_from(["mul", "mul", "mul", "mul", "add", "add", "t", "scale", "tanh"]),
     st.integers(0, 30),
     st.sampled_from([1.0, -1.0, 2.0, 0.5]),
 )
 programs = st.builds(
     Program,
-    st.lists(steps, min_size=3, max_size=9).map(tuple),
-    st.lists(st.integers(0, 30), min_size=9, max_size=9).map(tuple),
+    st.lists(steps, min_size=4, max_size=12).map(tuple),
+    st.lists(st.integers(0, 30), min_size=12, max_size=12).map(tuple),
 )
 often = settings(
     derandomize=True,
@@ -107,11 +105,9 @@ def flops(gm: fx.GraphModule, dialect: Dialect | None) -> int:
     total = 0
     for node in gm.graph.nodes:
         form = dialect.read(node)
-        terms = [term for term, _ in form.terms] if isinstance(form, Sum) else [form]
-        for term in terms:
-            if isinstance(term, Product):
-                inner = shape_of(term.left.node)[-1 if not term.left.transposed else 0]
-                total += 2 * int(numel(shape_of(node))) * int(inner)
+        for product in [] if form is None else products(form):
+            inner = shape_of(product.left.node)[-1 if not product.left.transposed else 0]
+            total += 2 * int(numel(shape_of(node))) * int(inner)
     return total
 
 
@@ -196,4 +192,4 @@ def test_joint_graphs(program: Program) -> None:
     report = runlora_fx.last_report()
     assert report is not None
     assert report.flops_after <= report.flops_before
-    assert not report.refusals, pytest.fail(f"{report.refusals}: {program!r}")
+    assert not report.refusals, program

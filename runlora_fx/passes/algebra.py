@@ -47,6 +47,10 @@ class Word(NamedTuple):
         """(U V)' = V' U'."""
         return Word(tuple(f.T for f in reversed(self.factors)), self.scalars)
 
+    def __matmul__(self, other: Word) -> Word:
+        """The two words behind one another."""
+        return Word(self.factors + other.factors, _merge(self.scalars, other.scalars))
+
     def sort_key(self) -> tuple[int, Factors, tuple[int, ...]]:
         """Shortest first: the base weight leads W + s B A, and keeps the coefficient 1."""
         return (len(self.factors), self.factors, self.scalars)
@@ -131,11 +135,7 @@ class Polynomial:
         return polynomial([*self.terms, *((word, -c) for word, c in other.terms)])
 
     def __matmul__(self, other: Polynomial) -> Polynomial:
-        return polynomial(
-            (Word(u.factors + v.factors, _merge(u.scalars, v.scalars)), a * b)
-            for u, a in self.terms
-            for v, b in other.terms
-        )
+        return polynomial((u @ v, a * b) for u, a in self.terms for v, b in other.terms)
 
     def scaled(self, by: Scalar) -> Polynomial:
         """The polynomial times a scalar."""
@@ -205,14 +205,15 @@ def without_scalar(p: Polynomial) -> tuple[Scalar, Polynomial]:
     """
     if not p.terms:
         raise ValueError("the zero polynomial has no leading word")
-    number = p.terms[0][1]
     common = Counter(p.terms[0][0].scalars)
     for word, _ in p.terms[1:]:
         common &= Counter(word.scalars)
-    if number == 1.0 and not common:
-        return ONE, p
-    scalar = Scalar(number, tuple(sorted(common.elements())))
-    return scalar, divided(p, scalar)
+    # Common scalars first: which word leads may depend on them.
+    core = divided(p, Scalar(1.0, tuple(sorted(common.elements())))) if common else p
+    number = core.terms[0][1]
+    if number != 1.0:
+        core = divided(core, Scalar(number))
+    return Scalar(number, tuple(sorted(common.elements()))), core
 
 
 @lru_cache(maxsize=1 << 16)
@@ -252,7 +253,11 @@ def components(p: Polynomial) -> list[Polynomial]:
 
 
 def factorisations(p: Polynomial) -> Iterator[tuple[Polynomial, Polynomial]]:
-    """All (L, R) of at least one factor each, with ``L @ R == p``, the leading number in R."""
+    """All (L, R) of at least one factor each, with ``L @ R == p``, the leading number in R.
+
+    All but those in which words of L begin with one another, or words of R end with one another, as
+    in ``X (A + B A)``, may go unnoticed: they are found where that is unambiguous in p.
+    """
     if len(p) == 1:
         (word, c) = p.terms[0]
         for i in range(1, len(word.factors)):

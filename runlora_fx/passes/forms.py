@@ -118,6 +118,12 @@ Form: TypeAlias = Product | Sum | Scale | Reshape | Copy | Permute | Identity | 
 _shapes: MutableMapping[torch.Tensor, Shape] = WeakIdKeyDictionary()
 
 
+def products(form: Form) -> list[Product]:
+    """The matrix products in a form."""
+    terms = [term for term, _ in form.terms] if isinstance(form, Sum) else [form]
+    return [term for term in terms if isinstance(term, Product)]
+
+
 def value_of(node: object) -> torch.Tensor | None:
     """The example tensor of a node, or None."""
     val = node.meta.get("val") if isinstance(node, fx.Node) else None

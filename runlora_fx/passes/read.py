@@ -36,6 +36,7 @@ from runlora_fx.passes.forms import (
     Shape,
     Sum,
     permuted_cut,
+    products,
     recut,
     shape_of,
     value_of,
@@ -69,13 +70,12 @@ class GraphReader(Expander):
         """
         super().__init__(ValueNumbers(graph, dialect.readers), Leaves(), {})
         self._dialect = dialect
-        self._unstable = unstable
+        self._unread = set(unstable)
         self._addends: dict[fx.Node, Addends] = {}
         self.cuts: dict[fx.Node, Cut] = {}
-        for node in graph.nodes:
-            self.classify(node)
-        self.roots = [node for node in self.cuts if not self._is_interior(node)]
-        self.stops = set(self.roots)
+        self.roots: list[fx.Node] = []
+        self.stops: set[fx.Node] = set()
+        self._find_roots(graph)
         while not self._expand_all():
             self._addends.clear()
 
@@ -100,7 +100,7 @@ class GraphReader(Expander):
 
     def classify(self, node: fx.Node) -> None:
         """Find a node's form, and whether it is linear."""
-        if node in self._unstable or not _is_plain(node):
+        if node in self._unread or not _is_plain(node):
             return
         form = self._dialect.read(node)
         if isinstance(form, Cast):
@@ -155,7 +155,7 @@ class GraphReader(Expander):
             case Sum():
                 return self._sum_cut(form, shape_of(node))
             case Scale(source, by):
-                return None if by in self._unstable else self.cuts.get(source)
+                return None if by in self._unread else self.cuts.get(source)
             case Reshape(source) if source in self.cuts:
                 return recut(shape_of(source), self.cuts[source], shape_of(node))
             case Permute(source, dims) if source in self.cuts:
@@ -185,6 +185,14 @@ class GraphReader(Expander):
         """Whether a cut shows the matrix that a linear node is made as."""
         shape = shape_of(node)
         return self.cuts[node].extents(shape) == cut.extents(shape)
+
+    def _find_roots(self, graph: fx.Graph) -> None:
+        self.forms.clear()
+        self.cuts.clear()
+        for node in graph.nodes:
+            self.classify(node)
+        self.roots = [node for node in self.cuts if not self._is_interior(node)]
+        self.stops = set(self.roots)
 
     def _is_interior(self, node: fx.Node) -> bool:
         """Whether all users take the node as the matrix that it is made as."""
@@ -218,21 +226,37 @@ class GraphReader(Expander):
     # -- expansion -----------------------------------------------------------------------------
 
     def _expand_all(self) -> bool:
-        """Expand every linear node; False if one grew too large and its operands are roots now."""
+        """Expand every linear node; False if the roots had to change for it.
+
+        They do where a node grows too large, whose operands become roots, and where words cancel.
+        Whoever subtracts what it added relies on rounding (compensated sums, straight-through
+        estimators), so such a node is not read.
+        """
         for node, cut in self.cuts.items():
             if self._words(node) > _MAX_WORDS and self._stop_operands(node):
                 return False
             addends = self.expand(node, cut)
             assert addends is not None, f"{node.name} is linear but shows no matrix"
+            if self._cancels(node, addends):
+                self._unread.add(node)
+                self._find_roots(node.graph)
+                return False
             self._addends[node] = addends
         return True
 
+    def _cancels(self, node: fx.Node, addends: Addends) -> bool:
+        """Whether a word that a linear node adds up is not in the sum."""
+        written = {word for p in addends for word in p.words}
+        for product in products(self.forms[node]):
+            left, right = map(total, self.factors(product))
+            if len(left) > 1 and len(right) > 1:
+                written |= {u @ v for u in left.words for v in right.words}
+        return not written or not written.issubset(total(addends).words)
+
     def _words(self, node: fx.Node) -> int:
         """Words that the products at a node would expand into."""
-        form = self.forms[node]
-        terms = [term for term, _ in form.terms] if isinstance(form, Sum) else [form]
-        products = [term for term in terms if isinstance(term, Product)]
-        return max((self._length(p.left) * self._length(p.right) for p in products), default=0)
+        sizes = (self._length(p.left) * self._length(p.right) for p in products(self.forms[node]))
+        return max(sizes, default=0)
 
     def _length(self, operand: Operand) -> int:
         return len(total(self.operand(operand.node, operand.cut)))
@@ -247,12 +271,10 @@ class GraphReader(Expander):
                 continue
             if isinstance(self.forms[source], Sum):
                 self.stops.add(source)
-                self.roots.append(source)
                 found = True
             else:
                 pending.extend(sources(self.forms[source]))
-        order = {node: i for i, node in enumerate(self.cuts)}
-        self.roots.sort(key=order.__getitem__)
+        self.roots = [linear for linear in self.cuts if linear in self.stops]
         return found
 
 

@@ -15,7 +15,6 @@ from itertools import combinations
 
 from torch import fx
 
-from runlora_fx.passes import forms
 from runlora_fx.passes.algebra import (
     Polynomial,
     components,
@@ -24,7 +23,7 @@ from runlora_fx.passes.algebra import (
 )
 from runlora_fx.passes.dims import DimClasses
 from runlora_fx.passes.expand import Addends, total
-from runlora_fx.passes.forms import Dim, value_of
+from runlora_fx.passes.forms import Dim, products, value_of
 from runlora_fx.passes.phases import Phases, recomputed
 from runlora_fx.passes.plan import (
     LeafSpec,
@@ -152,11 +151,7 @@ class Regions:
 
     def _root(self, node: fx.Node) -> Root:
         p = self._reader.expression(node)
-        words = set(p.words)
-        parts = components(p)
-        if not all(words.issuperset(q.words) for q in self._reader.addends(node)):
-            parts = [p] if p.terms else []  # words cancel between addends: they belong together
-        return Root(node, p, tuple(parts), self._phases.runs_backward(node))
+        return Root(node, p, tuple(components(p)), self._phases.runs_backward(node))
 
     def is_trivial(self, part: Polynomial) -> bool:
         """Whether a part needs no computation of its own: a leaf, or a bias to broadcast."""
@@ -168,7 +163,7 @@ class Regions:
     # -- the graph as it came ------------------------------------------------------------------
 
     def _incoming(self) -> Iterator[Made]:
-        """Everything the graph computes, in its order; fills :attr:`_kept` and :attr:`_read_backward`."""
+        """Everything the graph computes, in order; fills `_kept` and `_read_backward`."""
         forward: dict[Polynomial, Made] = {}
         for node in self._reader.cuts:
             for made in self._made_at(node):
@@ -182,12 +177,8 @@ class Regions:
 
     def _made_at(self, node: fx.Node) -> Iterator[Made]:
         backward = self._phases.runs_backward(node)
-        form = self._reader.forms[node]
-        terms = [term for term, _ in form.terms] if isinstance(form, forms.Sum) else [form]
-        for term in terms:
-            if not isinstance(term, forms.Product):
-                continue
-            left, right = self._reader.factors(term)
+        for form in products(self._reader.forms[node]):
+            left, right = self._reader.factors(form)
             for operand in (left, right):
                 if len(operand) > 1:
                     yield Made(operand, False, backward and self._in_backward(operand), node)
@@ -223,7 +214,6 @@ class Regions:
     # -- grouping ------------------------------------------------------------------------------
 
     def _grouped(self, incoming: list[Made]) -> list[Region]:
-        incoming = [made for made in incoming if made.polynomial.terms]
         for p in [part for root in self.roots for part in root.parts] + [
             made.polynomial for made in incoming
         ]:

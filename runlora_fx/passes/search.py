@@ -150,7 +150,7 @@ class Ways:
                 (step, self.objective.price(step_cost(self.problem, value.core, step)), operands)
                 for step in dict.fromkeys(self._steps(value))
                 for operands in [self._operands(value, step)]
-                # Where words cancel, the incoming graph may make a value from larger ones.
+                # The incoming graph may add a value to itself: X A + X A.
                 if all(self.rank(operand) < self.rank(value) for operand in operands)
             ]
         return self._known[value]
