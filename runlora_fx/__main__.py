@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from runlora_fx import demo
+from runlora_fx._demo_training import Settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_arguments(commands.add_parser("demo", help=demo.SUMMARY, description=demo.SUMMARY))
     arguments = parser.parse_args(argv)
     try:
-        settings = demo.Settings.from_arguments(arguments)
+        settings = Settings.from_arguments(arguments)
     except ValueError as error:
         parser.error(str(error))
     return demo.run(settings)

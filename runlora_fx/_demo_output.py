@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from statistics import mean, median
-from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -14,10 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
+from runlora_fx._demo_training import Settings, Variant
 from runlora_fx.report import Report, Site
-
-if TYPE_CHECKING:
-    from runlora_fx.demo import Settings, Variant
 
 BARS = "▁▂▃▄▅▆▇█"
 

@@ -33,7 +33,7 @@ _log = logging.getLogger("runlora_fx")
 _UNKNOWN_SIZE = 4096
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PlannedRegion:
     """A region, the problem it poses and what was decided about it."""
 
@@ -113,14 +113,13 @@ def _attempt(
         writer = Writer(graph, reader, dialect)
         emitter = Emitter(reader, phases, writer, plan, roots, existing, hint)
         _replace(graph, reader, writer, emitter, roots)
-    done = {id(p) for p in changed}
     return Report(
         graph="joint" if phases.is_joint else dialect.graph,
         sites=sites,
         refusals=(*refused.values(), *missed),
         flops_before=sum(int(p.decision.before.flops) for p in planned),
         flops_after=sum(
-            int((p.decision.after if id(p) in done else p.decision.before).flops) for p in planned
+            int((p.decision.after if p in changed else p.decision.before).flops) for p in planned
         ),
     )
 
