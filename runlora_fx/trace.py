@@ -13,7 +13,7 @@ from runlora_fx import history
 from runlora_fx.backend import aot_backend
 from runlora_fx.joint_pass import run
 from runlora_fx.options import Options
-from runlora_fx.passes.dialects.aten import ATEN
+from runlora_fx.passes.dialects.aten import DIFFERENTIABLE_ATEN
 from runlora_fx.passes.dialects.torch_fn import TORCH
 from runlora_fx.passes.lower import Lowering
 from runlora_fx.passes.shapes import annotate
@@ -46,7 +46,7 @@ def rewrite(
     result = _copy(gm)
     lowering = Lowering(result)
     annotate(result, example_inputs)
-    run(result.graph, ATEN if is_aten else TORCH, chosen)
+    run(result.graph, DIFFERENTIABLE_ATEN if is_aten else TORCH, chosen)
     lowering.undo()
     result.graph.lint()
     result.recompile()

@@ -16,7 +16,7 @@ import runlora_fx
 from runlora_fx.passes.algebra import Polynomial
 from runlora_fx.passes.dialects.aten import ATEN
 from runlora_fx.passes.dialects.torch_fn import TORCH
-from runlora_fx.passes.mutation import unstable_nodes
+from runlora_fx.passes.opaque import opaque_nodes
 from runlora_fx.passes.read import GraphReader
 from runlora_fx.passes.shapes import annotate
 
@@ -66,7 +66,7 @@ def polynomials(gm: fx.GraphModule, level: str, inputs: list[Tensor]) -> list[st
     """The polynomial of each root of a graph."""
     annotate(gm, inputs)
     dialect = TORCH if level == "torch" else ATEN
-    reader = GraphReader(gm.graph, dialect, unstable_nodes(gm.graph, dialect))
+    reader = GraphReader(gm.graph, dialect, opaque_nodes(gm.graph, dialect))
     return [spelled(reader.expression(root), reader) for root in reader.roots]
 
 
@@ -299,6 +299,70 @@ def test_tensors_modified_in_place_are_not_read(fn: Callable[..., Tensor]) -> No
     assert not any(site.changed for site in report.sites)
     copies = [[t.clone() for t in inputs] for _ in range(2)]
     torch.testing.assert_close(rewritten(*copies[0]), fn(*copies[1]))
+
+
+def _twice(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    before = x @ w.t() + x @ a.t() @ b.t()
+    x.add_(1)
+    return torch.stack([before, x @ w.t() + x @ a.t() @ b.t()])
+
+
+def _scaled_twice(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    before = 2 * x
+    x.add_(1)
+    after = 2 * x
+    return torch.stack([y @ w.t() + y @ a.t() @ b.t() for y in (before, after)])
+
+
+@pytest.mark.parametrize("fn", [_twice, _scaled_twice])
+def test_calls_around_a_modification_in_place_are_not_equal(fn: Callable[..., Tensor]) -> None:
+    inputs = tensors(fn)
+    rewritten = runlora_fx.rewrite(traced(fn, "torch", inputs), inputs, strict=True)
+    copies = [[t.clone() for t in inputs] for _ in range(2)]
+    torch.testing.assert_close(rewritten(*copies[0]), fn(*copies[1]))
+
+
+def _base_without_grad(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    with torch.no_grad():
+        base = x @ w.t()
+    return base + x @ a.t() @ b.t()
+
+
+def _base_detached(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return x.detach() @ w.t() + x @ a.t() @ b.t()
+
+
+def _product_without_grad_and_again(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    with torch.no_grad():
+        down = torch.tanh(x @ a.t())
+    return down @ b.t() + x @ w.t() + x @ a.t() @ b.t()
+
+
+def _sum_under_autocast(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    x, w, a, b = (t.float() for t in (x, w, a, b))
+    base, update = x @ w.t(), x @ a.t() @ b.t()
+    with torch.autocast("cpu", torch.bfloat16):
+        return base + update
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [_base_without_grad, _base_detached, _product_without_grad_and_again, _sum_under_autocast],
+)
+def test_grad_and_autocast_modes_hold_in_rewritten_dynamo_graphs(
+    fn: Callable[..., Tensor],
+) -> None:
+    def gradients(run: Callable[..., Tensor]) -> list[Tensor]:
+        inputs = [t.requires_grad_() for t in tensors(fn)]
+        out = run(*inputs)
+        return [out, *torch.autograd.grad(out.sin().sum(), inputs, allow_unused=True)]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        fn, backend=lambda gm, _: runlora_fx.rewrite(gm, strict=True), fullgraph=True
+    )
+    for found, wanted in zip(gradients(compiled), gradients(fn), strict=True):
+        torch.testing.assert_close(found, wanted)
 
 
 PLANS: dict[str, tuple[Callable[..., Tensor], str]] = {

@@ -164,11 +164,8 @@ class Emitter:
         if part.core.leaf is not None:
             return "leaf"
         factors = part.core.terms[0][0].factors
-        first, last = factors[0], factors[-1]
-        is_row = len(part.core) == 1 and any(
-            self._is_ones(f) for f in (last if part.transposed else first,)
-        )
-        return "row" if is_row else "product"
+        end = factors[-1] if part.transposed else factors[0]
+        return "row" if len(part.core) == 1 and self._is_ones(end) else "product"
 
     def _row(self, part: Normalised, flip: bool, backward: bool) -> tuple[fx.Node, Scalar]:
         """The row that a broadcast part repeats, ready to be added; a column if flipped."""

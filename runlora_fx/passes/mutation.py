@@ -2,7 +2,7 @@
 
 Functional graphs have none but the final write-backs to their inputs. At the torch level
 ``x += 1`` or ``F.relu(x, inplace=True)`` change what later nodes read, so nothing that shares
-memory with ``x`` may be read as a leaf or be moved.
+memory with ``x``, or reads it, may be moved or be taken for equal to a twin.
 """
 
 from __future__ import annotations

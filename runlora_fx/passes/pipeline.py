@@ -18,7 +18,7 @@ from runlora_fx.passes.decide import Decision, decide
 from runlora_fx.passes.describe import describe, unmatched
 from runlora_fx.passes.dialects.base import Dialect
 from runlora_fx.passes.emit import Emitter
-from runlora_fx.passes.mutation import unstable_nodes
+from runlora_fx.passes.opaque import opaque_nodes
 from runlora_fx.passes.phases import Phases
 from runlora_fx.passes.plan import Plan, Step, Value, product_step
 from runlora_fx.passes.read import GraphReader
@@ -88,7 +88,7 @@ def _attempt(
             return size
         return size_hint(sympy.sympify(size), mode, _UNKNOWN_SIZE)
 
-    reader = GraphReader(graph, dialect, unstable_nodes(graph, dialect))
+    reader = GraphReader(graph, dialect, opaque_nodes(graph, dialect))
     phases = Phases(graph)
     regions = Regions(reader, phases, hint)
     objective = Objective(options.objective, options.margin)

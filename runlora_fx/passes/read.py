@@ -58,19 +58,17 @@ class GraphReader(Expander):
         leaves: The leaves of all polynomials.
     """
 
-    def __init__(
-        self, graph: fx.Graph, dialect: Dialect, unstable: Collection[fx.Node] = ()
-    ) -> None:
+    def __init__(self, graph: fx.Graph, dialect: Dialect, opaque: Collection[fx.Node] = ()) -> None:
         """Find the linear nodes and the roots, and expand them.
 
         Args:
             graph: Every tensor node has an example tensor in ``meta["val"]``.
             dialect: The level of the graph.
-            unstable: Tensors that are modified in place somewhere: never read, never moved.
+            opaque: Never read, never moved, equal to nothing else.
         """
-        super().__init__(ValueNumbers(graph, dialect.readers), Leaves(), {})
+        super().__init__(ValueNumbers(graph, dialect.readers, opaque), Leaves(), {})
         self._dialect = dialect
-        self._unread = set(unstable)
+        self._unread = set(opaque)
         self._addends: dict[fx.Node, Addends] = {}
         self.cuts: dict[fx.Node, Cut] = {}
         self.roots: list[fx.Node] = []
@@ -154,8 +152,8 @@ class GraphReader(Expander):
                 return form.out
             case Sum():
                 return self._sum_cut(form, shape_of(node))
-            case Scale(source, by):
-                return None if by in self._unread else self.cuts.get(source)
+            case Scale(source):
+                return self.cuts.get(source)
             case Reshape(source) if source in self.cuts:
                 return recut(shape_of(source), self.cuts[source], shape_of(node))
             case Permute(source, dims) if source in self.cuts:

@@ -6,7 +6,7 @@ leaf is therefore a value, not a node.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from itertools import count
 from typing import Any
 
@@ -17,19 +17,24 @@ from torch import fx
 class ValueNumbers:
     """The number of every node of a graph; nodes added later are numbered when asked for."""
 
-    def __init__(self, graph: fx.Graph, pure: Mapping[Any, Any]) -> None:
+    def __init__(
+        self, graph: fx.Graph, pure: Mapping[Any, Any], opaque: Collection[fx.Node] = ()
+    ) -> None:
         """Number the nodes of a graph.
 
         Args:
             graph: The graph.
             pure: Call targets beyond ATen operators that are known to be functions of their
                 arguments.
+            opaque: Nodes that equal nothing else, whatever they call.
         """
         self._pure = pure
         self._fresh = count()
         self._by_key: dict[Hashable, int] = {}
         self._number: dict[fx.Node, int] = {}
         self._nodes: dict[int, list[fx.Node]] = {}
+        for node in opaque:
+            self._set(node, next(self._fresh))
         for node in graph.nodes:
             self.of(node)
 
@@ -40,9 +45,12 @@ class ValueNumbers:
             number = next(self._fresh) if key is None else self._by_key.get(key)
             if number is None:
                 number = self._by_key[key] = next(self._fresh)
-            self._number[node] = number
-            self._nodes.setdefault(number, []).append(node)
+            self._set(node, number)
         return self._number[node]
+
+    def _set(self, node: fx.Node, number: int) -> None:
+        self._number[node] = number
+        self._nodes.setdefault(number, []).append(node)
 
     def first(self, number: int) -> fx.Node:
         """The earliest node that holds a value."""

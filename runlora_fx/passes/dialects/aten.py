@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -136,4 +137,10 @@ ATEN = Dialect(
         reshape=_aten.reshape.default,
         size=_aten.sym_size.int,
     ),
+)
+
+#: ATen graphs that autograd may still differentiate: there ``detach`` is not the identity.
+DIFFERENTIABLE_ATEN = replace(
+    ATEN,
+    readers={op: read for op, read in ATEN.readers.items() if op is not _aten.detach.default},
 )

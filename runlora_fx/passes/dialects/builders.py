@@ -160,11 +160,6 @@ def same(a: Any, *_: Any, **__: Any) -> Form | None:
     return Reshape(a) if ndim(a) >= 1 else None
 
 
-def same_if_shape_kept(node: fx.Node, a: Any) -> Form | None:
-    """An expand that expands nothing."""
-    return Reshape(a) if ndim(a) >= 1 and _shape(a) == _shape(node) else None
-
-
 def cast(a: Any, *_: Any, **__: Any) -> Form | None:
     """A conversion to another dtype."""
     return Cast(a) if ndim(a) >= 1 else None

@@ -65,6 +65,7 @@ _product = _keywords(builders.product, "input", "mat2")
 _dropout = _keywords(builders.dropout, "input", "p", "training", "inplace")
 _linear = _keywords(builders.linear, "input", "weight", "bias")
 
+# Graphs of this level are still to be differentiated: ``detach`` is not the identity, but a border.
 TORCH = Dialect(
     name="torch",
     graph="torch",
@@ -122,7 +123,6 @@ TORCH = Dialect(
         torch.clone: builders.copy,
         F.dropout: _dropout,
         torch.dropout: _dropout,
-        "detach": builders.same,
         "to": builders.cast,
         "type": builders.cast,
         "float": builders.cast,
