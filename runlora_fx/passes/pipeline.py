@@ -15,10 +15,11 @@ from runlora_fx.options import Options
 from runlora_fx.passes import forms
 from runlora_fx.passes.algebra import normalise
 from runlora_fx.passes.decide import Decision, decide
-from runlora_fx.passes.describe import describe, unmatched
+from runlora_fx.passes.describe import describe
 from runlora_fx.passes.dialects.base import Dialect
 from runlora_fx.passes.emit import Emitter
 from runlora_fx.passes.opaque import opaque_nodes
+from runlora_fx.passes.origin import unmatched
 from runlora_fx.passes.phases import Phases
 from runlora_fx.passes.plan import Plan, Step, Value, product_step
 from runlora_fx.passes.read import GraphReader
