@@ -9,7 +9,8 @@ Dialects translate nodes into forms; the reader turns forms into polynomials.
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
@@ -18,7 +19,6 @@ from typing import NamedTuple, TypeAlias
 import sympy
 import torch
 from torch import fx
-from torch.utils.weak import WeakIdKeyDictionary
 
 #: A size: an integer, or the expression behind a SymInt.
 Dim: TypeAlias = int | sympy.Expr
@@ -114,8 +114,9 @@ class Cast:
 Form: TypeAlias = Product | Sum | Scale | Reshape | Copy | Permute | Identity | Cast
 
 
-#: Asking a fake tensor for its shape is slow, and every stage asks many times.
-_shapes: MutableMapping[torch.Tensor, Shape] = WeakIdKeyDictionary()
+#: Every stage asks for shapes many times, and symbolic ones are slow to look up. The keys are
+#: identities: a tensor's own equality means something else.
+_shapes: dict[int, tuple[weakref.ref[torch.Tensor], Shape]] = {}
 
 
 def products(form: Form) -> list[Product]:
@@ -135,9 +136,12 @@ def shape_of(node: fx.Node) -> Shape:
     val = value_of(node)
     if val is None:
         raise TypeError(f"{node.name} holds no tensor")
-    shape = _shapes.get(val)
-    if shape is None:
-        shape = _shapes[val] = tuple(dim_of(size) for size in val.shape)
+    key = id(val)
+    known = _shapes.get(key)
+    if known is not None and known[0]() is val:
+        return known[1]
+    shape = tuple(dim_of(size) for size in val.shape)
+    _shapes[key] = (weakref.ref(val, lambda _: _shapes.pop(key, None)), shape)
     return shape
 
 
