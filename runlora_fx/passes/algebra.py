@@ -116,7 +116,7 @@ class Polynomial:
         """The scalar leaves it mentions."""
         return frozenset(s for word, _ in self.terms for s in word.scalars)
 
-    @property
+    @cached_property
     def T(self) -> Polynomial:
         """The transposed polynomial."""
         return _transposed(self)

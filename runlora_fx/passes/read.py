@@ -28,7 +28,6 @@ from runlora_fx.passes.forms import (
     Copy,
     Cut,
     Form,
-    Operand,
     Permute,
     Product,
     Reshape,
@@ -43,7 +42,7 @@ from runlora_fx.passes.forms import (
 )
 from runlora_fx.passes.values import ValueNumbers
 
-#: A product that would expand into more words than this takes its operands as leaves instead.
+#: A product that expands into more words than this takes its operands as leaves instead.
 _MAX_WORDS = 32
 
 
@@ -231,10 +230,11 @@ class GraphReader(Expander):
         estimators), so such a node is not read.
         """
         for node, cut in self.cuts.items():
-            if self._words(node) > _MAX_WORDS and self._stop_operands(node):
-                return False
             addends = self.expand(node, cut)
             assert addends is not None, f"{node.name} is linear but shows no matrix"
+            is_large = products(self.forms[node]) and max(map(len, addends)) > _MAX_WORDS
+            if is_large and self._stop_operands(node):
+                return False
             if self._cancels(node, addends):
                 self._unread.add(node)
                 self._find_roots(node.graph)
@@ -250,14 +250,6 @@ class GraphReader(Expander):
             if len(left) > 1 and len(right) > 1:
                 written |= {u @ v for u in left.words for v in right.words}
         return not written or not written.issubset(total(addends).words)
-
-    def _words(self, node: fx.Node) -> int:
-        """Words that the products at a node would expand into."""
-        sizes = (self._length(p.left) * self._length(p.right) for p in products(self.forms[node]))
-        return max(sizes, default=0)
-
-    def _length(self, operand: Operand) -> int:
-        return len(total(self.operand(operand.node, operand.cut)))
 
     def _stop_operands(self, node: fx.Node) -> bool:
         """Make the sums below a product roots, so that its polynomial stays small."""
