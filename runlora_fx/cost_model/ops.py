@@ -28,9 +28,10 @@ def add(b: Amount, m: Amount, n: Amount, operands: int, itemsize: int) -> Cost:
     """Cost of adding ``operands`` matrices (b, m, n) elementwise.
 
     The compiler fuses such a sum into its neighbours (or into a product's accumulator), so it costs
-    the reading of its operands and one write, but no launch.
+    no launch. Every addition is priced alike, so that nested sums cost what the flat one does: the
+    search need not tell them apart, and emission flattens them.
 
     Returns:
-        flops = 0; bytes = b m n (operands + 1) itemsize [B]; kernels = 0.
+        flops = 0; bytes = 3 b m n (operands - 1) itemsize [B]; kernels = 0.
     """
-    return Cost(0, b * m * n * (operands + 1) * itemsize, 0)
+    return Cost(0, 3 * b * m * n * (operands - 1) * itemsize, 0)

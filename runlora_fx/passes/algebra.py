@@ -15,10 +15,15 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import product
+from math import prod
 from typing import NamedTuple
 
 #: Significant digits kept of a coefficient, so that a*(b*c) and (a*b)*c are one number.
 _DIGITS = 14
+
+#: Ways to cut the words of one sum that :func:`factorisations` tries for each cut of the first.
+_MAX_CHOICES = 64
 
 
 class Factor(NamedTuple):
@@ -255,8 +260,9 @@ def components(p: Polynomial) -> list[Polynomial]:
 def factorisations(p: Polynomial) -> Iterator[tuple[Polynomial, Polynomial]]:
     """All (L, R) of at least one factor each, with ``L @ R == p``, the leading number in R.
 
-    All but those in which words of L begin with one another, or words of R end with one another, as
-    in ``X (A + B A)``, may go unnoticed: they are found where that is unambiguous in p.
+    Some words of p can be cut in several places, as in ``X A + X B A``, which is ``X (A + B A)``
+    and ``(X + X B) A``. Beyond a fixed number of combinations only the shortest and the longest L
+    are tried.
     """
     if len(p) == 1:
         (word, c) = p.terms[0]
@@ -264,14 +270,21 @@ def factorisations(p: Polynomial) -> Iterator[tuple[Polynomial, Polynomial]]:
             right = Polynomial(((Word(word.factors[i:], word.scalars), c),))
             yield of_factors(word.factors[:i]), right
         return
-    # In a product every word of R stands behind the whole of L, so each suffix of any one word
-    # fixes L (what stands before that suffix), and L's leading word then fixes R.
-    leading = p.terms[0][0].factors
+    # The leading word of p is that of L times that of R, so each cut of it fixes what can stand
+    # left (whatever stands before R's leading word somewhere in p) and right.
+    leading, *others = [word.factors for word in p.words]
     for i in range(1, len(leading)):
-        left = without_scalar(_before(p, leading[i:]))[1]
-        rest = _behind(p, left.terms[0][0])
-        if rest is not None and (left @ rest).close_to(p, rtol=1e-12):
-            yield left, rest
+        first, last = leading[:i], leading[i:]
+        n = len(last)
+        lefts = {w[:-n] for w in (leading, *others) if len(w) > n and w[-n:] == last}
+        rights = {w[i:] for w in (leading, *others) if len(w) > i and w[:i] == first}
+        options = [
+            [j for j in range(1, len(w)) if w[:j] in lefts and w[j:] in rights] for w in others
+        ]
+        for cuts in _choices(options):
+            pair = _divided_at(p, (i, *cuts))
+            if pair is not None:
+                yield pair
 
 
 def substitute(p: Polynomial, leaves: Mapping[int, int], scalars: Mapping[int, int]) -> Polynomial:
@@ -288,28 +301,38 @@ def substitute(p: Polynomial, leaves: Mapping[int, int], scalars: Mapping[int, i
     )
 
 
-def _before(p: Polynomial, suffix: Factors) -> Polynomial:
-    """Everything that stands before ``suffix`` in p."""
-    n = len(suffix)
-    return polynomial(
-        (Word(w.factors[:-n], w.scalars), c)
-        for w, c in p.terms
-        if len(w.factors) > n and w.factors[-n:] == suffix
+def _choices(options: list[list[int]]) -> Iterator[tuple[int, ...]]:
+    """One of each; where that is too many, the first of each and the last of each."""
+    if not all(options):
+        return
+    if prod(map(len, options)) <= _MAX_CHOICES:
+        yield from product(*options)
+    else:
+        yield tuple(choice[0] for choice in options)
+        yield tuple(choice[-1] for choice in options)
+
+
+def _divided_at(p: Polynomial, cuts: tuple[int, ...]) -> tuple[Polynomial, Polynomial] | None:
+    """(L, R) whose product p is if every word is cut at the given place; None if it is not."""
+    leading, i = p.terms[0][0].factors, cuts[0]
+    pieces = [
+        (w.factors[:j], w.factors[j:], w.scalars, c)
+        for (w, c), j in zip(p.terms, cuts, strict=True)
+    ]
+    _, left = without_scalar(
+        polynomial((Word(u, scalars), c) for u, v, scalars, c in pieces if v == leading[i:])
     )
-
-
-def _behind(p: Polynomial, prefix: Word) -> Polynomial | None:
-    """Everything that stands behind ``prefix`` in p; None where its scalars do not divide."""
-    n = len(prefix.factors)
-    terms = []
-    for w, c in p.terms:
-        if len(w.factors) > n and w.factors[:n] == prefix.factors:
-            rest = Counter(w.scalars)
-            rest.subtract(prefix.scalars)
+    common = Counter(left.terms[0][0].scalars)
+    right = []
+    for u, v, scalars, c in pieces:
+        if u == leading[:i]:
+            rest = Counter(scalars)
+            rest.subtract(common)
             if min(rest.values(), default=0) < 0:
                 return None
-            terms.append((Word(w.factors[n:], tuple(sorted(rest.elements()))), c))
-    return polynomial(terms)
+            right.append((Word(v, tuple(sorted(rest.elements()))), c))
+    rest_of_p = polynomial(right)
+    return (left, rest_of_p) if (left @ rest_of_p).close_to(p, rtol=1e-12) else None
 
 
 @lru_cache(maxsize=1 << 16)
