@@ -7,18 +7,26 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+import sympy
+import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from sympy.utilities.iterables import multiset_partitions
+from torch import Tensor, nn
 
+import runlora_fx
 from runlora_fx.cost_model.objective import Objective
+from runlora_fx.passes import search
 from runlora_fx.passes.algebra import (
     Factor,
     Polynomial,
+    Scalar,
     Word,
+    leaf,
     normalise,
     polynomial,
 )
+from runlora_fx.passes.decide import decide
 from runlora_fx.passes.plan import (
     Keep,
     LeafSpec,
@@ -27,9 +35,12 @@ from runlora_fx.passes.plan import (
     Step,
     Sum,
     Value,
+    incoming_cost,
+    product_step,
     step_cost,
+    sum_step,
 )
-from runlora_fx.passes.search import cheapest
+from runlora_fx.passes.search import SearchLimitError, cheapest
 
 FLOPS = Objective("flops")
 
@@ -177,3 +188,329 @@ def test_joint_problems_as_cheap_as_brute_force(problem: Problem) -> None:
             cheapest(problem, FLOPS)
     else:
         assert FLOPS.price(cheapest(problem, FLOPS).cost(problem)) == expected
+
+
+# -- the catalogue of "Run LoRA Run" (arXiv 2312.03415), in multiply-adds ----------------------
+
+X, W, A, B, DY, BIAS, ONES = range(7)
+Shape = tuple[int, int, int, int]
+
+GRID: list[Shape] = [
+    (n, i, o, r)
+    for n in (1, 16, 300, 2048, 8192)
+    for i, o in ((64, 64), (256, 1024), (1024, 256), (100, 3000), (4096, 4096))
+    for r in (1, 8, 64, 300)
+]
+
+
+def forwards(n: int, i: int, o: int, r: int) -> list[int]:
+    return [
+        n * i * o + n * i * r + n * r * o,  # forward1, 3: X W + (X A) B
+        n * i * o + i * r * o,  # forward2, 4: X (W + A B)
+    ]
+
+
+def backwards(n: int, i: int, o: int, r: int) -> list[int]:
+    return [
+        # 1: Z = dY B'; dA = X' Z; dB = (X A)' dY; dX = dY W' + Z A'
+        n * i * o + 3 * n * i * r + 2 * n * r * o,
+        # 2: as 1, but dB = A' (X' dY)
+        2 * n * i * o + 2 * n * i * r + n * r * o + i * r * o,
+        # 3: G = X' dY; dA = G B'; dB = A' G; dX = dY W' + (dY B') A'
+        2 * n * i * o + n * i * r + n * r * o + 2 * i * r * o,
+        # 4: G as in 3, dX = dY (W + A B)'
+        2 * n * i * o + 3 * i * r * o,
+        # 5: Z and X A as in 1, dX = dY (W + A B)'
+        n * i * o + 2 * n * i * r + 2 * n * r * o + i * r * o,
+    ]
+
+
+def lora_layer(
+    shape: Shape, *, frozen_input: bool = False, trained_base: bool = False, bias: bool = False
+) -> Problem:
+    """``Y = X W' + 2 X A' B'`` and its gradients, as autograd computes them.
+
+    Args:
+        shape: Tokens, in, out, rank.
+        frozen_input: Whether nobody asks for dX.
+        trained_base: Whether dW is asked for.
+        bias: Whether a bias is added.
+    """
+    n, i, o, r = range(4)
+    leaves = (
+        LeafSpec(n, i),
+        LeafSpec(o, i),
+        LeafSpec(r, i),
+        LeafSpec(o, r),
+        LeafSpec(n, o, backward=True),
+        LeafSpec(4, o),
+        LeafSpec(n, 4, kind="ones"),
+    )
+    x, w, a, b, dy, bias_row, ones = map(leaf, range(7))
+    two = Scalar(2.0)
+    down = product_step(x, a.T)
+    base, update = x @ w.T, x @ a.T @ b.T
+    parts = [base, update.scaled(two), *([ones @ bias_row] if bias else [])]
+    steps: list[tuple[Polynomial, bool, Step]] = [
+        (base, False, product_step(x, w.T)),
+        (x @ a.T, False, down),
+        (update, False, product_step(x @ a.T, b.T)),
+        (polynomial(t for p in parts for t in p), False, sum_step(parts)),
+        (dy @ b, True, product_step(dy, b)),
+        (b.T @ dy.T @ x, True, product_step((dy @ b).T, x)),
+        (dy.T @ x @ a.T, True, product_step(dy.T, x @ a.T)),
+    ]
+    demands = [parts[0] + parts[1], b.T @ dy.T @ x, dy.T @ x @ a.T]
+    if bias:
+        steps.append((ones @ bias_row, False, product_step(ones, bias_row)))
+        demands[0] = demands[0] + parts[2]
+    if not frozen_input:
+        dx = [dy @ w, (dy @ b @ a).scaled(two)]
+        steps.append((dy @ w, True, product_step(dy, w)))
+        steps.append((dy @ b @ a, True, product_step(dy @ b, a)))
+        steps.append((dx[0] + dx[1], True, sum_step(dx)))
+        demands.append(dx[0] + dx[1])
+    if trained_base:
+        steps.append((dy.T @ x, True, product_step(dy.T, x)))
+        demands.append(dy.T @ x)
+    return Problem(
+        leaves=leaves,
+        dims=(*shape, 1),
+        demands=tuple(Value(normalise(p).core, DY in p.leaves) for p in demands),
+        incoming=tuple((Value(normalise(p).core, late), step) for p, late, step in steps),
+        kept=frozenset([normalise(x @ a.T).core]),
+        itemsize=4,
+    )
+
+
+def planned_flops(problem: Problem) -> int:
+    return int(cheapest(problem, FLOPS).cost(problem).flops)
+
+
+@pytest.mark.parametrize("shape", GRID)
+def test_never_dearer_than_the_catalogue(shape: Shape) -> None:
+    catalogue = min(forwards(*shape)) + min(backwards(*shape))
+    assert planned_flops(lora_layer(shape)) <= 2 * catalogue
+
+
+@pytest.mark.parametrize("shape", GRID[::3])
+def test_without_dx_as_cheap_as_the_best_of_both_orders_of_the_gradients(shape: Shape) -> None:
+    n, i, o, r = shape
+    apart = 2 * n * r * o + 2 * n * i * r  # dA = X' (dY B'), dB = (X A)' dY; X A is kept or made
+    through_g = n * i * o + 2 * i * r * o  # dA = G B', dB = A' G
+    best = min(forwards(*shape)) + min(apart, through_g)
+    assert planned_flops(lora_layer(shape, frozen_input=True)) <= 2 * best
+
+
+@pytest.mark.parametrize("shape", GRID[::3])
+def test_with_the_base_trained_its_gradient_is_shared(shape: Shape) -> None:
+    n, i, o, _ = shape
+    best = min(forwards(*shape)) + min(backwards(*shape)[2:4])
+    assert planned_flops(lora_layer(shape, trained_base=True)) <= 2 * best
+    free = planned_flops(lora_layer(shape)) + 2 * n * i * o
+    assert planned_flops(lora_layer(shape, trained_base=True)) <= free
+
+
+class _Lora(nn.Module):
+    def __init__(self, i: int, o: int, r: int) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(o, i), requires_grad=False)
+        self.a, self.b = nn.Parameter(torch.randn(r, i)), nn.Parameter(torch.randn(o, r))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.w.t() + 2 * (x @ self.a.t() @ self.b.t())
+
+
+@pytest.mark.parametrize("shape", [(8, 32, 48, 4), (512, 32, 48, 4), (64, 32, 48, 40)])
+def test_a_traced_layer_poses_the_same_problem(shape: Shape) -> None:
+    n, i, o, r = shape
+    torch._dynamo.reset()
+    runlora_fx.joint_graph(_Lora(i, o, r), (torch.randn(n, i, requires_grad=True),))
+    report = runlora_fx.last_report()
+    assert report is not None
+    problem = lora_layer(shape)
+    assert report.flops_before == incoming_cost(problem).flops
+    assert report.flops_after == planned_flops(problem)
+
+
+# -- the rules, one by one ---------------------------------------------------------------------
+
+
+def one_word(*sizes: int, incoming: Step | None = None) -> Problem:
+    """A chain of matrices of the given sizes, ``L0 L1 ...``."""
+    n = len(sizes) - 1
+    p = leaf(0)
+    for i in range(1, n):
+        p = p @ leaf(i)
+    leaves = tuple(LeafSpec(i, i + 1) for i in range(n))
+    value = Value(normalise(p).core, False)
+    steps = () if incoming is None else ((value, incoming),)
+    return Problem(leaves, sizes, (value,), steps, frozenset(), 4)
+
+
+def test_a_chain_is_multiplied_in_the_order_of_least_flops() -> None:
+    # The textbook example of matrix-chain multiplication (Cormen et al., section 15.2).
+    problem = one_word(30, 35, 15, 5, 10, 20, 25)
+    assert planned_flops(problem) == 2 * 15125
+
+
+@pytest.mark.parametrize(("tokens", "merged"), [(127, False), (129, True)])
+@pytest.mark.parametrize("rank", [1, 8, 64])
+def test_the_forward_alone_breaks_even_at_io_over_i_plus_o(
+    tokens: int, merged: bool, rank: int
+) -> None:
+    problem = lora_layer((tokens, 256, 256, rank))
+    problem = replace(problem, demands=problem.demands[:1])
+    plan = cheapest(problem, FLOPS)
+    assert isinstance(plan.steps[problem.demands[0]], Product) == merged
+
+
+def test_a_tie_leaves_the_graph_as_it_came() -> None:
+    problem = lora_layer((128, 256, 256, 8))
+    only_forward = {problem.demands[0], *(v for v, _ in problem.incoming if not v.backward)}
+    problem = replace(
+        problem,
+        demands=problem.demands[:1],
+        incoming=tuple((v, s) for v, s in problem.incoming if v in only_forward),
+    )
+    decision = decide(problem, FLOPS)
+    assert decision.before.flops == planned_flops(problem)
+    assert not decision.changed
+    assert "as it came" in decision.reason
+
+
+def test_a_plan_below_the_margin_is_not_taken() -> None:
+    problem = lora_layer((512, 256, 256, 8))
+    plain = decide(problem, FLOPS)
+    saved = 1 - plain.after.flops / plain.before.flops
+    assert plain.changed
+    assert decide(problem, Objective("flops", margin=saved * 0.99)).changed
+    held_back = decide(problem, Objective("flops", margin=saved * 1.01))
+    assert not held_back.changed
+    assert "margin" in held_back.reason
+    assert held_back.after == held_back.before
+
+
+def test_the_decision_for_equal_layers_is_made_once() -> None:
+    shape = (77, 123, 321, 5)
+    before = decide.cache_info()
+    assert decide(lora_layer(shape), FLOPS) is decide(lora_layer(shape), FLOPS)
+    after = decide.cache_info()
+    assert (after.hits, after.misses) == (before.hits + 1, before.misses + 1)
+
+
+def _needs_down_in_the_backward(*, held: bool = True, kept: bool = True) -> Problem:
+    """``X A'`` is asked for in the forward, ``dY' (X A')`` in the backward."""
+    x, a, dy = leaf(0), leaf(1), leaf(2)
+    leaves = (LeafSpec(0, 1, held=held), LeafSpec(2, 1), LeafSpec(0, 3, backward=True))
+    down = normalise(x @ a.T).core
+    demands = (Value(down, False), Value(normalise(dy.T @ x @ a.T).core, True))
+    return Problem(leaves, (100, 50, 4, 60), demands, (), frozenset([down] if kept else []), 4)
+
+
+def test_what_the_graph_keeps_is_free_in_the_backward() -> None:
+    once, use = 2 * 100 * 50 * 4, 2 * 60 * 100 * 4
+    plan = cheapest(_needs_down_in_the_backward(), FLOPS)
+    assert any(isinstance(step, Keep) for step in plan.steps.values())
+    assert planned_flops(_needs_down_in_the_backward()) == once + use
+
+
+def test_what_the_graph_does_not_keep_is_paid_twice() -> None:
+    once, use = 2 * 100 * 50 * 4, 2 * 60 * 100 * 4
+    assert planned_flops(_needs_down_in_the_backward(kept=False)) == 2 * once + use
+
+
+def test_the_backward_reads_no_leaf_that_is_not_held() -> None:
+    assert planned_flops(_needs_down_in_the_backward(held=False)) == planned_flops(
+        _needs_down_in_the_backward()
+    )
+    with pytest.raises(ValueError, match="no plan"):
+        cheapest(_needs_down_in_the_backward(held=False, kept=False), FLOPS)
+
+
+def test_a_value_that_two_demands_share_is_paid_once() -> None:
+    x, a, b, c = map(leaf, range(4))
+    leaves = (LeafSpec(0, 1), LeafSpec(1, 2), LeafSpec(2, 3), LeafSpec(2, 3))
+    demands = tuple(Value(normalise(x @ a @ p).core, False) for p in (b, c))
+    problem = Problem(leaves, (50, 40, 3, 30), demands, (), frozenset(), 4)
+    assert planned_flops(problem) == 2 * 50 * 40 * 3 + 2 * (2 * 50 * 3 * 30)
+
+
+def test_a_transposed_twin_is_the_same_value() -> None:
+    x, a, b = map(leaf, range(3))
+    leaves = (LeafSpec(0, 1), LeafSpec(2, 1), LeafSpec(2, 1))
+    demands = tuple(Value(normalise(p).core, False) for p in (x @ a.T @ b, b.T @ a @ x.T))
+    problem = Problem(leaves, (50, 40, 3), tuple(dict.fromkeys(demands)), (), frozenset(), 4)
+    assert len(problem.demands) == 1
+
+
+def test_a_bias_costs_no_flops() -> None:
+    for shape in ((16, 256, 128, 8), (512, 256, 128, 8)):
+        assert planned_flops(lora_layer(shape, bias=True)) == planned_flops(lora_layer(shape))
+
+
+def test_the_first_step_can_be_asked_for() -> None:
+    problem = lora_layer((16, 256, 256, 8))
+    demand = problem.demands[0]
+    chosen = cheapest(problem, FLOPS)
+    asked = product_step(leaf(X), leaf(W).T + (leaf(A).T @ leaf(B).T).scaled(Scalar(2.0)))
+    forced = cheapest(problem, FLOPS, asked)
+    assert forced.steps[demand] == asked != chosen.steps[demand]
+    assert forced.cost(problem).flops > chosen.cost(problem).flops
+
+
+def test_the_alternatives_are_ranked_and_begin_with_the_choice() -> None:
+    decision = decide(lora_layer((512, 256, 256, 8)), FLOPS)
+    prices = [FLOPS.price(a.cost) for a in decision.alternatives]
+    assert prices == sorted(prices)
+    assert len(prices) > 1
+    assert prices[0] == FLOPS.price(decision.after)
+
+
+def test_formulas_agree_with_the_numbers_of_the_search() -> None:
+    shape = (512, 256, 128, 8)
+    problem = lora_layer(shape)
+    symbols = sympy.symbols("N i o r one", positive=True, integer=True)
+    at_hints = dict(zip(symbols, problem.dims, strict=True))
+    for number, formula in (
+        (incoming_cost(problem), incoming_cost(problem, symbols)),
+        (
+            cheapest(problem, FLOPS).cost(problem),
+            cheapest(problem, FLOPS).cost(problem, symbols),
+        ),
+    ):
+        assert number.flops == sympy.sympify(formula.flops).subs(at_hints)
+        assert number.bytes == sympy.sympify(formula.bytes).subs(at_hints)
+        assert number.kernels == formula.kernels
+
+
+def test_a_step_that_the_graph_takes_twice_counts_once() -> None:
+    # The compiler merges equal nodes, so a graph that spells a product twice pays for it once.
+    problem = lora_layer((64, 256, 128, 8))
+    doubled = replace(problem, incoming=problem.incoming * 2)
+    assert incoming_cost(doubled) == incoming_cost(problem)
+
+
+def test_the_graph_as_it_came_is_always_a_candidate() -> None:
+    # No rule of the search would add a value up from these parts; the graph does.
+    x, a = leaf(0), leaf(1)
+    leaves = (LeafSpec(0, 1), LeafSpec(1, 2))
+    core = normalise(x @ a).core
+    step = Sum(((x @ a).scaled(Scalar(0.5)), (x @ a).scaled(Scalar(0.5))))
+    odd = Problem(
+        leaves, (5, 6, 7), (Value(core, False),), ((Value(core, False), step),), frozenset(), 4
+    )
+    assert planned_flops(odd) == 2 * 5 * 6 * 7
+    problem = one_word(3, 4, 5, 6, incoming=product_step(leaf(0), leaf(1) @ leaf(2)))
+    found = search.Ways(problem, FLOPS).of(problem.demands[0])
+    assert product_step(leaf(0), leaf(1) @ leaf(2)) == found[0][0]
+
+
+def test_the_search_gives_up_loudly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "_FRONTIERS", 3)
+    problem = lora_layer((511, 257, 129, 7))
+    with pytest.raises(SearchLimitError, match="more than 3 frontiers"):
+        cheapest(problem, FLOPS)
+    decision = decide(problem, FLOPS)
+    assert not decision.changed
+    assert "left alone" in decision.reason
