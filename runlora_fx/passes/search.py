@@ -11,6 +11,7 @@ to pay, so the first empty frontier is a cheapest plan.
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations, count
@@ -70,7 +71,7 @@ def cheapest(problem: Problem, objective: Objective, first: Step | None = None) 
     while queue:
         _, _, paid, frontier, path = heapq.heappop(queue)
         if not frontier:
-            return Plan(dict(path.walk()) if path else {})
+            return Plan(_flattened(problem, ways, dict(path.walk()) if path else {}))
         if paid > best[frontier]:
             continue
         visited += 1
@@ -88,6 +89,26 @@ def cheapest(problem: Problem, objective: Objective, first: Step | None = None) 
                 path_here = _Path(value, step, path)
                 heapq.heappush(queue, (total + bound, next(tie), total, state, path_here))
     raise ValueError(f"no plan for {problem.demands}")
+
+
+def _flattened(problem: Problem, ways: Ways, steps: Mapping[Value, Step]) -> dict[Value, Step]:
+    """The same steps, with sums that only one sum reads added up there: it costs the same."""
+    uses = Counter(v for value, step in steps.items() for v in ways.operands(value, step))
+
+    def parts(value: Value, step: Sum) -> Iterator[Polynomial]:
+        for part in step.parts:
+            scalar, transposed, core = normalise(part)
+            below = ways.phase(core, value.backward)
+            inner = steps.get(below)
+            if isinstance(inner, Sum) and uses[below] == 1 and below not in problem.demands:
+                absorbed.add(below)
+                yield from ((p.T if transposed else p).scaled(scalar) for p in parts(below, inner))
+            else:
+                yield part
+
+    absorbed: set[Value] = set()
+    flat = {v: Sum(tuple(parts(v, s))) if isinstance(s, Sum) else s for v, s in steps.items()}
+    return {value: step for value, step in flat.items() if value not in absorbed}
 
 
 @dataclass(frozen=True)
@@ -149,7 +170,7 @@ class Ways:
             self._known[value] = [
                 (step, self.objective.price(step_cost(self.problem, value.core, step)), operands)
                 for step in dict.fromkeys(self._steps(value))
-                for operands in [self._operands(value, step)]
+                for operands in [self.operands(value, step)]
                 # The incoming graph may add a value to itself: X A + X A.
                 if all(self.rank(operand) < self.rank(value) for operand in operands)
             ]
@@ -161,7 +182,8 @@ class Ways:
         tangent = any(self.problem.leaves[i].backward for i in core.leaves)
         return Value(core, backward or tangent)
 
-    def _operands(self, value: Value, step: Step) -> frozenset[Value]:
+    def operands(self, value: Value, step: Step) -> frozenset[Value]:
+        """The values that a step reads, without those that need no step of their own."""
         if isinstance(step, Keep):
             return frozenset([Value(value.core, False)])
         polynomials = step.parts if isinstance(step, Sum) else (step.left, step.right)
@@ -179,11 +201,10 @@ class Ways:
             yield Product(left, right)
         if len(core) == 1:
             return
-        parts = components(core)
-        if len(parts) > 1:
-            yield Sum(tuple(parts))
-        elif len(core) <= _ALL_SPLITS:
+        if len(core) <= _ALL_SPLITS:
             yield from _all_splits(core)
+        elif len(parts := components(core)) > 1:
+            yield Sum(tuple(parts))
         else:
             yield from _factor_splits(core)
 
