@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -18,7 +19,12 @@ from runlora_fx.options import Options, split_options
 from runlora_fx.passes.dialects.aten import ATEN
 from runlora_fx.report import Report
 
+_log = logging.getLogger("runlora_fx")
+
 _HOOK = "joint_custom_pre_pass"
+
+#: Inductor's setting that turns the hook off, as mode="lite" does.
+_SWITCH = "use_joint_graph_passes"
 
 
 def runlora(
@@ -49,7 +55,10 @@ def runlora(
     own_pass = inductor.config[_HOOK] = RunloraPass(ours, _as_sequence(before))
     compiled = inductor(gm, example_inputs)
     if not own_pass.ran:
-        history.record(Report(graph="cached", from_cache=True))
+        is_on = inductor.config.get(_SWITCH, getattr(inductor_config, _SWITCH))
+        if not is_on:
+            _log.warning("runlora did nothing: Inductor's joint passes are off (%s)", _SWITCH)
+        history.record(Report(graph="cached" if is_on else "untouched", from_cache=is_on))
     return cast(Callable[..., Any], compiled)
 
 

@@ -42,13 +42,13 @@ def run(graph: fx.Graph, dialect: Dialect, options: Options) -> Report:
         )
         refusal = Refusal(f"the pass failed: {type(error).__name__}: {error}", ("the whole graph",))
         report = Report(graph=dialect.graph, refusals=(refusal,))
-    if report.refusals and not report.sites:
-        names = [name for refusal in report.refusals for name in refusal.nodes]
-        _log.warning(
-            "runlora found no low-rank site, although the model has adapters (%s, ...): %s",
-            names[0],
-            report.refusals[0].reason,
-        )
+    else:
+        if report.refusals and not report.sites:
+            _log.warning(
+                "runlora found no low-rank site, although the model has adapters (%s, ...): %s",
+                report.refusals[0].nodes[0],
+                report.refusals[0].reason,
+            )
     history.record(report)
     return report
 

@@ -29,6 +29,8 @@ def describe(region: Region, posed: PosedProblem, decision: Decision, changed: b
     before = algebra(problem, names, scalars, _incoming_plan(problem))
     plan = decision.plan if changed else None
     symbols = names.symbols
+    failed = decision.changed and not changed
+    reason = "left alone: the plan could not be written" if failed else decision.reason
     cost_before = incoming_cost(problem, symbols).flops
     cost_after = cost_before if plan is None else plan.cost(problem, symbols).flops
     return Site(
@@ -41,7 +43,7 @@ def describe(region: Region, posed: PosedProblem, decision: Decision, changed: b
         flops_before_expr=_expr(cost_before),
         flops_after_expr=_expr(cost_after),
         changed=changed,
-        reason=decision.reason,
+        reason=reason,
         considered=tuple(
             Candidate(names.step(problem.demands[0], a.step), int(a.cost.flops))
             for a in decision.alternatives

@@ -25,10 +25,8 @@ class Lowering:
         for spelled, (target, name) in self._calls.items():
             if spelled in alive:
                 with self._graph.inserting_before(spelled):
-                    call = self._graph.create_node(
-                        "call_module", target, (spelled.args[0],), name=name
-                    )
-                call.meta = spelled.meta
+                    call = self._graph.call_module(target, (spelled.args[0],))
+                call.name, call.meta = name, spelled.meta  # the name is free: its node is gone
                 spelled.replace_all_uses_with(call)
                 self._graph.erase_node(spelled)
         for node in alive:

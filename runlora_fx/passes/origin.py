@@ -14,6 +14,9 @@ from runlora_fx.report import Refusal, Site
 #: Parts of a module path that belong to an adapter's inside.
 _ADAPTER_PARTS = re.compile(r"^(lora_.*|base_layer)$")
 
+#: The name of the compiled module itself.
+_ROOT = "(root)"
+
 
 def modules_of(region: Region) -> tuple[str, ...]:
     """The modules that a region comes from, adapters by the layer that they adapt."""
@@ -23,7 +26,7 @@ def modules_of(region: Region) -> tuple[str, ...]:
         parts = path.split(".")
         inside = next((i for i, part in enumerate(parts) if _ADAPTER_PARTS.match(part)), None)
         if inside is not None:
-            adapted.append(".".join(parts[:inside]))
+            adapted.append(".".join(parts[:inside]) or _ROOT)
     if adapted:
         return tuple(dict.fromkeys(adapted))
     levels = zip(*(path.split(".") for path in paths), strict=False)
@@ -43,7 +46,7 @@ def unmatched(graph: fx.Graph, sites: Iterable[Site]) -> Iterator[Refusal]:
         adapted = next((i for i, part in enumerate(parts) if part.startswith("lora_")), None)
         if adapted is None or node.op == "placeholder":
             continue
-        name = ".".join(parts[:adapted])
+        name = ".".join(parts[:adapted]) or _ROOT
         if name not in covered:
             missed.setdefault(name, set()).add(str(node.target).removesuffix(".default"))
     by_reason: dict[str, list[str]] = {}
@@ -63,6 +66,7 @@ def _path(node: fx.Node) -> str:
     entries: Sequence[object] = list(stack.values())
     path = entries[-1][0] if isinstance(entries[-1], tuple) else str(entries[-1])
     parts = re.sub(r"\['?([^'\]]*)'?\]", r".\1", path).split(".")
-    while parts and parts[0] in ("", "L", "self", "L__self__"):
+    # What Dynamo calls the compiled module or function itself is not part of the path.
+    while parts and parts[0] in ("", "L", "self", "L__self__", "fn"):
         del parts[0]
     return ".".join(part for part in parts if part not in ("", "__dict__", "_modules"))

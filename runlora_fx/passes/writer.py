@@ -99,13 +99,15 @@ class Writer:
         known = self._reader.values.find(target, args, kwargs)
         if known is not None and self.is_before(known):
             return known
+        # Computed before the node is made: a call that fails leaves nothing in the graph.
+        with in_fake_mode(self._mode), torch.no_grad():
+            value = target(*_values(args), **_values(kwargs))
         with self._graph.inserting_before(anchor):
             node = self._graph.call_function(target, args, kwargs)
         for name in COPIED_META:
             if name in anchor.meta:
                 node.meta[name] = anchor.meta[name]
-        with in_fake_mode(self._mode), torch.no_grad():
-            node.meta["val"] = target(*_values(args), **_values(kwargs))
+        node.meta["val"] = value
         # After the anchor's operands and before the anchor: as early as anything written here.
         self._position[node] = self._position[anchor] - 1
         self._reader.values.of(node)

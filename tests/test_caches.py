@@ -1,0 +1,283 @@
+"""Inductor's graph caches across processes: what is served from them, and what must not be.
+
+Two processes share one fresh cache folder and run the same script: a list of compilations, each of
+a training step of a small LoRA model, after which each says what the caches counted. All forwards
+and backwards consist of matrix products, for which Inductor has no kernel to compile.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import pytest
+from torch import fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from runlora_fx import Options, RunloraPass
+
+SCRIPT = """
+import json, sys
+from contextlib import nullcontext
+from unittest.mock import patch
+
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+from torch._inductor import config
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+class Adapted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.base_layer = nn.Linear(16, 24, bias=False).requires_grad_(False)
+        self.lora_A = nn.Linear(16, 2, bias=False)
+        self.lora_B = nn.Linear(2, 24, bias=False)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora_B(self.lora_A(x))
+
+class UsersPass(CustomGraphPass):
+    def __call__(self, graph): pass
+    def uuid(self): return "the user's"
+
+SETTINGS = {
+    "a user's pass": lambda: config.patch(joint_custom_pre_pass=UsersPass()),
+    "a user's function": lambda: config.patch(joint_custom_pre_pass=lambda graph: None),
+    "another version": lambda: patch("runlora_fx.joint_pass.__version__", "0.0.0"),
+    "another source": lambda: patch("runlora_fx.joint_pass._source_hash", lambda: b"another"),
+    "": nullcontext,
+}
+
+torch.manual_seed(0)
+model = Adapted()
+inputs = {tokens: torch.randn(tokens, 16) for tokens in (64, 96)}
+tangents = {tokens: torch.randn(tokens, 24) for tokens in inputs}
+for tokens, backend, margin, setting in json.loads(sys.argv[1]):
+    torch._dynamo.reset()
+    counters.clear()
+    model.zero_grad()
+    options = None if margin is None else {"runlora.margin": margin}
+    imported = "runlora_fx" in sys.modules
+    with SETTINGS[setting]():
+        compiled = torch.compile(model, backend=backend, options=options, fullgraph=True)
+        y = compiled(inputs[tokens])
+        y.backward(tangents[tokens])
+    import runlora_fx
+    report = runlora_fx.last_report()
+    values = [y, model.lora_A.weight.grad, model.lora_B.weight.grad]
+    cached = {**counters["inductor"], **counters["aot_autograd"]}
+    print("RESULT", json.dumps({
+        "imported": imported,
+        "counts": {name: n for name, n in cached.items() if "cache_" in name},
+        "from_cache": report is not None and report.from_cache,
+        "changed": report is not None and any(site.changed for site in report.sites),
+        "report": str(report),
+        "values": [value.double().norm().item() for value in values],
+    }))
+"""
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """One compilation of the script: tokens of the batch, backend, `runlora.margin`, setting."""
+
+    tokens: int = 64
+    backend: str = "runlora"
+    margin: float | None = None
+    setting: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the script says of a compilation.
+
+    Attributes:
+        imported: Whether runlora_fx was imported before.
+        counts: What Inductor and AOTAutograd counted, by name.
+        from_cache: What `last_report()` says.
+        changed: Whether a site was, by `last_report()`.
+        report: The report as text.
+        values: Norms of the output and of the gradients.
+    """
+
+    imported: bool
+    counts: Mapping[str, int]
+    from_cache: bool
+    changed: bool
+    report: str
+    values: list[float]
+
+    @property
+    def is_hit(self) -> bool:
+        """Whether all came from both caches: one joint graph; a forward and a backward."""
+        return self.counts == {"autograd_cache_hit": 1, "fxgraph_cache_hit": 2}
+
+    @property
+    def is_miss(self) -> bool:
+        """Whether nothing came from a cache, and all went there."""
+        misses = {"autograd_cache_miss": 1, "autograd_cache_saved": 1, "fxgraph_cache_miss": 2}
+        return self.counts == misses
+
+
+OURS = Compilation()
+# The order matters: with 64 tokens our code comes first, with 96 Inductor's.
+FIRST = [
+    OURS,
+    Compilation(backend="inductor"),
+    Compilation(margin=0.5),
+    Compilation(setting="another version"),
+    Compilation(setting="another source"),
+    Compilation(setting="a user's pass"),
+    Compilation(setting="a user's function"),
+    Compilation(tokens=96, backend="inductor"),
+    Compilation(tokens=96),
+]
+SECOND = [
+    OURS,
+    Compilation(backend="inductor"),
+    Compilation(margin=0.5),
+    Compilation(margin=0.25),
+    Compilation(setting="a user's pass"),
+    Compilation(setting="a user's function"),
+    Compilation(tokens=96),
+]
+
+
+def _run(compilations: list[Compilation], cache: Path) -> dict[Compilation, Outcome]:
+    """Run the script in a process of its own."""
+    order = [[getattr(c, field.name) for field in fields(c)] for c in compilations]
+    switches = ("TORCHINDUCTOR_", "TORCH_COMPILE_", "TORCH_LOGS")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(switches)}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(order)],
+        env={**environment, "TORCHINDUCTOR_CACHE_DIR": str(cache)},
+        cwd=cache,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    outcomes = [Outcome(**json.loads(line.removeprefix("RESULT "))) for line in lines]
+    return dict(zip(compilations, outcomes, strict=True))
+
+
+Runs = tuple[dict[Compilation, Outcome], dict[Compilation, Outcome]]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """The outcomes of two processes, one after the other, that share a new cache."""
+    cache = tmp_path_factory.mktemp("inductor")
+    return _run(FIRST, cache), _run(SECOND, cache)
+
+
+def test_backend_is_found_by_its_name_alone(runs: Runs) -> None:
+    for run in runs:
+        assert not run[OURS].imported
+        assert run[Compilation(backend="inductor")].imported
+
+
+def test_first_process_compiles_and_says_what_it_did(runs: Runs) -> None:
+    outcome = runs[0][OURS]
+    assert outcome.is_miss, outcome.counts
+    assert outcome.changed
+    assert not outcome.from_cache
+
+
+def test_second_process_is_served_from_both_caches_and_says_so(runs: Runs) -> None:
+    first, second = (run[OURS] for run in runs)
+    assert second.is_hit, second.counts
+    assert second.from_cache
+    assert "came from a cache" in second.report
+    assert second.values == first.values
+
+
+@pytest.mark.parametrize(
+    "other",
+    (
+        Compilation(margin=0.5),
+        Compilation(setting="another version"),
+        Compilation(setting="another source"),
+    ),
+    ids=("option", "version", "source"),
+)
+def test_other_options_and_versions_are_not_served_the_same_code(
+    other: Compilation, runs: Runs
+) -> None:
+    outcome = runs[0][other]
+    assert outcome.is_miss, outcome.counts
+    assert not outcome.from_cache
+    # The margin is more than what there is to save.
+    assert outcome.changed == (other.margin is None)
+
+
+def test_each_option_has_its_own_entry(runs: Runs) -> None:
+    _, second = runs
+    assert second[Compilation(margin=0.5)].is_hit
+    assert second[Compilation(margin=0.25)].is_miss
+
+
+def test_inductor_is_not_served_our_code_nor_we_inductors(runs: Runs) -> None:
+    first, second = runs
+    after_us = first[Compilation(backend="inductor")]
+    after_inductor = first[Compilation(tokens=96)]
+    assert after_us.is_miss, after_us.counts
+    assert after_inductor.is_miss, after_inductor.counts
+    assert after_inductor.changed
+    for again in (Compilation(backend="inductor"), Compilation(tokens=96)):
+        assert second[again].is_hit, second[again].counts
+        assert second[again].values == first[again].values
+    assert after_us.values == pytest.approx(first[OURS].values, rel=1e-5)
+
+
+def test_users_pass_with_an_identity_is_cached_with_ours(runs: Runs) -> None:
+    first, second = (run[Compilation(setting="a user's pass")] for run in runs)
+    assert first.is_miss, first.counts
+    assert first.changed
+    assert second.is_hit, second.counts
+    assert second.from_cache
+
+
+def test_users_pass_without_an_identity_is_never_cached(runs: Runs) -> None:
+    for run in runs:
+        outcome = run[Compilation(setting="a user's function")]
+        assert outcome.counts == {"autograd_cache_bypass": 1, "fxgraph_cache_bypass": 2}
+        assert outcome.changed
+        assert not outcome.from_cache
+
+
+# --- what the key is made of
+
+
+class _UsersPass(CustomGraphPass):
+    def __init__(self, identity: str | None) -> None:
+        self._identity = identity
+
+    def __call__(self, graph: fx.Graph) -> None: ...
+
+    def uuid(self) -> str | None:
+        return self._identity
+
+
+def test_identity_tells_every_option_and_every_users_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    different = [Options(), Options(strict=True), Options(objective="time"), Options(margin=0.5)]
+    assert len(different) == 1 + len(fields(Options))
+    passes = [RunloraPass(options) for options in different]
+    passes += [RunloraPass(before=[_UsersPass(name) for name in names]) for names in ("a", "ab")]
+    passes += [RunloraPass(before=[_UsersPass("b"), _UsersPass("a")])]
+    identities = [own.uuid() for own in passes]
+    assert len(set(identities)) == len(passes)
+    assert RunloraPass(Options()).uuid() == identities[0]
+    monkeypatch.setattr("runlora_fx.joint_pass._source_hash", lambda: b"another")
+    assert not {own.uuid() for own in passes} & set(identities)
+
+
+def test_no_identity_if_a_users_pass_has_none() -> None:
+    assert RunloraPass(before=[lambda graph: None]).uuid() is None
+    assert RunloraPass(before=[_UsersPass("a"), _UsersPass(None)]).uuid() is None
