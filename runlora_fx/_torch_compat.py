@@ -1,7 +1,8 @@
-"""Every private torch name that we touch, in one place, for torch 2.11 to 2.13."""
+"""What differs between torch 2.11 and 2.13, or may change with the next, in one place."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -30,6 +31,14 @@ COPIED_META: tuple[str, ...] = tuple(
             "partitioner_tag",
         ]
     )
+)
+
+#: Arguments of ``torch.compile`` for a look at a model: nothing of it counts against the recompile
+#: limit of the user's own compilations (torch 2.13).
+APART: dict[str, Any] = (
+    {"isolate_recompiles": True}
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    else {}
 )
 
 

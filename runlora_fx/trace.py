@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from runlora_fx import history
+from runlora_fx._torch_compat import APART
 from runlora_fx.backend import aot_backend
 from runlora_fx.joint_pass import run
 from runlora_fx.options import Options
@@ -46,6 +47,7 @@ def rewrite(
     result = _copy(gm)
     lowering = Lowering(result)
     annotate(result, example_inputs)
+    lowering.lift_attributes()
     run(result.graph, DIFFERENTIABLE_ATEN if is_aten else TORCH, chosen)
     lowering.undo()
     result.graph.lint()
@@ -65,7 +67,9 @@ def joint_graph(
         **options: See :class:`~runlora_fx.Options`.
 
     Returns:
-        The graph: inputs are parameters, buffers, arguments and tangents, in AOTAutograd's order.
+        The graph, called as ``joint(primals, tangents)``: parameters, buffers and arguments in the
+        order of their first use, and the gradients of the outputs. An inference graph takes the
+        primals one by one.
 
     Raises:
         ValueError: If an option is not valid.
@@ -73,7 +77,7 @@ def joint_graph(
     """
     seen: list[fx.GraphModule] = []
     backend = aot_backend(Options.of(options), lambda gm: seen.append(_copy(gm)))
-    torch.compile(model, backend=backend, fullgraph=True)(*example_inputs)
+    torch.compile(model, backend=backend, fullgraph=True, **APART)(*example_inputs)
     if len(seen) != 1:
         raise RuntimeError(f"expected one graph, traced {len(seen)}")
     return seen[0]
@@ -92,7 +96,8 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """
     backend = aot_backend(Options())
     with history.collecting() as reports:
-        torch.compile(model, backend=lambda gm, inputs: backend(gm, inputs))(*args, **kwargs)
+        look = torch.compile(model, backend=lambda gm, inputs: backend(gm, inputs), **APART)
+        look(*args, **kwargs)
     report = merged(reports)
     history.record(report)
     return report

@@ -11,43 +11,60 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _pytree as pytree
 
-from runlora_fx._torch_compat import fake_mode_of
-
 
 def annotate(gm: fx.GraphModule, example_inputs: Sequence[Any] | None) -> None:
     """Give every node of a graph its ``meta["val"]``.
 
     Args:
         gm: The graph, annotated in place.
-        example_inputs: One for each placeholder; None to rely on the metadata.
+        example_inputs: One for each placeholder; None to rely on the metadata. Symbolic sizes in
+            the metadata take precedence: they hold for more than one example.
 
     Raises:
-        ValueError: If there are neither metadata nor example inputs.
+        ValueError: If there are neither metadata nor example inputs, or the wrong number of inputs.
     """
     for node in gm.graph.nodes:
         if "val" not in node.meta and "example_value" in node.meta:
             node.meta["val"] = node.meta["example_value"]
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    if example_inputs is None:
+    given = None if example_inputs is None else list(pytree.arg_tree_leaves(*example_inputs))
+    if given is not None and len(given) != len(placeholders):
+        raise ValueError(
+            f"the graph has {len(placeholders)} inputs, got {len(given)} example inputs"
+        )
+    if given is None or any(_is_symbolic(node.meta.get("val")) for node in placeholders):
         missing = [node.name for node in placeholders if "val" not in node.meta]
         if missing:
             raise ValueError(
                 f"rewrite() needs shapes: give example_inputs, or placeholders with meta['val'] "
                 f"(missing on {', '.join(missing)})"
             )
-        inputs = [node.meta["val"] for node in placeholders]
-        if all("val" in n.meta for n in gm.graph.nodes if n.op != "output"):
+        known = [node.meta.get("val") for node in gm.graph.nodes if node.op != "output"]
+        modes = _modes(known)
+        if None not in known and len(modes) < 2:
             return
+        given = [node.meta["val"] for node in placeholders]
     else:
-        inputs = list(pytree.arg_tree_leaves(*example_inputs))
-        if len(inputs) != len(placeholders):
-            raise ValueError(
-                f"the graph has {len(placeholders)} inputs, got {len(inputs)} example inputs"
-            )
-    mode = fake_mode_of(inputs) or FakeTensorMode(allow_non_fake_inputs=True)
-    fake = [
-        mode.from_tensor(x) if isinstance(x, torch.Tensor) and not isinstance(x, FakeTensor) else x
-        for x in inputs
-    ]
+        modes = _modes(given)
+    # make_fx of real tensors gives every node a mode of its own, and modes do not mix.
+    mode = modes[0] if len(modes) == 1 else FakeTensorMode(allow_non_fake_inputs=True)
     with torch.no_grad():
-        FakeTensorProp(gm, mode).propagate_dont_convert_inputs(*fake)
+        FakeTensorProp(gm, mode).propagate_dont_convert_inputs(*(_fake(x, mode) for x in given))
+
+
+def _modes(values: Sequence[object]) -> list[FakeTensorMode]:
+    return list(dict.fromkeys(x.fake_mode for x in values if isinstance(x, FakeTensor)))
+
+
+def _fake(x: Any, mode: FakeTensorMode) -> Any:
+    """An example value in the given mode."""
+    if not isinstance(x, torch.Tensor) or getattr(x, "fake_mode", None) is mode:
+        return x
+    if not isinstance(x, FakeTensor):
+        return mode.from_tensor(x)
+    with mode:
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+
+
+def _is_symbolic(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and not all(isinstance(n, int) for n in value.shape)

@@ -1,0 +1,161 @@
+"""What documentation shows: examples run, code compiles, named things exist, commands work."""
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+import runlora_fx
+from runlora_fx.__main__ import main
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+DEMO_OPTIONS = ("--model", "--rank", "--batch", "--seq", "--dtype", "--dropout", "--steps")
+
+BLOCKS = [
+    (path.name, block)
+    for path in DOCUMENTS
+    for block in re.findall(
+        r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+]
+
+every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+
+
+def run_python(*arguments: str) -> str:
+    """What a Python process prints; it must succeed.
+
+    A graph from Inductor's cache is not planned, and there would be no report to look at; generated
+    kernels do come from their cache.
+    """
+    no_graph_caches = {"TORCHINDUCTOR_FX_GRAPH_CACHE": "0", "TORCHINDUCTOR_AUTOGRAD_CACHE": "0"}
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, **no_graph_caches},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def flops_changes(printed: str) -> list[float]:
+    """The changes of FLOPs that reports end with [percent]."""
+    return [float(change) for change in re.findall(r"FLOP \(([-+][\d.]+)%\)", printed)]
+
+
+# --- examples
+
+
+def test_rewrite_graph_shows_the_merged_weight_in_both_graphs() -> None:
+    printed = run_python("examples/rewrite_graph.py")
+    # It says "512 tokens are more than 256 * 256 / (256 + 256), so the weight is merged".
+    assert "Y = X (W' + 2 A' B')" in printed
+    forward, joint = flops_changes(printed)
+    assert forward < 0
+    assert joint < 0
+    assert printed.index("torch graph:") < printed.index("joint graph:")
+    # The code of both: the adapter is added to the base weight by one product.
+    assert "torch.addmm(base_weight, up_weight, down_weight, alpha = 2)" in printed
+    assert "def forward(self, primals, tangents)" in printed
+
+
+def test_train_peft_learns_and_reports_every_adapted_layer() -> None:
+    printed = run_python("examples/train_peft.py")
+    losses = [float(loss) for loss in re.findall(r"^loss ([\d.]+)$", printed, re.MULTILINE)]
+    assert len(losses) == 3
+    assert losses == sorted(losses, reverse=True)
+    (change,) = flops_changes(printed)
+    assert change < 0
+    # "all-linear" is q, k, v, o, gate, up and down in the one layer.
+    assert sum(int(count) for count in re.findall(r"│ (\d+) x ", printed)) == 7
+
+
+def test_every_example_is_run() -> None:
+    assert [path.name for path in EXAMPLES] == ["rewrite_graph.py", "train_peft.py"]
+
+
+# --- documents
+
+
+@pytest.mark.parametrize(("document", "block"), BLOCKS)
+def test_python_blocks_compile(document: str, block: str) -> None:
+    compile(block, document, "exec")
+
+
+@every_document
+def test_named_options_functions_and_files_exist(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    options = set(re.findall(r"\brunlora\.([a-z_]+)", text))
+    assert options <= {field.name for field in fields(runlora_fx.Options)}
+    names = set(re.findall(r"\brunlora_fx\.(\w+)", text))
+    assert [name for name in names if not hasattr(runlora_fx, name)] == []
+    paths = set(re.findall(r"`((?:passes|cost_model|docs|examples|tests)/[\w./]*)`", text))
+    here = [ROOT, Path(runlora_fx.__file__).parent]
+    assert [p for p in paths if not any((base / p).exists() for base in here)] == []
+
+
+def test_the_table_of_options_is_complete() -> None:
+    text = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
+    table = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", text, re.MULTILINE))
+    defaults = runlora_fx.Options()
+    real = {field.name: getattr(defaults, field.name) for field in fields(defaults)}
+    assert {name: value.replace('"', "'") for name, value in table.items()} == {
+        name: repr(value) for name, value in real.items()
+    }
+
+
+def test_the_table_of_backends_is_complete() -> None:
+    text = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"^\| `(runlora\w*)` \|", text, re.MULTILINE))
+    assert named == {name for name in torch._dynamo.list_backends() if name.startswith("runlora")}
+
+
+# --- the command line
+
+
+def test_help_lists_the_commands() -> None:
+    assert re.search(r"^\s+demo\s+\S", run_python("-m", "runlora_fx", "--help"), re.MULTILINE)
+
+
+def test_help_of_the_demo_lists_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["demo", "--help"])
+    assert stopped.value.code == 0
+    listed = re.findall(r"^\s+(--\w+)", capsys.readouterr().out, re.MULTILINE)
+    assert set(DEMO_OPTIONS) <= set(listed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "arguments are required: command"),
+        (["train"], "invalid choice: 'train'"),
+        (["demo", "--ranks", "8"], "unrecognized arguments: --ranks 8"),
+        (["demo", "--rank", "eight"], "argument --rank: invalid int value: 'eight'"),
+        (["demo", "--rank", "0"], "rank must be at least 1, got 0"),
+        (["demo", "--batch", "-1"], "batch must be at least 1, got -1"),
+        (["demo", "--seq", "0"], "seq must be at least 1, got 0"),
+        (["demo", "--dropout", "1.5"], "dropout must be in [0, 1), got 1.5"),
+        (["demo", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+        (["demo", "--steps", "2"], "steps must be more than 2, got 2"),
+    ],
+    ids=lambda value: " ".join(value) or "nothing" if isinstance(value, list) else "",
+)
+def test_bad_arguments_are_refused_with_a_reason(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
