@@ -100,10 +100,10 @@ def _time_ratio(variant: Variant, other: Variant) -> float:
     return median(mine / theirs for mine, theirs in pairs)
 
 
-def print_plans(console: Console, report: Report | None) -> None:
+def print_plans(console: Console, report: Report) -> None:
     """Print the algebra of every kind of layer, before and after; equal layers print once."""
-    if report is None or not report.sites:
-        console.print(f"\n{report or 'No report: the backend saw no graph.'}", markup=False)
+    if not report.sites:
+        console.print(f"\n{report}", markup=False)
         return
     kinds: dict[tuple[object, ...], list[Site]] = {}
     for site in report.sites:

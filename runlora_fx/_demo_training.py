@@ -113,8 +113,11 @@ def model_and_tokens(settings: Settings) -> tuple[nn.Module, Tensor]:
         )
         base = transformers.LlamaForCausalLM(config).to(dtype)
     else:
-        base = transformers.AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(settings.model)
+        try:
+            base = transformers.AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(settings.model)
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"Cannot load --model {settings.model}: {error}") from None
     base.config.use_cache = False
     lora = peft.LoraConfig(
         r=settings.rank,

@@ -8,9 +8,10 @@ import warnings
 import torch
 from rich.console import Console
 
-import runlora_fx
 from runlora_fx import _demo_output as output
+from runlora_fx import history
 from runlora_fx._demo_training import BACKENDS, Settings, model_and_tokens, train, variant_of
+from runlora_fx.report import merged
 
 SUMMARY = "Fine-tune a small LoRA model three ways and compare losses, time, memory and plans."
 
@@ -55,12 +56,13 @@ def run(settings: Settings) -> int:
     model, tokens = model_and_tokens(settings)
     console.print(output.headline(model, settings, device), soft_wrap=True)
     variants = [variant_of(name, model.to(device)) for name in BACKENDS]
-    train(variants, tokens, settings, device, console)
+    with history.collecting() as reports:
+        train(variants, tokens, settings, device, console)
 
     # Inductor draws dropout masks of its own, so with dropout eager is no reference.
     reference = variants[0] if settings.dropout == 0 else variants[1]
     tolerance = TOLERANCE[settings.dtype]
     equal = output.print_losses(console, variants, reference, tolerance)
     output.print_costs(console, variants)
-    output.print_plans(console, runlora_fx.last_report())
+    output.print_plans(console, merged(reports))
     return 0 if equal else 1
