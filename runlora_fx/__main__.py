@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from runlora_fx import demo
+from runlora_fx import calibrate, demo
 from runlora_fx._demo_training import Settings
 
 
@@ -23,9 +23,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="LoRA layers in their cheapest order, as a torch.compile backend.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    demo.add_arguments(commands.add_parser("demo", help=demo.SUMMARY, description=demo.SUMMARY))
+    for name, command in (("demo", demo), ("calibrate", calibrate)):
+        added = commands.add_parser(name, help=command.SUMMARY, description=command.SUMMARY)
+        command.add_arguments(added)
     arguments = parser.parse_args(argv)
     try:
+        if arguments.command == "calibrate":
+            return calibrate.run(arguments)
         settings = Settings.from_arguments(arguments)
     except ValueError as error:
         parser.error(str(error))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import sympy
@@ -12,6 +12,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import proxy as _proxy
+from torch.utils._python_dispatch import _disable_current_modes
 
 #: Metadata that fx itself copies when a node is made in the place of another.
 COPIED_META: tuple[str, ...] = tuple(
@@ -53,6 +54,13 @@ def fake_mode_of(values: Iterable[object]) -> FakeTensorMode | None:
 def in_fake_mode(mode: FakeTensorMode | None) -> AbstractContextManager[Any]:
     """A context in which operators on example tensors compute example tensors."""
     return nullcontext() if mode is None else mode
+
+
+@contextmanager
+def outside_all_modes() -> Iterator[None]:
+    """A context in which operators run on real tensors although a graph is being traced."""
+    with _disable_current_modes(), torch._C._DisablePythonDispatcher():
+        yield
 
 
 def size_hint(expr: sympy.Expr, mode: FakeTensorMode | None, fallback: int) -> int:

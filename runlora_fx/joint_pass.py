@@ -13,6 +13,7 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 from runlora_fx import __version__, history
+from runlora_fx.cost_model.machine import Machine
 from runlora_fx.options import Options
 from runlora_fx.passes.dialects.aten import ATEN
 from runlora_fx.passes.dialects.base import Dialect
@@ -22,14 +23,22 @@ from runlora_fx.report import Refusal, Report
 _log = logging.getLogger("runlora_fx")
 
 
-def run(graph: fx.Graph, dialect: Dialect, options: Options) -> Report:
+def run(
+    graph: fx.Graph, dialect: Dialect, options: Options, machine: Machine | None = None
+) -> Report:
     """Rewrite a graph in place and record the report; on failure the graph stays as it came.
+
+    Args:
+        graph: The graph.
+        dialect: Its level.
+        options: What is asked of the pass.
+        machine: What is known about the devices; what is stored about them, if None.
 
     Raises:
         Exception: Under ``strict``, whatever went wrong.
     """
     try:
-        report = rewrite_graph(graph, dialect, options)
+        report = rewrite_graph(graph, dialect, options, machine)
     except Exception as error:
         if options.strict:
             raise
@@ -71,6 +80,8 @@ class RunloraPass(CustomGraphPass):
         """
         self._options = Options() if options is None else options
         self._before = tuple(before)
+        # A snapshot: the plan and the identity speak of the same numbers.
+        self._machine = Machine(use_stored=self._options.tune != "off")
         self.ran = False
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -78,14 +89,17 @@ class RunloraPass(CustomGraphPass):
         self.ran = True
         for user_pass in self._before:
             user_pass(graph)
-        run(graph, ATEN, self._options)
+        run(graph, ATEN, self._options, self._machine)
 
     def uuid(self) -> Any | None:
         """What a compiled graph depends on; None (no caching) if a user's pass has no identity."""
         others = [getattr(user_pass, "uuid", lambda: None)() for user_pass in self._before]
         if not all(others):
             return None
-        return ("runlora", __version__, _source_hash(), astuple(self._options), tuple(others))
+        # Counting FLOPs needs no machine.
+        machine = self._machine.identity() if self._options.objective == "time" else None
+        options = astuple(self._options)
+        return ("runlora", __version__, _source_hash(), options, machine, tuple(others))
 
 
 @cache

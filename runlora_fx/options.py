@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
-from typing import Any, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from runlora_fx.cost_model.objective import ObjectiveName
+
+TuneName: TypeAlias = Literal["off", "profile", "shapes", "plans"]
 
 #: Prefix of our keys among the options of ``torch.compile``.
 PREFIX = "runlora."
@@ -19,14 +21,19 @@ class Options:
 
     Attributes:
         strict: Raise where the pass would otherwise warn and leave the graph as it came.
-        objective: ``"flops"`` minimises the FLOPs of matrix products, ties broken by bytes moved;
-            ``"time"`` minimises the time predicted for the machine.
+        objective: ``"time"`` minimises the time predicted for the machine; ``"flops"`` the FLOPs
+            of matrix products, ties broken by bytes moved.
         margin: The share of a region's price that a plan has to save to be taken, in [0, 1).
+        tune: What the times are predicted from: ``"off"`` the device's properties; ``"profile"``
+            what was measured before, where something was; ``"shapes"`` the products of this model,
+            measured now where they were not before; ``"plans"`` also the best few plans of each
+            region, compiled and timed with the pointwise operations around them.
     """
 
     strict: bool = False
-    objective: ObjectiveName = "flops"
+    objective: ObjectiveName = "time"
     margin: float = 0.0
+    tune: TuneName = "profile"
 
     def __post_init__(self) -> None:
         """Check every value.
@@ -36,9 +43,12 @@ class Options:
         """
         if not isinstance(self.strict, bool):
             raise ValueError(f"runlora.strict must be True or False, not {self.strict!r}")
-        if self.objective not in get_args(ObjectiveName):
-            valid = ", ".join(map(repr, get_args(ObjectiveName)))
-            raise ValueError(f"runlora.objective must be one of {valid}, not {self.objective!r}")
+        for name, kind in (("objective", ObjectiveName), ("tune", TuneName)):
+            if getattr(self, name) not in get_args(kind):
+                valid = ", ".join(map(repr, get_args(kind)))
+                raise ValueError(
+                    f"runlora.{name} must be one of {valid}, not {getattr(self, name)!r}"
+                )
         number = isinstance(self.margin, int | float) and not isinstance(self.margin, bool)
         if not number or not 0 <= self.margin < 1:
             raise ValueError(f"runlora.margin must be a number in [0, 1), not {self.margin!r}")

@@ -62,8 +62,9 @@ WAYS: dict[str, Callable[..., object]] = {
 # Values that are refused, by option, and the words that say what is valid.
 INVALID: dict[str, tuple[list[object], str]] = {
     "strict": ([1, "yes", None], "True or False"),
-    "objective": (["latency", "", None, ["flops"]], "'flops', 'time'"),
+    "objective": (["latency", "", None, ["flops"]], "'time', 'flops'"),
     "margin": ([1, 1.5, -0.1, float("nan"), True, "0.1", None], "a number in [0, 1)"),
+    "tune": (["on", "", None, True], "'off', 'profile', 'shapes', 'plans'"),
 }
 
 

@@ -20,15 +20,20 @@ class Cost:
             Elementwise arithmetic is not counted: it is bound by the bytes it moves.
         bytes: Memory read and written [B].
         kernels: Launches.
+        saved: Memory held from the forward to the backward [B].
     """
 
     flops: Amount = 0
     bytes: Amount = 0
     kernels: Amount = 0
+    saved: Amount = 0
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
-            self.flops + other.flops, self.bytes + other.bytes, self.kernels + other.kernels
+            self.flops + other.flops,
+            self.bytes + other.bytes,
+            self.kernels + other.kernels,
+            self.saved + other.saved,
         )
 
 

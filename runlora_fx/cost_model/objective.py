@@ -1,14 +1,15 @@
-"""The objective: how costs are ranked, and when a plan is worth changing a graph for."""
+"""The objective: how operations are priced, and when a plan is worth changing a graph for."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from runlora_fx.cost_model.cost import Cost
+from runlora_fx.cost_model.ops import Operation
 from runlora_fx.cost_model.profile import DEFAULT_PROFILE, MachineProfile
 
-ObjectiveName: TypeAlias = Literal["flops", "time"]
+ObjectiveName: TypeAlias = Literal["time", "flops"]
 
 #: Prices add up and are compared, nothing else; integers where the ranking must be exact.
 Price: TypeAlias = int | float
@@ -16,30 +17,43 @@ Price: TypeAlias = int | float
 #: Larger than any byte count, so that ``flops * _BYTES + bytes`` ranks by FLOPs first, exactly.
 _BYTES = 1 << 80
 
+#: Predicted times closer than this share are equal: sums of floats in another order.
+_ROUNDING = 1e-9
+
 
 @dataclass(frozen=True)
 class Objective:
     """Ranks plans.
 
     Attributes:
-        name: ``"flops"`` ranks by the FLOPs of contractions and breaks ties by bytes moved;
-            ``"time"`` ranks by the seconds that the machine profile predicts.
+        name: ``"time"`` ranks by the seconds that the machine profile predicts; ``"flops"`` by the
+            FLOPs of contractions, and breaks ties by bytes moved.
         margin: The share of the incoming graph's price that a plan must save to replace it.
         profile: The machine that ``"time"`` is predicted for.
+        flops_per_saved_byte: What it may cost to compute a byte again in the backward rather than
+            to hold it from the forward [FLOP/B].
     """
 
     name: ObjectiveName = "flops"
     margin: float = 0.0
     profile: MachineProfile = DEFAULT_PROFILE
+    flops_per_saved_byte: int = 0
 
-    def price(self, cost: Cost) -> Price:
+    def price(self, operation: Operation) -> Price:
         """The price of one operation; the price of a plan is the sum over its operations."""
+        cost = operation.cost
+        held = int(cost.saved) * self.flops_per_saved_byte
         if self.name == "flops":
-            return int(cost.flops) * _BYTES + int(cost.bytes)
-        return self.profile.seconds(cost)
+            return (int(cost.flops) + held) * _BYTES + int(cost.bytes)
+        return float(self.profile.seconds(operation)) + held / self.profile.flops_per_s
+
+    def total(self, operations: Iterable[Operation]) -> Price:
+        """The price of a plan."""
+        return sum(map(self.price, operations))
 
     def worthwhile(self, before: Price, after: Price) -> bool:
         """Whether a plan saves enough. Equal FLOPs alone never justify a change."""
         if self.name == "flops":
             before, after = int(before) // _BYTES, int(after) // _BYTES
-        return after < before and after <= before * (1 - self.margin)
+            return after < before and after <= before * (1 - self.margin)
+        return after < before * (1 - max(self.margin, _ROUNDING))

@@ -1,37 +1,134 @@
-"""Symbolic costs of the operations that a plan is made of.
+"""The operations that a plan is made of, and their symbolic costs.
 
-Every function takes integers (the search, at the hints) or sympy expressions (the report).
+Dimensions are integers (the search, at the hints) or sympy expressions (the report).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
 from runlora_fx.cost_model.cost import Amount, Cost
 
 
-def matmul(b: Amount, m: Amount, k: Amount, n: Amount, itemsize: int) -> Cost:
-    """Cost of b products (m, k) @ (k, n) -> (m, n).
+class GemmShape(NamedTuple):
+    """What the time of b products (m, k) @ (k, n) depends on, for one device and dtype.
 
-    Args:
+    Attributes:
+        b: Batch [products].
+        m: Rows of the result [elements].
+        k: Contracted dimension [elements].
+        n: Columns of the result [elements].
+        left_turned: Whether the left operand lies transposed in memory.
+        right_turned: Whether the right operand does.
+    """
+
+    b: int
+    m: int
+    k: int
+    n: int
+    left_turned: bool = False
+    right_turned: bool = False
+
+    @property
+    def canonical(self) -> GemmShape:
+        """The same call of the library: ``(L R)' = R' L'`` moves the same memory."""
+        turned = GemmShape(
+            self.b, self.n, self.k, self.m, not self.right_turned, not self.left_turned
+        )
+        return min(self, turned)
+
+
+@dataclass(frozen=True)
+class MatMul:
+    """b products (m, k) @ (k, n) -> (m, n) of elements of ``itemsize`` bytes.
+
+    Attributes:
         b: Batch [products].
         m: Rows of the result [elements].
         k: Contracted dimension [elements].
         n: Columns of the result [elements].
         itemsize: Element width [B].
-
-    Returns:
-        flops = 2 b m k n [FLOP]; bytes = b (m k + k n + m n) itemsize [B]; kernels = 1.
+        turned: Whether the left and the right operand lie transposed in memory.
     """
-    return Cost(2 * b * m * k * n, b * (m * k + k * n + m * n) * itemsize, 1)
+
+    b: Amount
+    m: Amount
+    k: Amount
+    n: Amount
+    itemsize: int
+    turned: tuple[bool, bool] = (False, False)
+
+    @property
+    def cost(self) -> Cost:
+        """Flops = 2 b m k n [FLOP]; bytes = b (m k + k n + m n) itemsize [B]; kernels = 1."""
+        return Cost(2 * self.b * self.m * self.k * self.n, self.read + self.written, 1)
+
+    @property
+    def read(self) -> Amount:
+        """B (m k + k n) itemsize [B]."""
+        return self.b * (self.m * self.k + self.k * self.n) * self.itemsize
+
+    @property
+    def written(self) -> Amount:
+        """B m n itemsize [B]."""
+        return self.b * self.m * self.n * self.itemsize
+
+    @property
+    def shape(self) -> GemmShape:
+        """What a measurement of it is filed under; its dimensions have to be integers."""
+        b, m, k, n = (int(size) for size in (self.b, self.m, self.k, self.n))
+        return GemmShape(b, m, k, n, *self.turned).canonical
 
 
-def add(b: Amount, m: Amount, n: Amount, operands: int, itemsize: int) -> Cost:
-    """Cost of adding ``operands`` matrices (b, m, n) elementwise.
+@dataclass(frozen=True)
+class Add:
+    """The elementwise sum of ``operands`` matrices (b, m, n).
 
     The compiler fuses such a sum into its neighbours (or into a product's accumulator), so it costs
     no launch. Every addition is priced alike, so that nested sums cost what the flat one does: the
     search need not tell them apart, and emission flattens them.
 
-    Returns:
-        flops = 0; bytes = 3 b m n (operands - 1) itemsize [B]; kernels = 0.
+    Attributes:
+        b: Batch [matrices].
+        m: Rows [elements].
+        n: Columns [elements].
+        operands: Matrices that are added up.
+        itemsize: Element width [B].
     """
-    return Cost(0, 3 * b * m * n * (operands - 1) * itemsize, 0)
+
+    b: Amount
+    m: Amount
+    n: Amount
+    operands: int
+    itemsize: int
+
+    @property
+    def cost(self) -> Cost:
+        """Flops = 0; bytes = 3 b m n (operands - 1) itemsize [B]; kernels = 0."""
+        return Cost(0, 3 * self.b * self.m * self.n * (self.operands - 1) * self.itemsize, 0)
+
+
+@dataclass(frozen=True)
+class Hold:
+    """A matrix (b, m, n) held from the forward to the backward.
+
+    Attributes:
+        b: Batch [matrices].
+        m: Rows [elements].
+        n: Columns [elements].
+        itemsize: Element width [B].
+    """
+
+    b: Amount
+    m: Amount
+    n: Amount
+    itemsize: int
+
+    @property
+    def cost(self) -> Cost:
+        """Saved = b m n itemsize [B]."""
+        return Cost(saved=self.b * self.m * self.n * self.itemsize)
+
+
+Operation: TypeAlias = MatMul | Add | Hold

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from runlora_fx.cost_model.cost import Cost
+from runlora_fx.cost_model.cost import Amount, Cost
 from runlora_fx.cost_model.objective import Objective
-from runlora_fx.passes.plan import Plan, Problem, Step, incoming_cost
+from runlora_fx.cost_model.ops import Operation
+from runlora_fx.passes.plan import (
+    Plan,
+    Problem,
+    Step,
+    incoming_operations,
+    total_cost,
+)
 from runlora_fx.passes.search import SearchLimitError, Ways, cheapest
 
 
@@ -16,6 +24,7 @@ class Alternative:
     """The cheapest plan that begins with a given step: one thing that was considered."""
 
     step: Step
+    plan: Plan
     cost: Cost
 
 
@@ -43,31 +52,62 @@ class Decision:
 @lru_cache(maxsize=4096)
 def decide(problem: Problem, objective: Objective) -> Decision:
     """Plan a problem; equal problems (equal layers) are planned once."""
-    before = incoming_cost(problem)
     try:
         plan = cheapest(problem, objective)
     except SearchLimitError as error:
+        before = total_cost(incoming_operations(problem))
         return Decision(None, False, before, before, f"left alone: {error}")
-    after = plan.cost(problem)
-    if objective.worthwhile(objective.price(before), objective.price(after)):
-        saved = float(1 - after.flops / before.flops) if before.flops else 0.0
-        reason = f"changed: {saved:.1%} fewer FLOPs"
-        return Decision(plan, True, before, after, reason, _alternatives(problem, objective))
-    if before.flops == after.flops:
-        reason = "left alone: the graph as it came is the cheapest"
-    else:
+    return judge(problem, objective, plan, alternatives(problem, objective))
+
+
+def judge(
+    problem: Problem,
+    objective: Objective,
+    plan: Plan,
+    considered: tuple[Alternative, ...] = (),
+) -> Decision:
+    """Whether a plan is worth replacing the graph as it came."""
+    ran, runs = incoming_operations(problem), plan.operations(problem)
+    before, after = total_cost(ran), total_cost(runs)
+    price_before, price_after = objective.total(ran), objective.total(runs)
+    if objective.worthwhile(price_before, price_after):
+        return Decision(plan, True, before, after, _saved(objective, ran, runs), considered)
+    if replace(objective, margin=0.0).worthwhile(price_before, price_after):
         reason = (
             f"left alone: the cheapest plan saves less than the margin ({objective.margin:.1%})"
         )
-    return Decision(plan, False, before, before, reason, _alternatives(problem, objective))
+    else:
+        reason = "left alone: the graph as it came is the cheapest"
+    return Decision(plan, False, before, before, reason, considered)
 
 
-def _alternatives(problem: Problem, objective: Objective) -> tuple[Alternative, ...]:
+@lru_cache(maxsize=4096)
+def alternatives(problem: Problem, objective: Objective) -> tuple[Alternative, ...]:
     """The first demand's possible first steps, each with the cheapest plan that takes it."""
     ways = Ways(problem, objective).of(problem.demands[0])
     if len(ways) < 2:
         return ()
-    found = (
-        Alternative(way[0], cheapest(problem, objective, way[0]).cost(problem)) for way in ways
-    )
-    return tuple(sorted(found, key=lambda a: objective.price(a.cost)))
+    plans = [(way[0], cheapest(problem, objective, way[0])) for way in ways]
+    plans.sort(key=lambda pair: objective.total(pair[1].operations(problem)))
+    return tuple(Alternative(step, plan, plan.cost(problem)) for step, plan in plans)
+
+
+def _saved(objective: Objective, before: Sequence[Operation], after: Sequence[Operation]) -> str:
+    """The reason for a change: what it saves."""
+    saved = []
+    if objective.name == "time":
+        old, new = objective.total(before), objective.total(after)
+        saved.append(f"{_change(old, new, 'time')} predicted")
+    cost, new_cost = total_cost(before), total_cost(after)
+    saved.append(_change(cost.flops, new_cost.flops, "FLOPs"))
+    if cost.saved != new_cost.saved:
+        saved.append(_change(cost.saved, new_cost.saved, "kept bytes"))
+    return "changed: " + ", ".join(saved)
+
+
+def _change(before: Amount | float, after: Amount | float, of: str) -> str:
+    before, after = float(before), float(after)
+    if not before:
+        return f"{after:.4g} {of}"
+    less = "fewer" if of.endswith("s") else "less"
+    return f"{abs(1 - after / before):.1%} {less if after <= before else 'more'} {of}"

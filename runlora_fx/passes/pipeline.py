@@ -7,10 +7,11 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 import sympy
+import torch
 from torch import fx
 
 from runlora_fx._torch_compat import fake_mode_of, size_hint
-from runlora_fx.cost_model.objective import Objective
+from runlora_fx.cost_model.machine import Machine
 from runlora_fx.options import Options
 from runlora_fx.passes import forms
 from runlora_fx.passes.algebra import normalise
@@ -18,10 +19,12 @@ from runlora_fx.passes.decide import Decision, decide
 from runlora_fx.passes.describe import describe
 from runlora_fx.passes.dialects.base import Dialect
 from runlora_fx.passes.emit import Emitter
+from runlora_fx.passes.forms import value_of
 from runlora_fx.passes.opaque import opaque_nodes
 from runlora_fx.passes.origin import unmatched
 from runlora_fx.passes.phases import Phases
 from runlora_fx.passes.plan import Plan, Step, Value, product_step
+from runlora_fx.passes.pricing import Pricing, may_measure
 from runlora_fx.passes.read import GraphReader
 from runlora_fx.passes.region import PosedProblem, Region, Regions, Root
 from runlora_fx.passes.verify import VerificationError, verify
@@ -52,13 +55,16 @@ class _EmissionFailedError(Exception):
         self.cause = cause
 
 
-def rewrite_graph(graph: fx.Graph, dialect: Dialect, options: Options) -> Report:
+def rewrite_graph(
+    graph: fx.Graph, dialect: Dialect, options: Options, machine: Machine | None = None
+) -> Report:
     """Rewrite a graph in place into its cheapest plan.
 
     Args:
         graph: Every tensor node has an example tensor in ``meta["val"]``.
         dialect: The level of the graph.
         options: What is asked of the pass.
+        machine: What is known about the devices; what is stored about them, if None.
 
     Returns:
         What was seen and done.
@@ -68,9 +74,11 @@ def rewrite_graph(graph: fx.Graph, dialect: Dialect, options: Options) -> Report
         EmissionError: Under ``strict``, if a plan cannot be written into the graph.
     """
     refused: dict[str, Refusal] = {}
+    known = Machine(use_stored=options.tune != "off") if machine is None else machine
+    pricing = Pricing(options, known, _device_of(graph))
     while True:
         try:
-            return _attempt(graph, dialect, options, refused)
+            return _attempt(graph, dialect, options, pricing, refused)
         except _EmissionFailedError as failure:
             if options.strict:
                 raise failure.cause from None
@@ -80,7 +88,11 @@ def rewrite_graph(graph: fx.Graph, dialect: Dialect, options: Options) -> Report
 
 
 def _attempt(
-    graph: fx.Graph, dialect: Dialect, options: Options, refused: dict[str, Refusal]
+    graph: fx.Graph,
+    dialect: Dialect,
+    options: Options,
+    pricing: Pricing,
+    refused: dict[str, Refusal],
 ) -> Report:
     mode = fake_mode_of(node.meta.get("val") for node in graph.nodes)
 
@@ -92,11 +104,13 @@ def _attempt(
     reader = GraphReader(graph, dialect, opaque_nodes(graph, dialect))
     phases = Phases(graph)
     regions = Regions(reader, phases, hint)
-    objective = Objective(options.objective, options.margin)
-    planned = []
-    for region in regions.regions:
-        posed = regions.pose(region)
-        planned.append(PlannedRegion(region, posed, decide(posed.problem, objective)))
+    posed = [regions.pose(region) for region in regions.regions]
+    if options.tune in ("shapes", "plans") and may_measure():
+        pricing.measure(p.problem for p in posed if not p.is_symbolic)
+    planned = [
+        PlannedRegion(region, p, decide(p.problem, pricing.objective(p.problem.dtype)))
+        for region, p in zip(regions.regions, posed, strict=True)
+    ]
 
     changed = [
         p
@@ -123,6 +137,13 @@ def _attempt(
             int((p.decision.after if p in changed else p.decision.before).flops) for p in planned
         ),
     )
+
+
+def _device_of(graph: fx.Graph) -> torch.device:
+    """Where the graph computes: the accelerator, if any of its tensors is on one."""
+    values = (value_of(node) for node in graph.nodes)
+    devices = dict.fromkeys(value.device for value in values if value is not None)
+    return next((d for d in devices if d.type not in ("cpu", "meta")), torch.device("cpu"))
 
 
 def _whole_plan(planned: Collection[PlannedRegion], changed: Collection[PlannedRegion]) -> Plan:

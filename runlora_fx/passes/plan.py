@@ -7,14 +7,14 @@ backward needs is either *kept* or computed a second time. Inference graphs have
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
 import sympy
 
-from runlora_fx.cost_model import ops
 from runlora_fx.cost_model.cost import FREE, Cost
+from runlora_fx.cost_model.ops import Add, Hold, MatMul, Operation
 from runlora_fx.passes.algebra import (
     Factor,
     Polynomial,
@@ -106,6 +106,7 @@ class Problem:
         incoming: Every step of the incoming graph, in graph order; always among the candidates.
         kept: Cores that the incoming graph saves for its backward: keeping them costs nothing new.
         itemsize: Element width [B].
+        dtype: Of the elements, as torch names it.
     """
 
     leaves: tuple[LeafSpec, ...]
@@ -114,6 +115,7 @@ class Problem:
     incoming: tuple[tuple[Value, Step], ...]
     kept: frozenset[Polynomial]
     itemsize: int
+    dtype: str = "float32"
 
     def extent(self, factor: Factor) -> tuple[int, int]:
         """The dimensions of a factor: indices of its rows and columns."""
@@ -138,21 +140,28 @@ def is_broadcast(leaves: Sequence[LeafSpec], left: Polynomial, right: Polynomial
     )
 
 
-def step_cost(problem: Problem, core: Polynomial, step: Step, dims: Dims | None = None) -> Cost:
-    """Cost of one step; symbolic where ``dims`` holds expressions (default: the hints)."""
+def step_operation(
+    problem: Problem, core: Polynomial, step: Step, dims: Dims | None = None
+) -> Operation | None:
+    """What a step runs, or None if nothing; symbolic where ``dims`` holds expressions."""
     size = problem.dims if dims is None else dims
     batch, rows, cols = problem.shape(core)
-    b = 1 if batch is None else size[batch]
+    b, m, n = 1 if batch is None else size[batch], size[rows], size[cols]
     match step:
         case Keep():
-            return FREE
+            return Hold(b, m, n, problem.itemsize)
         case Sum(parts):
-            return ops.add(b, size[rows], size[cols], len(parts), problem.itemsize)
+            return Add(b, m, n, len(parts), problem.itemsize)
         case Product(left, right):
             if is_broadcast(problem.leaves, left, right):
-                return FREE  # fused into whatever reads it
-            inner = problem.shape(left)[2]
-            return ops.matmul(b, size[rows], size[inner], size[cols], problem.itemsize)
+                return None  # fused into whatever reads it
+            turned = (_lies_turned(left), _lies_turned(right))
+            return MatMul(b, m, size[problem.shape(left)[2]], n, problem.itemsize, turned)
+
+
+def _lies_turned(operand: Polynomial) -> bool:
+    """Whether an operand is a transposed leaf; what a step makes lies as its reader wants it."""
+    return operand.leaf is not None and operand.leaf.transposed
 
 
 @dataclass(frozen=True)
@@ -161,17 +170,32 @@ class Plan:
 
     steps: Mapping[Value, Step]
 
+    def operations(self, problem: Problem, dims: Dims | None = None) -> list[Operation]:
+        """What runs: shared values once."""
+        return _operations(problem, self.steps.items(), dims)
+
     def cost(self, problem: Problem, dims: Dims | None = None) -> Cost:
         """The cost of the plan: shared values once."""
-        total = FREE
-        for value, step in self.steps.items():
-            total = total + step_cost(problem, value.core, step, dims)
-        return total
+        return total_cost(self.operations(problem, dims))
+
+
+def incoming_operations(problem: Problem, dims: Dims | None = None) -> list[Operation]:
+    """What the graph as it came runs."""
+    return _operations(problem, dict.fromkeys(problem.incoming), dims)
 
 
 def incoming_cost(problem: Problem, dims: Dims | None = None) -> Cost:
     """The cost of the graph as it came."""
-    total = FREE
-    for value, step in dict.fromkeys(problem.incoming):
-        total = total + step_cost(problem, value.core, step, dims)
-    return total
+    return total_cost(incoming_operations(problem, dims))
+
+
+def total_cost(operations: Iterable[Operation]) -> Cost:
+    """The sum of the operations' costs."""
+    return sum((operation.cost for operation in operations), FREE)
+
+
+def _operations(
+    problem: Problem, steps: Iterable[tuple[Value, Step]], dims: Dims | None
+) -> list[Operation]:
+    found = (step_operation(problem, value.core, step, dims) for value, step in steps)
+    return [operation for operation in found if operation is not None]

@@ -8,11 +8,12 @@ leaves, so parts with no pair of leaves in common are independent and their cost
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import combinations
 
+import torch
 from torch import fx
 
 from runlora_fx.passes.algebra import (
@@ -26,6 +27,7 @@ from runlora_fx.passes.expand import Addends, total
 from runlora_fx.passes.forms import Dim, products, value_of
 from runlora_fx.passes.phases import Phases, recomputed
 from runlora_fx.passes.plan import (
+    Keep,
     LeafSpec,
     Plan,
     Problem,
@@ -97,6 +99,11 @@ class PosedProblem:
     dims: tuple[Dim, ...]
     matrices: tuple[int, ...]
     scalars: tuple[int, ...]
+
+    @property
+    def is_symbolic(self) -> bool:
+        """Whether some dimension is a symbol."""
+        return not all(isinstance(size, int) for size in self.dims)
 
     def own(self, p: Polynomial) -> Polynomial:
         """A polynomial in leaves of the graph, in the problem's own."""
@@ -252,6 +259,7 @@ class Regions:
             return substitute(p, matrices, scalars)
 
         leaves = [self._reader.leaves.matrices[i] for i in matrices]
+        dtype = _dtype(region)
         dims = DimClasses(leaves, [own(p) for p in demands])
         specs = tuple(self._spec(own_i, i, dims) for own_i, i in enumerate(matrices))
 
@@ -263,21 +271,24 @@ class Regions:
             operands = tuple(own(p) for p in made.operands)
             return product_step(*operands) if made.is_product else sum_step(operands)
 
+        kept = frozenset(
+            normalise(own(made.polynomial)).core
+            for made in region.incoming
+            if normalise(made.polynomial).core in self._kept
+        )
         problem = Problem(
             leaves=specs,
             dims=tuple(self._hint(size) for size in dims.sizes),
             demands=tuple(
                 dict.fromkeys(value(own(part), root.backward) for root, part in region.demands)
             ),
-            incoming=tuple(
-                (value(own(made.polynomial), made.backward), step(made)) for made in region.incoming
+            incoming=(
+                *((value(own(m.polynomial), m.backward), step(m)) for m in region.incoming),
+                *((Value(core, True), Keep()) for core in _sorted(kept)),
             ),
-            kept=frozenset(
-                normalise(own(made.polynomial)).core
-                for made in region.incoming
-                if normalise(made.polynomial).core in self._kept
-            ),
-            itemsize=_itemsize(region),
+            kept=kept,
+            itemsize=int(dtype.itemsize),
+            dtype=str(dtype).removeprefix("torch."),
         )
         return PosedProblem(problem, dims.sizes, tuple(matrices), tuple(scalars))
 
@@ -296,10 +307,14 @@ def _is_step(made: Made) -> bool:
     return all(p.terms and all(word.factors for word in p.words) for p in made.operands)
 
 
-def _itemsize(region: Region) -> int:
+def _dtype(region: Region) -> torch.dtype:
     val = value_of(region.demands[0][0].node)
     assert val is not None
-    return int(val.dtype.itemsize)
+    return val.dtype
+
+
+def _sorted(cores: Iterable[Polynomial]) -> list[Polynomial]:
+    return sorted(cores, key=lambda core: [word.sort_key() for word in core.words])
 
 
 def _pairs(p: Polynomial) -> list[Hashable]:

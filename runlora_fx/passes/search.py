@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from itertools import combinations, count
 
 from runlora_fx.cost_model.objective import Objective, Price
+from runlora_fx.cost_model.ops import GemmShape, MatMul
 from runlora_fx.passes.algebra import (
     Polynomial,
     Word,
@@ -32,7 +33,9 @@ from runlora_fx.passes.plan import (
     Step,
     Sum,
     Value,
-    step_cost,
+    incoming_operations,
+    is_broadcast,
+    step_operation,
 )
 
 #: Up to this many words every way to split a sum in two is tried; beyond, common factors only.
@@ -40,6 +43,9 @@ _ALL_SPLITS = 6
 
 #: Frontiers to visit before the search gives up; real models need some hundreds.
 _FRONTIERS = 200_000
+
+#: Values to visit in search of products to measure.
+_VALUES = 5_000
 
 
 class SearchLimitError(RuntimeError):
@@ -89,6 +95,28 @@ def cheapest(problem: Problem, objective: Objective, first: Step | None = None) 
                 path_here = _Path(value, step, path)
                 heapq.heappush(queue, (total + bound, next(tie), total, state, path_here))
     raise ValueError(f"no plan for {problem.demands}")
+
+
+def candidate_products(problem: Problem, objective: Objective) -> list[GemmShape]:
+    """The products of all plans that can be cheaper than the graph as it came.
+
+    One that is predicted to cost twice as much as all of that graph need not be measured.
+    """
+    ways = Ways(problem, objective)
+    limit = 2 * objective.total(incoming_operations(problem))
+    found: dict[GemmShape, None] = {}
+    pending, seen = list(problem.demands), set(problem.demands)
+    while pending and len(seen) < _VALUES:
+        value = pending.pop()
+        for step, price, operands in ways.of(value):
+            if price > limit:
+                continue
+            operation = step_operation(problem, value.core, step)
+            if isinstance(operation, MatMul):
+                found[operation.shape] = None
+            pending.extend(operands - seen)
+            seen |= operands
+    return list(found)
 
 
 def _flattened(problem: Problem, ways: Ways, steps: Mapping[Value, Step]) -> dict[Value, Step]:
@@ -168,13 +196,17 @@ class Ways:
         """All ways to make a value: (step, its price, the operands that need a step)."""
         if value not in self._known:
             self._known[value] = [
-                (step, self.objective.price(step_cost(self.problem, value.core, step)), operands)
+                (step, self._price(value, step), operands)
                 for step in dict.fromkeys(self._steps(value))
                 for operands in [self.operands(value, step)]
                 # The incoming graph may add a value to itself: X A + X A.
                 if all(self.rank(operand) < self.rank(value) for operand in operands)
             ]
         return self._known[value]
+
+    def _price(self, value: Value, step: Step) -> Price:
+        operation = step_operation(self.problem, value.core, step)
+        return 0 if operation is None else self.objective.price(operation)
 
     def phase(self, p: Polynomial, backward: bool) -> Value:
         """The value behind an operand of a step that runs in the given phase."""
@@ -198,7 +230,9 @@ class Ways:
         if value.backward and core in self.problem.kept:
             yield Keep()
         for left, right in factorisations(core):
-            yield Product(left, right)
+            # Biases are broadcast one by one, as the reader adds them: nothing is gained otherwise.
+            if len(core) == 1 or not is_broadcast(self.problem.leaves, left, right):
+                yield Product(left, right)
         if len(core) == 1:
             return
         if len(core) <= _ALL_SPLITS:

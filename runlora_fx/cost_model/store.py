@@ -1,0 +1,205 @@
+"""What was measured, on disk: JSON files in the platform's cache folder.
+
+One file for each device, dtype, torch version and thread count. Files are read defensively (one
+that is not ours, damaged or from another version counts as absent), written atomically, merged
+under a lock between processes, and bounded in size and number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from filelock import FileLock, Timeout
+from platformdirs import user_cache_path
+
+from runlora_fx.cost_model.ops import GemmShape
+from runlora_fx.cost_model.profile import MachineProfile
+
+_log = logging.getLogger("runlora_fx")
+
+#: Where the files are, if the user wants them elsewhere.
+FOLDER_VARIABLE = "RUNLORA_CACHE_DIR"
+
+_FORMAT = 1
+_MAX_ENTRIES = 4096
+_MAX_FILES = 64
+_MAX_FILE_BYTES = 4 << 20
+_LOCK_TIMEOUT_S = 10.0
+
+_RATES = ("flops_per_s", "read_bytes_per_s", "write_bytes_per_s", "add_bytes_per_s", "launch_s")
+
+
+class Key(NamedTuple):
+    """What measured times hold for.
+
+    Attributes:
+        device: The model of the device, with what distinguishes one from another.
+        dtype: Of the elements, as torch names it.
+        torch: Version of torch.
+        threads: Threads that torch computes with; 0 on devices without.
+    """
+
+    device: str
+    dtype: str
+    torch: str
+    threads: int
+
+    @property
+    def file_name(self) -> str:
+        """A readable name that is different for every key."""
+        digest = hashlib.sha256(json.dumps(self).encode()).hexdigest()[:12]
+        readable = re.sub(r"[^A-Za-z0-9]+", "-", f"{self.device}-{self.dtype}").strip("-").lower()
+        return f"{readable[:80]}-{digest}.json"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known for a key.
+
+    Attributes:
+        rates: Calibrated rates, by attribute of :class:`MachineProfile`; empty if never calibrated.
+        products: Times of single products [s], the latest last.
+        plans: Times of whole plans [s]: by problem and plan, see :mod:`runlora_fx.passes.trial`.
+    """
+
+    rates: Mapping[str, float] = field(default_factory=dict)
+    products: Mapping[GemmShape, float] = field(default_factory=dict)
+    plans: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    def profile(self, default: MachineProfile) -> MachineProfile:
+        """The profile: calibrated rates, or else the default's, and all products measured."""
+        rates = {name: self.rates.get(name, getattr(default, name)) for name in _RATES}
+        return MachineProfile(**rates, measured=tuple(sorted(self.products.items())))
+
+    def updated(self, newer: Record) -> Record:
+        """Both, the newer one's numbers where both have some; the oldest fall out if too many."""
+        products = {k: v for k, v in self.products.items() if k not in newer.products}
+        plans = {k: v for k, v in self.plans.items() if k not in newer.plans}
+        return Record(
+            rates=newer.rates or self.rates,
+            products=_latest({**products, **newer.products}),
+            plans=_latest({**plans, **newer.plans}),
+        )
+
+    @property
+    def digest(self) -> str:
+        """Changes with every number."""
+        return hashlib.sha256(json.dumps(_to_json(self), sort_keys=True).encode()).hexdigest()
+
+
+def folder() -> Path:
+    """Where the files are: ``$RUNLORA_CACHE_DIR``, or else the platform's cache folder."""
+    given = os.environ.get(FOLDER_VARIABLE)
+    return Path(given) if given else user_cache_path("runlora-fx")
+
+
+def load(key: Key) -> Record:
+    """What is known for a key; an empty record where nothing is, or nothing readable."""
+    path = folder() / key.file_name
+    try:
+        if path.stat().st_size > _MAX_FILE_BYTES:
+            raise ValueError("larger than any file of ours")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != _FORMAT or Key(**content["key"]) != key:
+            raise ValueError("made by another version, or for another machine")
+        return _from_json(content)
+    except FileNotFoundError:
+        return Record()
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        _log.warning("runlora ignores its cache file %s: %s: %s", path, type(error).__name__, error)
+        return Record()
+
+
+def add(key: Key, newer: Record) -> Record:
+    """Merge numbers into what is known for a key, and return all of it.
+
+    Where the folder cannot be written to, a warning says so and nothing is kept.
+    """
+    path = folder() / key.file_name
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock"), timeout=_LOCK_TIMEOUT_S):
+            merged = load(key).updated(newer)
+            _write(path, {"format": _FORMAT, "key": key._asdict(), **_to_json(merged)})
+            _drop_oldest(path.parent)
+        return merged
+    except (OSError, Timeout) as error:
+        _log.warning("runlora cannot keep its measurements in %s: %s", path.parent, error)
+        return load(key).updated(newer)
+
+
+def _to_json(record: Record) -> dict[str, Any]:
+    return {
+        "rates": dict(record.rates),
+        "products": [[list(map(int, shape)), time] for shape, time in record.products.items()],
+        "plans": {problem: dict(times) for problem, times in record.plans.items()},
+    }
+
+
+def _from_json(content: Mapping[str, Any]) -> Record:
+    """A record from a file's content.
+
+    Raises:
+        ValueError: If a number is not what it has to be; or another of the errors of taking apart
+            what is not built as expected.
+    """
+    rates = {name: _positive(rate) for name, rate in content["rates"].items()}
+    if rates and set(rates) != set(_RATES):
+        raise ValueError(f"has the rates {sorted(rates)}")
+    products = {_shape(shape): _positive(seconds) for shape, seconds in content["products"]}
+    plans = {
+        str(problem): {str(plan): _positive(seconds) for plan, seconds in times.items()}
+        for problem, times in content["plans"].items()
+    }
+    return Record(rates, _latest(products), _latest(plans))
+
+
+def _shape(numbers: list[Any]) -> GemmShape:
+    b, m, k, n, left, right = numbers
+    if not all(isinstance(size, int) and size > 0 for size in (b, m, k, n)):
+        raise ValueError(f"has a product of the sizes {numbers}")
+    return GemmShape(b, m, k, n, bool(left), bool(right))
+
+
+def _positive(x: Any) -> float:
+    if isinstance(x, bool) or not isinstance(x, int | float) or not 0 < x < math.inf:
+        raise ValueError(f"{x!r} is not a positive number")
+    return float(x)
+
+
+def _latest(entries: dict[Any, Any]) -> dict[Any, Any]:
+    return dict(list(entries.items())[-_MAX_ENTRIES:])
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a file such that a reader sees the old content or the new one, never half of it."""
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, prefix=path.stem, suffix=".tmp", delete=False, encoding="utf-8"
+    ) as file:
+        temporary = Path(file.name)
+        try:
+            json.dump(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    temporary.replace(path)
+
+
+def _drop_oldest(of: Path) -> None:
+    """Keep the folder from growing with every version of torch."""
+    files = sorted(of.glob("*.json"), key=lambda path: path.stat().st_mtime)
+    for path in files[:-_MAX_FILES]:
+        path.unlink(missing_ok=True)
+        path.with_suffix(".lock").unlink(missing_ok=True)

@@ -1,0 +1,98 @@
+"""Pricing: the objective for each dtype of a graph, from what is known about its device."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from runlora_fx.cost_model.machine import DTYPES, Machine
+from runlora_fx.cost_model.measure import matmul_seconds, undisturbed
+from runlora_fx.cost_model.objective import Objective
+from runlora_fx.cost_model.ops import GemmShape
+from runlora_fx.cost_model.profile import DEFAULT_PROFILE
+from runlora_fx.cost_model.store import Record
+from runlora_fx.options import Options
+from runlora_fx.passes.plan import Problem
+from runlora_fx.passes.search import candidate_products
+
+_log = logging.getLogger("runlora_fx")
+
+#: From so many products on, measuring them takes long enough to show progress.
+_SHOW_PROGRESS = 8
+
+
+class Pricing:
+    """The objectives for a graph."""
+
+    def __init__(self, options: Options, machine: Machine, device: torch.device) -> None:
+        """Price for a device.
+
+        Args:
+            options: What is asked of the pass.
+            machine: What is known about the device; measurements are added to it.
+            device: Where the graph runs.
+        """
+        self._options = options
+        self._machine = machine
+        self._device = device
+        self._objectives: dict[str, Objective] = {}
+
+    def objective(self, dtype: str) -> Objective:
+        """How plans for matrices of a dtype are ranked."""
+        if dtype not in self._objectives:
+            profile = DEFAULT_PROFILE
+            if self._options.objective == "time" and dtype in DTYPES:
+                profile = self._machine.profile(self._device, dtype)
+            self._objectives[dtype] = Objective(
+                self._options.objective, self._options.margin, profile
+            )
+        return self._objectives[dtype]
+
+    def measure(self, problems: Iterable[Problem]) -> None:
+        """Time the products of all plans that may be the best, where they were not timed before."""
+        wanted: dict[str, dict[GemmShape, None]] = {}
+        for problem in dict.fromkeys(problems):
+            if problem.dtype in DTYPES:
+                products = candidate_products(problem, self.objective(problem.dtype))
+                wanted.setdefault(problem.dtype, {}).update(dict.fromkeys(products))
+        for dtype, shapes in wanted.items():
+            known = self._machine.record(self._device, dtype).products
+            missing = [shape for shape in shapes if shape not in known]
+            if not missing:
+                continue
+            times = self._times(missing, dtype)
+            if times:
+                self._machine.add(self._device, dtype, Record(products=times))
+                del self._objectives[dtype]
+
+    def _times(self, shapes: list[GemmShape], dtype: str) -> dict[GemmShape, float]:
+        times: dict[GemmShape, float] = {}
+        with undisturbed(self._device):
+            for shape in track(
+                shapes,
+                f"runlora measures products in {dtype}",
+                console=Console(stderr=True),
+                transient=True,
+                disable=len(shapes) < _SHOW_PROGRESS,
+            ):
+                try:
+                    times[shape] = matmul_seconds(shape, getattr(torch, dtype), self._device)
+                except RuntimeError as error:  # out of memory, or a dtype the device has not
+                    _log.info("runlora could not measure %s in %s: %s", shape, dtype, error)
+        return times
+
+
+def may_measure() -> bool:
+    """Whether this process may plan by numbers of its own: ranks of a group have to agree."""
+    is_group = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if is_group and torch.distributed.get_world_size() > 1:
+        _log.warning(
+            "runlora measures nothing in a process group, where all ranks need the same plan; "
+            "run `python -m runlora_fx calibrate` or a single process first"
+        )
+        return False
+    return True

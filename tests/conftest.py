@@ -1,0 +1,41 @@
+"""The machine that the tests plan for: one that is bound by FLOPs, and the same everywhere.
+
+Plans depend on what the machine can do. The tests count FLOPs, so they run with a stored profile in
+which bytes and launches cost next to nothing: enough to break ties, too little to matter.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from runlora_fx.cost_model import store
+from runlora_fx.cost_model.machine import DTYPES, key_of
+from runlora_fx.cost_model.store import FOLDER_VARIABLE, Record
+
+FLOPS_BOUND = {
+    "flops_per_s": 1e12,
+    "read_bytes_per_s": 1e25,
+    "write_bytes_per_s": 1e25,
+    "add_bytes_per_s": 1e25,
+    "launch_s": 1e-25,
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _flops_bound_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Store the profile where this process and those it starts look for it."""
+    folder = tmp_path_factory.mktemp("profiles")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(FOLDER_VARIABLE, str(folder))
+        for dtype in DTYPES:
+            store.add(key_of(torch.device("cpu"), dtype), Record(FLOPS_BOUND))
+        yield folder
+
+
+@pytest.fixture
+def no_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of its own for what a test measures; empty at first."""
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    return tmp_path
