@@ -12,6 +12,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import proxy as _proxy
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._python_dispatch import _disable_current_modes
 
 #: Metadata that fx itself copies when a node is made in the place of another.
@@ -73,6 +74,22 @@ def size_hint(expr: sympy.Expr, mode: FakeTensorMode | None, fallback: int) -> i
         return int(hint(expr, fallback=fallback))
     value = env.size_hint(expr, allow_none=True)
     return fallback if value is None else int(value)
+
+
+def guard_range(size: sympy.Expr, low: int, high: int | None, mode: FakeTensorMode | None) -> bool:
+    """Make the code that is being compiled hold for ``low <= size < high`` only.
+
+    Returns:
+        Whether a guard could be made: not of sizes that only the run knows.
+    """
+    env = None if mode is None else mode.shape_env
+    if env is None or free_unbacked_symbols(size):
+        return False
+    for bound in (size >= low, None if high is None else size < high):
+        # A comparison that holds for all sizes is sympy.true: nothing to guard.
+        if isinstance(bound, sympy.core.relational.Relational) and not env.evaluate_expr(bound):
+            return False
+    return True
 
 
 def inductor_compiler(mode: str | None, options: Mapping[str, Any]) -> Any:

@@ -97,13 +97,13 @@ def aot_backend(
     """
 
     def partition(joint: fx.GraphModule, inputs: Any, **kwargs: Any) -> Any:
-        run(joint.graph, ATEN, options)
+        run(joint.graph, ATEN, options, may_guard=True)
         joint.recompile()
         see(joint)
         return min_cut_rematerialization_partition(joint, inputs, **kwargs)
 
     def inference(graph_module: fx.GraphModule, _: Any) -> Callable[..., Any]:
-        run(graph_module.graph, ATEN, options)
+        run(graph_module.graph, ATEN, options, may_guard=True)
         graph_module.recompile()
         see(graph_module)
         return _as_it_is(graph_module, _)

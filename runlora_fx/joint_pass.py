@@ -24,7 +24,12 @@ _log = logging.getLogger("runlora_fx")
 
 
 def run(
-    graph: fx.Graph, dialect: Dialect, options: Options, machine: Machine | None = None
+    graph: fx.Graph,
+    dialect: Dialect,
+    options: Options,
+    machine: Machine | None = None,
+    *,
+    may_guard: bool = False,
 ) -> Report:
     """Rewrite a graph in place and record the report; on failure the graph stays as it came.
 
@@ -33,12 +38,13 @@ def run(
         dialect: Its level.
         options: What is asked of the pass.
         machine: What is known about the devices; what is stored about them, if None.
+        may_guard: Whether the graph is being compiled for Dynamo, which checks guards on sizes.
 
     Raises:
         Exception: Under ``strict``, whatever went wrong.
     """
     try:
-        report = rewrite_graph(graph, dialect, options, machine)
+        report = rewrite_graph(graph, dialect, options, machine, may_guard=may_guard)
     except Exception as error:
         if options.strict:
             raise
@@ -89,7 +95,7 @@ class RunloraPass(CustomGraphPass):
         self.ran = True
         for user_pass in self._before:
             user_pass(graph)
-        run(graph, ATEN, self._options, self._machine)
+        run(graph, ATEN, self._options, self._machine, may_guard=True)
 
     def uuid(self) -> Any | None:
         """What a compiled graph depends on; None (no caching) if a user's pass has no identity."""

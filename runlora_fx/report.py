@@ -40,6 +40,7 @@ class Site:
         changed: Whether the graph was changed here.
         reason: Why it was changed or left alone.
         considered: The alternatives, cheapest first.
+        break_even: For how many tokens it pays to merge the adapter into the base weight.
     """
 
     modules: tuple[str, ...]
@@ -53,6 +54,7 @@ class Site:
     changed: bool
     reason: str
     considered: tuple[Candidate, ...] = ()
+    break_even: str = ""
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ class Report:
                 after if site.changed else "as it came",
                 f"{_si(site.flops_before)}FLOP -> {_si(site.flops_after)}FLOP\n"
                 f"{site.flops_before_expr}\n-> {site.flops_after_expr}\n{reason}"
+                + (f"\n{site.break_even}" if site.break_even else "")
                 + (f"\nconsidered:{considered}" if considered else ""),
             )
         return table

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from runlora_fx.cost_model.cost import Amount, Cost
 from runlora_fx.cost_model.objective import Objective
-from runlora_fx.cost_model.ops import Operation
 from runlora_fx.passes.plan import (
     Plan,
     Problem,
@@ -71,7 +69,8 @@ def judge(
     before, after = total_cost(ran), total_cost(runs)
     price_before, price_after = objective.total(ran), objective.total(runs)
     if objective.worthwhile(price_before, price_after):
-        return Decision(plan, True, before, after, _saved(objective, ran, runs), considered)
+        reason = f"changed: {saving(objective, problem, plan)}"
+        return Decision(plan, True, before, after, reason, considered)
     if replace(objective, margin=0.0).worthwhile(price_before, price_after):
         reason = (
             f"left alone: the cheapest plan saves less than the margin ({objective.margin:.1%})"
@@ -92,8 +91,9 @@ def alternatives(problem: Problem, objective: Objective) -> tuple[Alternative, .
     return tuple(Alternative(step, plan, plan.cost(problem)) for step, plan in plans)
 
 
-def _saved(objective: Objective, before: Sequence[Operation], after: Sequence[Operation]) -> str:
-    """The reason for a change: what it saves."""
+def saving(objective: Objective, problem: Problem, plan: Plan) -> str:
+    """What a plan saves against the graph as it came."""
+    before, after = incoming_operations(problem), plan.operations(problem)
     saved = []
     if objective.name == "time":
         old, new = objective.total(before), objective.total(after)
@@ -102,7 +102,7 @@ def _saved(objective: Objective, before: Sequence[Operation], after: Sequence[Op
     saved.append(_change(cost.flops, new_cost.flops, "FLOPs"))
     if cost.saved != new_cost.saved:
         saved.append(_change(cost.saved, new_cost.saved, "kept bytes"))
-    return "changed: " + ", ".join(saved)
+    return ", ".join(saved)
 
 
 def _change(before: Amount | float, after: Amount | float, of: str) -> str:

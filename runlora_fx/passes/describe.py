@@ -9,16 +9,24 @@ from __future__ import annotations
 import sympy
 
 from runlora_fx.cost_model.cost import Amount
+from runlora_fx.cost_model.objective import Objective
 from runlora_fx.passes.algebra import normalise
 from runlora_fx.passes.decide import Decision
 from runlora_fx.passes.notation import Names, algebra
 from runlora_fx.passes.origin import modules_of
 from runlora_fx.passes.plan import Plan, Problem, Step, Value, incoming_cost
+from runlora_fx.passes.ranges import Varying, break_even
 from runlora_fx.passes.region import PosedProblem, Region
 from runlora_fx.report import Candidate, Site
 
 
-def describe(region: Region, posed: PosedProblem, decision: Decision, changed: bool) -> Site | None:
+def describe(
+    region: Region,
+    posed: PosedProblem,
+    decision: Decision,
+    changed: bool,
+    objective: Objective,
+) -> Site | None:
     """A region as a site, or None where there is nothing low-rank about it."""
     problem = posed.problem
     if max(len(w.factors) for d in problem.demands for w in d.core.words) < 3:
@@ -43,12 +51,25 @@ def describe(region: Region, posed: PosedProblem, decision: Decision, changed: b
         flops_before_expr=_expr(cost_before),
         flops_after_expr=_expr(cost_after),
         changed=changed,
+        break_even=_break_even(posed, names, objective),
         reason=reason,
         considered=tuple(
             Candidate(names.step(problem.demands[0], a.step), int(a.cost.flops))
             for a in decision.alternatives
         ),
     )
+
+
+def _break_even(posed: PosedProblem, names: Names, objective: Objective) -> str:
+    """When merging pays, in the graph's own symbols where the number of tokens is one."""
+    index = next((i for i, symbol in enumerate(names.symbols) if symbol.name == "N"), None)
+    if index is None:
+        return ""
+    tokens = posed.dims[index]
+    is_symbol = not isinstance(tokens, int)
+    same = (i for i, size in enumerate(posed.dims) if is_symbol and size == tokens)
+    dims = frozenset([index, *same])
+    return break_even(Varying.of(posed.problem, dims, objective), str(tokens) if is_symbol else "N")
 
 
 def _incoming_plan(problem: Problem) -> Plan:

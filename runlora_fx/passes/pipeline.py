@@ -10,14 +10,15 @@ import sympy
 import torch
 from torch import fx
 
-from runlora_fx._torch_compat import fake_mode_of, size_hint
+from runlora_fx._torch_compat import fake_mode_of, guard_range, size_hint
 from runlora_fx.cost_model.machine import Machine
 from runlora_fx.options import Options
 from runlora_fx.passes import forms
 from runlora_fx.passes.algebra import normalise
-from runlora_fx.passes.decide import Decision, decide
+from runlora_fx.passes.decide import Decision
 from runlora_fx.passes.describe import describe
 from runlora_fx.passes.dialects.base import Dialect
+from runlora_fx.passes.dynamic import decide_all
 from runlora_fx.passes.emit import Emitter
 from runlora_fx.passes.forms import value_of
 from runlora_fx.passes.opaque import opaque_nodes
@@ -56,7 +57,12 @@ class _EmissionFailedError(Exception):
 
 
 def rewrite_graph(
-    graph: fx.Graph, dialect: Dialect, options: Options, machine: Machine | None = None
+    graph: fx.Graph,
+    dialect: Dialect,
+    options: Options,
+    machine: Machine | None = None,
+    *,
+    may_guard: bool = False,
 ) -> Report:
     """Rewrite a graph in place into its cheapest plan.
 
@@ -65,6 +71,8 @@ def rewrite_graph(
         dialect: The level of the graph.
         options: What is asked of the pass.
         machine: What is known about the devices; what is stored about them, if None.
+        may_guard: Whether guards on symbolic sizes can be made: they are checked before each call,
+            and another size gets another graph.
 
     Returns:
         What was seen and done.
@@ -78,7 +86,7 @@ def rewrite_graph(
     pricing = Pricing(options, known, _device_of(graph))
     while True:
         try:
-            return _attempt(graph, dialect, options, pricing, refused)
+            return _attempt(graph, dialect, options, pricing, refused, may_guard)
         except _EmissionFailedError as failure:
             if options.strict:
                 raise failure.cause from None
@@ -93,6 +101,7 @@ def _attempt(
     options: Options,
     pricing: Pricing,
     refused: dict[str, Refusal],
+    may_guard: bool,
 ) -> Report:
     mode = fake_mode_of(node.meta.get("val") for node in graph.nodes)
 
@@ -107,9 +116,13 @@ def _attempt(
     posed = [regions.pose(region) for region in regions.regions]
     if options.tune in ("shapes", "plans") and may_measure():
         pricing.measure(p.problem for p in posed if not p.is_symbolic)
+
+    def guard(size: sympy.Expr, low: int, high: int | None) -> bool:
+        return guard_range(size, low, high, mode)
+
+    decisions = decide_all(posed, pricing, hint, guard if may_guard else None)
     planned = [
-        PlannedRegion(region, p, decide(p.problem, pricing.objective(p.problem.dtype)))
-        for region, p in zip(regions.regions, posed, strict=True)
+        PlannedRegion(*found) for found in zip(regions.regions, posed, decisions, strict=True)
     ]
 
     changed = [
@@ -117,7 +130,12 @@ def _attempt(
         for p in planned
         if p.decision.changed and not any(r.node.name in refused for r, _ in p.region.demands)
     ]
-    found = (describe(p.region, p.posed, p.decision, p in changed) for p in planned)
+    found = (
+        describe(
+            p.region, p.posed, p.decision, p in changed, pricing.objective(p.posed.problem.dtype)
+        )
+        for p in planned
+    )
     sites = tuple(site for site in found if site is not None)
     missed = tuple(unmatched(graph, sites))
     if changed:
