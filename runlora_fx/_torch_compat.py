@@ -10,6 +10,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch._inductor import config as inductor_config
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import proxy as _proxy
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
@@ -90,6 +91,11 @@ def guard_range(size: sympy.Expr, low: int, high: int | None, mode: FakeTensorMo
         if isinstance(bound, sympy.core.relational.Relational) and not env.evaluate_expr(bound):
             return False
     return True
+
+
+def draws_from_seeds() -> bool:
+    """Whether Inductor replaces random operators by functions of a seed."""
+    return not inductor_config.fallback_random
 
 
 def inductor_compiler(mode: str | None, options: Mapping[str, Any]) -> Any:

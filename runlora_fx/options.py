@@ -11,6 +11,16 @@ from runlora_fx.cost_model.objective import ObjectiveName
 
 TuneName: TypeAlias = Literal["off", "profile", "shapes", "plans"]
 
+NumericsName: TypeAlias = Literal["default", "strict", "relaxed"]
+MemoryName: TypeAlias = Literal["balanced", "low", "fast"]
+
+_CHOICES = (
+    ("objective", ObjectiveName),
+    ("tune", TuneName),
+    ("memory", MemoryName),
+    ("numerics", NumericsName),
+)
+
 #: Prefix of our keys among the options of ``torch.compile``.
 PREFIX = "runlora."
 
@@ -28,12 +38,22 @@ class Options:
             what was measured before, where something was; ``"shapes"`` the products of this model,
             measured now where they were not before; ``"plans"`` also the best few plans of each
             region, compiled and timed with the pointwise operations around them.
+        memory: ``"balanced"`` never holds more for the backward than Inductor would; ``"low"``
+            holds less where it is cheap to compute again: ``X A'`` and the masks of dropout;
+            ``"fast"`` may hold merged weights.
+        numerics: ``"default"`` reassociates products and sums; ``"strict"`` adds no rounding that
+            the model does not have, in dtypes of less than 32 bits; ``"relaxed"`` also crosses
+            casts between floats.
+        memory_budget: What ``"fast"`` may hold in one graph [B].
     """
 
     strict: bool = False
     objective: ObjectiveName = "time"
     margin: float = 0.0
     tune: TuneName = "profile"
+    memory: MemoryName = "balanced"
+    memory_budget: int = 0
+    numerics: NumericsName = "default"
 
     def __post_init__(self) -> None:
         """Check every value.
@@ -43,12 +63,22 @@ class Options:
         """
         if not isinstance(self.strict, bool):
             raise ValueError(f"runlora.strict must be True or False, not {self.strict!r}")
-        for name, kind in (("objective", ObjectiveName), ("tune", TuneName)):
+        for name, kind in _CHOICES:
             if getattr(self, name) not in get_args(kind):
                 valid = ", ".join(map(repr, get_args(kind)))
                 raise ValueError(
                     f"runlora.{name} must be one of {valid}, not {getattr(self, name)!r}"
                 )
+        budget = self.memory_budget
+        if isinstance(budget, bool) or not isinstance(budget, int) or budget < 0:
+            raise ValueError(
+                f"runlora.memory_budget must be a number of bytes, 0 or more, not {budget!r}"
+            )
+        if (self.memory == "fast") != (budget > 0):
+            raise ValueError(
+                "runlora.memory_budget must be given with runlora.memory='fast', and only then; "
+                f"got memory={self.memory!r} and not {budget!r}"
+            )
         number = isinstance(self.margin, int | float) and not isinstance(self.margin, bool)
         if not number or not 0 <= self.margin < 1:
             raise ValueError(f"runlora.margin must be a number in [0, 1), not {self.margin!r}")

@@ -267,7 +267,8 @@ def test_identity_tells_every_option_and_every_users_pass(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     different = [Options(), Options(strict=True), Options(objective="flops"), Options(margin=0.5)]
-    different += [Options(tune="off")]
+    different += [Options(tune="off"), Options(memory="low"), Options(numerics="strict")]
+    different += [Options(memory="fast", memory_budget=1)]
     assert len(different) == 1 + len(fields(Options))
     passes = [RunloraPass(options) for options in different]
     passes += [RunloraPass(before=[_UsersPass(name) for name in names]) for names in ("a", "ab")]

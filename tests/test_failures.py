@@ -110,7 +110,7 @@ PIPELINE = "runlora_fx.passes.pipeline."
 STAGES = {
     "read": PIPELINE + "GraphReader.__init__",
     "pose": PIPELINE + "Regions.pose",
-    "search": PIPELINE + "decide",
+    "search": PIPELINE + "decide_all",
     "describe": PIPELINE + "describe",
     "emit": PIPELINE + "Emitter.emit",
     "verify": PIPELINE + "verify",

@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("cost_model.objective", "cost_model.store"),
     ),
     ("passes", "passes.algebra", "passes.plan", "passes.search", "passes.notation"),
-    ("passes.decide",),
+    ("passes.decide", "passes.ranges", "passes.budget"),
     # What the user gives and gets.
     ("options", "report", "history"),
     # The machine.
@@ -44,6 +44,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("passes.dialects", "passes.dialects.*", "passes.values", "passes.modes", "passes.mutation"),
     ("passes.opaque", "passes.expand", "passes.dims", "passes.read"),
     ("passes.phases", "passes.region"),
+    ("passes.dynamic",),
     # Algebra to graph.
     ("passes.writer", "passes.emit", "passes.verify"),
     ("passes.origin", "passes.describe"),

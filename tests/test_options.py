@@ -65,6 +65,9 @@ INVALID: dict[str, tuple[list[object], str]] = {
     "objective": (["latency", "", None, ["flops"]], "'time', 'flops'"),
     "margin": ([1, 1.5, -0.1, float("nan"), True, "0.1", None], "a number in [0, 1)"),
     "tune": (["on", "", None, True], "'off', 'profile', 'shapes', 'plans'"),
+    "memory": (["high", "", None, 1], "'balanced', 'low', 'fast'"),
+    "memory_budget": ([-1, 0.5, "1", None, True], "a number of bytes, 0 or more"),
+    "numerics": (["exact", "", None, 0], "'default', 'strict', 'relaxed'"),
 }
 
 
@@ -212,7 +215,7 @@ def test_a_failed_compilation_leaves_no_settings(monkeypatch: pytest.MonkeyPatch
     def fail(*_: object) -> None:
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr("runlora_fx.passes.pipeline.decide", fail)
+    monkeypatch.setattr("runlora_fx.passes.pipeline.decide_all", fail)
     before = inductor_config.get_config_copy()
     with pytest.raises(BackendCompilerFailed, match="out of luck"):
         _compile(RUNLORA, options={"epilogue_fusion": False, "runlora.strict": True})

@@ -32,12 +32,15 @@ class Objective:
         profile: The machine that ``"time"`` is predicted for.
         flops_per_saved_byte: What it may cost to compute a byte again in the backward rather than
             to hold it from the forward [FLOP/B].
+        adds_rounding: Whether plans for dtypes of less than 32 bits may materialise, and so round,
+            values that the graph as it came does not.
     """
 
     name: ObjectiveName = "flops"
     margin: float = 0.0
     profile: MachineProfile = DEFAULT_PROFILE
     flops_per_saved_byte: int = 0
+    adds_rounding: bool = True
 
     def price(self, operation: Operation) -> Price:
         """The price of one operation; the price of a plan is the sum over its operations."""

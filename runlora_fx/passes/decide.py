@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from runlora_fx.cost_model.cost import Amount, Cost
-from runlora_fx.cost_model.objective import Objective
+from runlora_fx.cost_model.objective import Objective, Price
 from runlora_fx.passes.plan import (
     Plan,
     Problem,
@@ -111,3 +111,30 @@ def _change(before: Amount | float, after: Amount | float, of: str) -> str:
         return f"{after:.4g} {of}"
     less = "fewer" if of.endswith("s") else "less"
     return f"{abs(1 - after / before):.1%} {less if after <= before else 'more'} {of}"
+
+
+def holding_more(problem: Problem, objective: Objective) -> Decision | None:
+    """The decision if the forward may keep whatever it computes; None if that gains nothing."""
+    settled = decide(problem, objective)
+    plans = [a.plan for a in settled.alternatives] + ([settled.plan] if settled.plan else [])
+    computed = {
+        value.core
+        for plan in plans
+        for value in plan.steps
+        if not value.backward and value.core.leaf is None
+    }
+    freer = decide(replace(problem, kept=problem.kept | computed), objective)
+    if freer.plan is None or not freer.changed:
+        return None
+    return (
+        freer
+        if price_of(freer, problem, objective) < price_of(settled, problem, objective)
+        else None
+    )
+
+
+def price_of(decision: Decision, problem: Problem, objective: Objective) -> Price:
+    """The price of what will run."""
+    if decision.changed and decision.plan is not None:
+        return objective.total(decision.plan.operations(problem))
+    return objective.total(incoming_operations(problem))

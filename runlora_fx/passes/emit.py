@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
+import torch
 from torch import fx
-from torch.utils.checkpoint import CheckpointPolicy
 
 from runlora_fx.passes.algebra import ONE, Factor, Normalised, Polynomial, Scalar, normalise
 from runlora_fx.passes.forms import Dim, numel, shape_of, value_of
@@ -33,7 +33,11 @@ class _Operands(NamedTuple):
 
 
 class Emitter:
-    """Emits the roots of a graph from one plan for all of them; every value is written once."""
+    """Emits the roots of a graph from one plan for all of them; every value is written once.
+
+    Attributes:
+        recomputed: Nodes of the forward that the backward computes again by itself.
+    """
 
     def __init__(
         self,
@@ -65,6 +69,7 @@ class Emitter:
         self._existing = existing
         self._hint = hint
         self._made: dict[Value, tuple[fx.Node, bool]] = {}
+        self.recomputed: list[fx.Node] = []
         self._uses = self._count_uses(roots)
 
     def emit(self, root: Root) -> fx.Node:
@@ -90,6 +95,7 @@ class Emitter:
             node = self._leaf_node(core.leaf)
             result = self._add(result, node, scalar)
         assert result is not None
+        result = self._writer.cast(result, _dtype_of(root.node))
         if result is root.node or shape_of(result) != shape:
             raise EmissionError(f"{root.node.name} cannot be written in its shape {shape}")
         return result
@@ -156,7 +162,7 @@ class Emitter:
     ) -> fx.Node:
         if total is None:
             return self._product(a, b, scalar)
-        if scalar.leaves or len(shape_of(a)) != 2:
+        if scalar.leaves or len(shape_of(a)) != 2 or _dtype_of(total) != _dtype_of(a):
             return self._add(total, self._product(a, b, scalar), ONE)
         return self._writer.addmm(total, a, b, scalar.number)
 
@@ -210,28 +216,33 @@ class Emitter:
             return self._made[twin]
         if value.backward and twin in self._made and self._steps.get(twin) == step:
             return self._made[twin]
+        again = self._steps.get(Value(value.core, True)) if not value.backward else None
         known = self._existing.get((value, step))
-        if known is not None and self._writer.is_before(known[0]):
+        if (
+            known is not None
+            and self._writer.is_before(known[0])
+            and _dtype_of(known[0]) == self._dtype(value)
+        ):
+            if isinstance(again, Product | Sum):
+                self.recomputed.append(known[0])
             seen = self._reader.cuts[known[0]].extents(shape_of(known[0]))
             return self._writer.reshape(known[0], _matrix_shape(*seen)), known[1]
         if isinstance(step, Sum):
             parts = [normalise(part) for part in step.parts]
             node = self._accumulate(parts, transposed, value.backward, is_root=False)
+            node = self._writer.cast(node, self._dtype(value))
         else:
             node = self._product(*self._operands(value, step, transposed))
-        if not value.backward and isinstance(
-            self._steps.get(Value(value.core, True)), Product | Sum
-        ):
-            # The backward computes it again. Without the tag the partitioner would keep it: for a
-            # merged weight a second copy of every adapted weight, from forward to backward.
-            node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+        if isinstance(again, Product | Sum):
+            self.recomputed.append(node)
         return node, transposed
 
     def _operands(self, value: Value, step: Product, transposed: bool) -> _Operands:
         left, right = (step.right.T, step.left.T) if transposed else (step.left, step.right)
         a, by_a = self._operand(left, value.backward)
         b, by_b = self._operand(right, value.backward)
-        return _Operands(a, b, by_a * by_b)
+        dtype = self._dtype(value)
+        return _Operands(self._writer.cast(a, dtype), self._writer.cast(b, dtype), by_a * by_b)
 
     def _operands_if_unshared(self, value: Value, transposed: bool) -> _Operands | None:
         """The operands of a product that nothing else reads; None if it must stand on its own."""
@@ -260,6 +271,18 @@ class Emitter:
         for i in scalar.leaves:
             node = self._writer.scale(node, self._leaves.scalars[i])
         return node
+
+    def _dtype(self, value: Value) -> torch.dtype:
+        """The dtype that a value is computed in: the narrowest of its leaves'.
+
+        They differ only where casts are crossed. A product of fp32 adapters is computed in fp32,
+        and rounded once when it is added to a bf16 weight.
+        """
+        nodes = (self._leaves.matrices[i].node for i in sorted(value.core.leaves))
+        return min(
+            (_dtype_of(node) for node in nodes if node is not None),
+            key=lambda dtype: dtype.itemsize,
+        )
 
     def _value(self, core: Polynomial, backward: bool) -> Value:
         nodes = (self._leaves.matrices[i].node for i in core.leaves)
@@ -314,6 +337,12 @@ class Emitter:
             if not isinstance(step, Keep):
                 uses.update(self._value(normalise(p).core, value.backward) for p in operands)
         return uses
+
+
+def _dtype_of(node: fx.Node) -> torch.dtype:
+    val = value_of(node)
+    assert val is not None
+    return val.dtype
 
 
 def _matrix_shape(batch: Dim, rows: Dim, cols: Dim) -> tuple[Dim, ...]:

@@ -15,6 +15,7 @@ from runlora_fx.cost_model.machine import Machine
 from runlora_fx.options import Options
 from runlora_fx.passes import forms
 from runlora_fx.passes.algebra import normalise
+from runlora_fx.passes.budget import spend
 from runlora_fx.passes.decide import Decision
 from runlora_fx.passes.describe import describe
 from runlora_fx.passes.dialects.base import Dialect
@@ -23,7 +24,7 @@ from runlora_fx.passes.emit import Emitter
 from runlora_fx.passes.forms import value_of
 from runlora_fx.passes.opaque import opaque_nodes
 from runlora_fx.passes.origin import unmatched
-from runlora_fx.passes.phases import Phases
+from runlora_fx.passes.phases import Phases, recompute, recompute_dropout_masks
 from runlora_fx.passes.plan import Plan, Step, Value, product_step
 from runlora_fx.passes.pricing import Pricing, may_measure
 from runlora_fx.passes.read import GraphReader
@@ -110,7 +111,12 @@ def _attempt(
             return size
         return size_hint(sympy.sympify(size), mode, _UNKNOWN_SIZE)
 
-    reader = GraphReader(graph, dialect, opaque_nodes(graph, dialect))
+    reader = GraphReader(
+        graph,
+        dialect,
+        opaque_nodes(graph, dialect),
+        cross_casts=options.numerics == "relaxed",
+    )
     phases = Phases(graph)
     regions = Regions(reader, phases, hint)
     posed = [regions.pose(region) for region in regions.regions]
@@ -121,10 +127,19 @@ def _attempt(
         return guard_range(size, low, high, mode)
 
     decisions = decide_all(posed, pricing, hint, guard if may_guard else None)
+    if options.memory_budget:
+        decisions = spend(
+            [None if p.is_symbolic else p.problem for p in posed],
+            [pricing.objective(p.problem.dtype) for p in posed],
+            decisions,
+            options.memory_budget,
+        )
     planned = [
         PlannedRegion(*found) for found in zip(regions.regions, posed, decisions, strict=True)
     ]
 
+    if options.memory == "low" and phases.is_joint:
+        recompute_dropout_masks(graph)
     changed = [
         p
         for p in planned
@@ -215,6 +230,10 @@ def _replace(
         emitted.append((root, new))
     for root, new in emitted:
         root.node.replace_all_uses_with(new)
+    for node in emitter.recomputed:
+        # Without the tag the partitioner would keep it: for a merged weight a second copy of every
+        # adapted weight, from forward to backward.
+        recompute(node)
     for node in reversed(list(graph.nodes)):
         if node in reader.forms and not node.users:
             graph.erase_node(node)

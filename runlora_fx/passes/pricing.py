@@ -21,6 +21,10 @@ from runlora_fx.passes.search import candidate_products
 
 _log = logging.getLogger("runlora_fx")
 
+#: What ``memory="low"`` may spend to hold a byte less [FLOP/B]. ``X A'`` costs 2 in / itemsize per
+#: byte: it is computed again in layers of up to 16384 inputs in 32 bits, 8192 in 16 bits.
+_FLOPS_PER_SAVED_BYTE = 8192
+
 #: From so many products on, measuring them takes long enough to show progress.
 _SHOW_PROGRESS = 8
 
@@ -47,8 +51,13 @@ class Pricing:
             profile = DEFAULT_PROFILE
             if self._options.objective == "time" and dtype in DTYPES:
                 profile = self._machine.profile(self._device, dtype)
+            saved = _FLOPS_PER_SAVED_BYTE if self._options.memory == "low" else 0
             self._objectives[dtype] = Objective(
-                self._options.objective, self._options.margin, profile
+                self._options.objective,
+                self._options.margin,
+                profile,
+                saved,
+                self._options.numerics != "strict",
             )
         return self._objectives[dtype]
 

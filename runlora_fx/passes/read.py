@@ -42,6 +42,9 @@ from runlora_fx.passes.forms import (
 )
 from runlora_fx.passes.values import ValueNumbers
 
+#: The dtypes between which casts may be crossed.
+_CROSSED = frozenset([torch.float32, torch.bfloat16, torch.float16])
+
 #: A product that expands into more words than this takes its operands as leaves instead.
 _MAX_WORDS = 32
 
@@ -57,17 +60,27 @@ class GraphReader(Expander):
         leaves: The leaves of all polynomials.
     """
 
-    def __init__(self, graph: fx.Graph, dialect: Dialect, opaque: Collection[fx.Node] = ()) -> None:
+    def __init__(
+        self,
+        graph: fx.Graph,
+        dialect: Dialect,
+        opaque: Collection[fx.Node] = (),
+        *,
+        cross_casts: bool = False,
+    ) -> None:
         """Find the linear nodes and the roots, and expand them.
 
         Args:
             graph: Every tensor node has an example tensor in ``meta["val"]``.
             dialect: The level of the graph.
             opaque: Never read, never moved, equal to nothing else.
+            cross_casts: Whether casts between floats change nothing: of a leaf to a wider dtype,
+                and of what is linear to any.
         """
         super().__init__(ValueNumbers(graph, dialect.readers, opaque), Leaves(), {})
         self._dialect = dialect
         self._unread = set(opaque)
+        self._cross_casts = cross_casts
         self._addends: dict[fx.Node, Addends] = {}
         self.cuts: dict[fx.Node, Cut] = {}
         self.roots: list[fx.Node] = []
@@ -133,6 +146,11 @@ class GraphReader(Expander):
             and torch.promote_types(origin.dtype, source.dtype) == source.dtype
         ):
             return Reshape(outer.source)
+        if self._may_cross(here.dtype, source.dtype):
+            widens = torch.promote_types(here.dtype, source.dtype) == here.dtype
+            # A weight cast down is another, rounded weight: only what is computed may be.
+            if widens or form.source in self.cuts:
+                return Reshape(form.source)
         return None
 
     def _keeps_dtype(self, node: fx.Node, form: Form) -> bool:
@@ -141,9 +159,16 @@ class GraphReader(Expander):
         return here is not None and all(
             (val := value_of(source)) is None
             or (isinstance(form, Scale) and source is form.by)
-            or (val.dtype == here.dtype and val.device == here.device and _is_plain(source))
+            or (
+                (val.dtype == here.dtype or self._may_cross(val.dtype, here.dtype))
+                and val.device == here.device
+                and _is_plain(source)
+            )
             for source in sources(form)
         )
+
+    def _may_cross(self, *dtypes: torch.dtype) -> bool:
+        return self._cross_casts and _CROSSED.issuperset(dtypes)
 
     def _natural_cut(self, node: fx.Node, form: Form) -> Cut | None:
         match form:

@@ -44,6 +44,9 @@ _ALL_SPLITS = 6
 #: Frontiers to visit before the search gives up; real models need some hundreds.
 _FRONTIERS = 200_000
 
+#: From this element width on, reassociation is as exact as what it replaces [B].
+_EXACT_ITEMSIZE = 4
+
 #: Values to visit in search of products to measure.
 _VALUES = 5_000
 
@@ -166,12 +169,14 @@ class Ways:
     objective: Objective
     _known: dict[Value, list[Way]] = field(default_factory=dict)
     _incoming: Mapping[Value, list[Step]] = field(init=False)
+    _materialised: set[Polynomial] = field(init=False)
 
     def __post_init__(self) -> None:
         incoming: dict[Value, list[Step]] = {}
         for value, step in self.problem.incoming:
             incoming.setdefault(value, []).append(step)
         self._incoming = incoming
+        self._materialised = {value.core for value in (*incoming, *self.problem.demands)}
 
     def rank(self, value: Value) -> tuple[int, bool, Terms]:
         """Orders values such that operands come before what they make."""
@@ -199,10 +204,17 @@ class Ways:
                 (step, self._price(value, step), operands)
                 for step in dict.fromkeys(self._steps(value))
                 for operands in [self.operands(value, step)]
+                if self._rounds_as_before(operands)
                 # The incoming graph may add a value to itself: X A + X A.
                 if all(self.rank(operand) < self.rank(value) for operand in operands)
             ]
         return self._known[value]
+
+    def _rounds_as_before(self, operands: frozenset[Value]) -> bool:
+        """Whether a step reads nothing that is rounded here and was not in the incoming graph."""
+        if self.objective.adds_rounding or self.problem.itemsize >= _EXACT_ITEMSIZE:
+            return True
+        return all(v.core.leaf is not None or v.core in self._materialised for v in operands)
 
     def _price(self, value: Value, step: Step) -> Price:
         operation = step_operation(self.problem, value.core, step)

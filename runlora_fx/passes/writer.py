@@ -10,7 +10,7 @@ from torch import fx
 
 from runlora_fx._torch_compat import COPIED_META, fake_mode_of, in_fake_mode, is_sym_int
 from runlora_fx.passes.dialects.base import Dialect
-from runlora_fx.passes.forms import Dim, Shape, shape_of, value_of
+from runlora_fx.passes.forms import Dim, Reshape, Shape, shape_of, value_of
 from runlora_fx.passes.read import GraphReader
 
 
@@ -72,6 +72,17 @@ class Writer:
     def scale(self, a: fx.Node, by: float | fx.Node) -> fx.Node:
         """``a * by``."""
         return a if by == 1.0 else self._call(self._calls.mul, a, by)
+
+    def cast(self, a: fx.Node, dtype: torch.dtype) -> fx.Node:
+        """``a`` in another dtype."""
+        val = value_of(a)
+        assert val is not None
+        if val.dtype == dtype:
+            return a
+        node = self._call(self._calls.cast, a, dtype)
+        # Whoever casts here may: also a leaf to a narrower dtype, where the reader would stop.
+        self._reader.forms[node] = Reshape(a)
+        return node
 
     def transpose(self, a: fx.Node) -> fx.Node:
         """The transpose of a matrix, or of each in a batch."""

@@ -136,6 +136,7 @@ ATEN = Dialect(
         view=_aten.view.default,
         reshape=_aten.reshape.default,
         size=_aten.sym_size.int,
+        cast=torch.ops.prims.convert_element_type.default,
     ),
 )
 
@@ -143,4 +144,5 @@ ATEN = Dialect(
 DIFFERENTIABLE_ATEN = replace(
     ATEN,
     readers={op: read for op, read in ATEN.readers.items() if op is not _aten.detach.default},
+    calls=replace(ATEN.calls, cast=_aten.to.dtype),
 )

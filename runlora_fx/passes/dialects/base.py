@@ -32,6 +32,7 @@ class Calls:
     view: Callable[..., Any]
     reshape: Callable[..., Any]
     size: Callable[..., Any]
+    cast: Callable[..., Any]
     stacked: Callable[..., Any] | None = None
 
 

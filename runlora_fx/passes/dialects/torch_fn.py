@@ -124,6 +124,7 @@ TORCH = Dialect(
         F.dropout: _dropout,
         torch.dropout: _dropout,
         "to": builders.cast,
+        torch.Tensor.to: builders.cast,
         "type": builders.cast,
         "float": builders.cast,
         "half": builders.cast,
@@ -141,6 +142,7 @@ TORCH = Dialect(
         view=torch.reshape,
         reshape=torch.reshape,
         size=torch.ops.aten.sym_size.int,
+        cast=torch.Tensor.to,
         stacked=torch.matmul,
     ),
 )
