@@ -365,9 +365,9 @@ def test_users_joint_pass_runs_as_under_inductor_and_before_ours(
 ) -> None:
     seen: list[str] = []
 
-    def ours(*args: Any) -> runlora_fx.Report:
+    def ours(*args: Any, **settings: Any) -> runlora_fx.Report:
         seen.append("ours")
-        return rewrite_graph(*args)
+        return rewrite_graph(*args, **settings)
 
     def theirs(_: fx.Graph) -> None:
         seen.append("theirs")
