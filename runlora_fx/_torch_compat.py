@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import sympy
 import torch
 from torch import fx
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor import config as inductor_config
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import proxy as _proxy
@@ -96,6 +97,19 @@ def guard_range(size: sympy.Expr, low: int, high: int | None, mode: FakeTensorMo
 def draws_from_seeds() -> bool:
     """Whether Inductor replaces random operators by functions of a seed."""
     return not inductor_config.fallback_random
+
+
+def partitioned(
+    joint: fx.GraphModule, inputs: list[Any], forward_outputs: int
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """A joint graph cut into forward and backward, as Inductor cuts it."""
+    return min_cut_rematerialization_partition(joint, inputs, num_fwd_outputs=forward_outputs)
+
+
+def compile_graph(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    """A graph of ATen operators, compiled by Inductor without the passes of the user or ours."""
+    compiled = torch._inductor.compile(gm, inputs, options={"joint_custom_pre_pass": None})
+    return cast(Callable[..., Any], compiled)
 
 
 def inductor_compiler(mode: str | None, options: Mapping[str, Any]) -> Any:

@@ -30,7 +30,11 @@ _SHOW_PROGRESS = 8
 
 
 class Pricing:
-    """The objectives for a graph."""
+    """The objectives for a graph.
+
+    Attributes:
+        device: Where the graph runs.
+    """
 
     def __init__(self, options: Options, machine: Machine, device: torch.device) -> None:
         """Price for a device.
@@ -42,7 +46,7 @@ class Pricing:
         """
         self._options = options
         self._machine = machine
-        self._device = device
+        self.device = device
         self._objectives: dict[str, Objective] = {}
 
     def objective(self, dtype: str) -> Objective:
@@ -50,7 +54,7 @@ class Pricing:
         if dtype not in self._objectives:
             profile = DEFAULT_PROFILE
             if self._options.objective == "time" and dtype in DTYPES:
-                profile = self._machine.profile(self._device, dtype)
+                profile = self._machine.profile(self.device, dtype)
             saved = _FLOPS_PER_SAVED_BYTE if self._options.memory == "low" else 0
             self._objectives[dtype] = Objective(
                 self._options.objective,
@@ -61,6 +65,15 @@ class Pricing:
             )
         return self._objectives[dtype]
 
+    def record(self, dtype: str) -> Record:
+        """What was measured on the device."""
+        return self._machine.record(self.device, dtype)
+
+    def add(self, dtype: str, newer: Record) -> None:
+        """Know, and store, more about the device."""
+        self._machine.add(self.device, dtype, newer)
+        self._objectives.pop(dtype, None)
+
     def measure(self, problems: Iterable[Problem]) -> None:
         """Time the products of all plans that may be the best, where they were not timed before."""
         wanted: dict[str, dict[GemmShape, None]] = {}
@@ -69,18 +82,17 @@ class Pricing:
                 products = candidate_products(problem, self.objective(problem.dtype))
                 wanted.setdefault(problem.dtype, {}).update(dict.fromkeys(products))
         for dtype, shapes in wanted.items():
-            known = self._machine.record(self._device, dtype).products
+            known = self.record(dtype).products
             missing = [shape for shape in shapes if shape not in known]
             if not missing:
                 continue
             times = self._times(missing, dtype)
             if times:
-                self._machine.add(self._device, dtype, Record(products=times))
-                del self._objectives[dtype]
+                self.add(dtype, Record(products=times))
 
     def _times(self, shapes: list[GemmShape], dtype: str) -> dict[GemmShape, float]:
         times: dict[GemmShape, float] = {}
-        with undisturbed(self._device):
+        with undisturbed(self.device):
             for shape in track(
                 shapes,
                 f"runlora measures products in {dtype}",
@@ -89,7 +101,7 @@ class Pricing:
                 disable=len(shapes) < _SHOW_PROGRESS,
             ):
                 try:
-                    times[shape] = matmul_seconds(shape, getattr(torch, dtype), self._device)
+                    times[shape] = matmul_seconds(shape, getattr(torch, dtype), self.device)
                 except RuntimeError as error:  # out of memory, or a dtype the device has not
                     _log.info("runlora could not measure %s in %s: %s", shape, dtype, error)
         return times

@@ -58,6 +58,7 @@ class GraphReader(Expander):
         roots: Linear nodes that something outside the linear region needs, in graph order.
         stops: The same as a set: their consumers take them as leaves.
         leaves: The leaves of all polynomials.
+        cross_casts: Whether casts between floats change nothing.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class GraphReader(Expander):
         super().__init__(ValueNumbers(graph, dialect.readers, opaque), Leaves(), {})
         self._dialect = dialect
         self._unread = set(opaque)
-        self._cross_casts = cross_casts
+        self.cross_casts = cross_casts
         self._addends: dict[fx.Node, Addends] = {}
         self.cuts: dict[fx.Node, Cut] = {}
         self.roots: list[fx.Node] = []
@@ -168,7 +169,7 @@ class GraphReader(Expander):
         )
 
     def _may_cross(self, *dtypes: torch.dtype) -> bool:
-        return self._cross_casts and _CROSSED.issuperset(dtypes)
+        return self.cross_casts and _CROSSED.issuperset(dtypes)
 
     def _natural_cut(self, node: fx.Node, form: Form) -> Cut | None:
         match form:

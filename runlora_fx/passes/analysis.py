@@ -1,0 +1,66 @@
+"""Analysis: what a graph computes, as problems to plan."""
+
+from __future__ import annotations
+
+import sympy
+import torch
+from torch import fx
+
+from runlora_fx._torch_compat import fake_mode_of, guard_range, size_hint
+from runlora_fx.passes.dialects.base import Dialect
+from runlora_fx.passes.forms import Dim, value_of
+from runlora_fx.passes.opaque import opaque_nodes
+from runlora_fx.passes.phases import Phases
+from runlora_fx.passes.read import GraphReader
+from runlora_fx.passes.region import Regions
+
+#: Assumed size of a dimension that only the run knows (unbacked symbols) [elements].
+_UNKNOWN_SIZE = 4096
+
+
+class Analysis:
+    """One graph as it came.
+
+    Attributes:
+        graph: The graph.
+        dialect: Its level.
+        reader: Its linear algebra.
+        phases: What of it is forward, what backward.
+        regions: What is planned together.
+        posed: The problem of each region.
+    """
+
+    def __init__(self, graph: fx.Graph, dialect: Dialect, *, cross_casts: bool = False) -> None:
+        """Read a graph.
+
+        Args:
+            graph: Every tensor node has an example tensor in ``meta["val"]``.
+            dialect: The level of the graph.
+            cross_casts: Whether casts between floats change nothing.
+        """
+        self.graph = graph
+        self.dialect = dialect
+        self._mode = fake_mode_of(node.meta.get("val") for node in graph.nodes)
+        self.reader = GraphReader(
+            graph, dialect, opaque_nodes(graph, dialect), cross_casts=cross_casts
+        )
+        self.phases = Phases(graph)
+        self.regions = Regions(self.reader, self.phases, self.hint)
+        self.posed = [self.regions.pose(region) for region in self.regions.regions]
+
+    def hint(self, size: Dim) -> int:
+        """The size that a dimension had when the graph was traced."""
+        if isinstance(size, int):
+            return size
+        return size_hint(sympy.sympify(size), self._mode, _UNKNOWN_SIZE)
+
+    def guard(self, size: sympy.Expr, low: int, high: int | None) -> bool:
+        """Have Dynamo check ``low <= size < high`` before every call; whether that is possible."""
+        return guard_range(size, low, high, self._mode)
+
+
+def device_of(graph: fx.Graph) -> torch.device:
+    """Where a graph computes: the accelerator, if any of its tensors is on one."""
+    values = (value_of(node) for node in graph.nodes)
+    devices = dict.fromkeys(value.device for value in values if value is not None)
+    return next((d for d in devices if d.type not in ("cpu", "meta")), torch.device("cpu"))

@@ -1,0 +1,120 @@
+"""Application: chosen plans, written into their graph, proven, and put in the places of the old."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import fx
+
+from runlora_fx.passes import forms
+from runlora_fx.passes.algebra import normalise
+from runlora_fx.passes.analysis import Analysis
+from runlora_fx.passes.emit import Emitter
+from runlora_fx.passes.phases import recompute
+from runlora_fx.passes.plan import Plan, Step, Value, product_step
+from runlora_fx.passes.read import GraphReader
+from runlora_fx.passes.region import Regions, Root
+from runlora_fx.passes.verify import VerificationError, verify
+from runlora_fx.passes.writer import EmissionError, Writer
+
+
+class NotAppliedError(Exception):
+    """A root could not be written or proven; the graph is as it was.
+
+    Attributes:
+        root: The root.
+        cause: What went wrong.
+    """
+
+    def __init__(self, root: Root, cause: Exception) -> None:
+        """Say about which root what went wrong."""
+        super().__init__(str(cause))
+        self.root = root
+        self.cause = cause
+
+
+def apply(analysis: Analysis, plans: Mapping[int, Plan]) -> None:
+    """Rewrite a graph.
+
+    Args:
+        analysis: The graph as it came.
+        plans: By the index of a region, what to compute it by; the others stay as they came.
+
+    Raises:
+        NotAppliedError: If a plan cannot be written, or is not what it was to be.
+    """
+    if not plans:
+        return
+    regions, reader = analysis.regions, analysis.reader
+    touched = {root.node for i in plans for root, _ in regions.regions[i].demands}
+    roots = [root for root in regions.roots if root.node in touched]
+    writer = Writer(analysis.graph, reader, analysis.dialect)
+    emitter = Emitter(
+        reader,
+        analysis.phases,
+        writer,
+        _whole_plan(analysis, plans),
+        roots,
+        _existing(regions, reader),
+        analysis.hint,
+    )
+    _replace(analysis.graph, reader, writer, emitter, roots)
+
+
+def _whole_plan(analysis: Analysis, plans: Mapping[int, Plan]) -> Plan:
+    """One plan for the graph: the chosen steps where it changes, the incoming ones elsewhere."""
+    steps: dict[Value, Step] = {}
+    for i, posed in enumerate(analysis.posed):
+        own = plans.get(i)
+        if own is None:
+            first: dict[Value, Step] = {}
+            for value, step in posed.problem.incoming:
+                first.setdefault(value, step)
+            own = Plan(first)
+        steps.update(posed.in_graph(own).steps)
+    return Plan(steps)
+
+
+def _existing(
+    regions: Regions, reader: GraphReader
+) -> dict[tuple[Value, Step], tuple[fx.Node, bool]]:
+    """Interior nodes that are products: a plan that makes the same product can take them."""
+    found: dict[tuple[Value, Step], tuple[fx.Node, bool]] = {}
+    for region in regions.regions:
+        for made in region.incoming:
+            is_plain = isinstance(reader.forms[made.node], forms.Product)
+            if not (made.is_product and is_plain) or made.node in reader.stops:
+                continue
+            scalar, transposed, core = normalise(made.polynomial)
+            if scalar.is_one:
+                key = (Value(core, made.backward), product_step(*made.operands))
+                found.setdefault(key, (made.node, transposed))
+    return found
+
+
+def _replace(
+    graph: fx.Graph, reader: GraphReader, writer: Writer, emitter: Emitter, roots: list[Root]
+) -> None:
+    """Emit and verify every root, then put them all in the places of the old ones."""
+    emitted: list[tuple[Root, fx.Node]] = []
+    for root in roots:
+        try:
+            new = emitter.emit(root)
+            verify(reader, new, root.node, root.polynomial)
+        except Exception as error:
+            writer.erase()
+            if isinstance(error, VerificationError | EmissionError):
+                raise NotAppliedError(root, error) from error
+            raise
+        # All roots are proven before any is replaced: until then the graph is only longer.
+        emitted.append((root, new))
+    for root, new in emitted:
+        root.node.replace_all_uses_with(new)
+    for node in emitter.recomputed:
+        # Without the tag the partitioner would keep it: for a merged weight a second copy of every
+        # adapted weight, from forward to backward.
+        recompute(node)
+    for node in reversed(list(graph.nodes)):
+        if node in reader.forms and not node.users:
+            graph.erase_node(node)
+    graph.lint()
