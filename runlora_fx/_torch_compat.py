@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import Any, cast
 
 import sympy
@@ -110,6 +111,23 @@ def compile_graph(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
     """A graph of ATen operators, compiled by Inductor without the passes of the user or ours."""
     compiled = torch._inductor.compile(gm, inputs, options={"joint_custom_pre_pass": None})
     return cast(Callable[..., Any], compiled)
+
+
+@cache
+def never_overwrite(operator: torch._ops.OpOverload) -> None:
+    """Have Inductor call an operator as it is, and never reuse the memory of its result."""
+    # Imported late: it takes seconds.
+    from torch._inductor.lowering import fallback_handler, register_lowering
+    from torch._inductor.virtualized import V
+
+    call = fallback_handler(operator, add_to_fallback_set=False)  # type: ignore[no-untyped-call]
+
+    def lowered(*args: Any) -> Any:
+        result = call(*args)
+        V.graph.never_reuse_buffers.add(result.get_name())
+        return result
+
+    register_lowering(operator, type_promotion_kind=None)(lowered)
 
 
 def inductor_compiler(mode: str | None, options: Mapping[str, Any]) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from functorch.compile import make_boxed_func
-from torch import fx
+from torch import fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor import config as inductor_config
@@ -52,7 +52,9 @@ def runlora(
     inductor = inductor_compiler(mode, inductors)
     # Not a patch of the global config: passes set there by the user run first, then ours.
     before = inductor.config.get(_HOOK, getattr(inductor_config, _HOOK))
-    own_pass = inductor.config[_HOOK] = RunloraPass(ours, _as_sequence(before))
+    own_pass = inductor.config[_HOOK] = RunloraPass(
+        ours, _as_sequence(before), parameter_inputs(example_inputs)
+    )
     compiled = inductor(gm, example_inputs)
     if not own_pass.ran:
         is_on = inductor.config.get(_SWITCH, getattr(inductor_config, _SWITCH))
@@ -83,27 +85,31 @@ def runlora_eager(
         raise ValueError(
             f"backend='runlora_eager' takes runlora.* options only, not {sorted(others)}"
         )
-    return cast(Callable[..., Any], aot_backend(ours)(gm, example_inputs))
+    backend = aot_backend(ours, parameters=parameter_inputs(example_inputs))
+    return cast(Callable[..., Any], backend(gm, example_inputs))
 
 
 def aot_backend(
-    options: Options, see: Callable[[fx.GraphModule], None] = lambda _: None
+    options: Options,
+    see: Callable[[fx.GraphModule], None] = lambda _: None,
+    parameters: Sequence[int] = (),
 ) -> Callable[..., Any]:
     """AOTAutograd with our pass on its graphs, and no compiler behind it.
 
     Args:
         options: What is asked of the pass.
         see: Called with every rewritten joint or inference graph.
+        parameters: Which of the graph's inputs are parameters; used by the option ``reuse``.
     """
 
     def partition(joint: fx.GraphModule, inputs: Any, **kwargs: Any) -> Any:
-        run(joint.graph, ATEN, options, may_guard=True)
+        run(joint.graph, ATEN, options, may_guard=True, parameters=parameters)
         joint.recompile()
         see(joint)
         return min_cut_rematerialization_partition(joint, inputs, **kwargs)
 
     def inference(graph_module: fx.GraphModule, _: Any) -> Callable[..., Any]:
-        run(graph_module.graph, ATEN, options, may_guard=True)
+        run(graph_module.graph, ATEN, options, may_guard=True, parameters=parameters)
         graph_module.recompile()
         see(graph_module)
         return _as_it_is(graph_module, _)
@@ -116,6 +122,11 @@ def aot_backend(
         keep_inference_input_mutations=True,
     )
     return cast(Callable[..., Any], backend)
+
+
+def parameter_inputs(example_inputs: Sequence[Any]) -> list[int]:
+    """Which inputs of a graph are parameters; Dynamo passes them as such."""
+    return [i for i, x in enumerate(example_inputs) if isinstance(x, nn.Parameter)]
 
 
 def _as_it_is(gm: fx.GraphModule, _: Any) -> Callable[..., Any]:

@@ -9,10 +9,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 from runlora_fx import __version__, history
+from runlora_fx._torch_compat import never_overwrite
 from runlora_fx.cost_model.machine import Machine
 from runlora_fx.options import Options
 from runlora_fx.passes.dialects.aten import ATEN
@@ -30,6 +32,7 @@ def run(
     machine: Machine | None = None,
     *,
     may_guard: bool = False,
+    parameters: Sequence[int] = (),
 ) -> Report:
     """Rewrite a graph in place and record the report; on failure the graph stays as it came.
 
@@ -39,12 +42,15 @@ def run(
         options: What is asked of the pass.
         machine: What is known about the devices; what is stored about them, if None.
         may_guard: Whether the graph is being compiled for Dynamo, which checks guards on sizes.
+        parameters: Which of the graph's inputs are parameters, the same tensors in every call.
 
     Raises:
         Exception: Under ``strict``, whatever went wrong.
     """
     try:
-        report = rewrite_graph(graph, dialect, options, machine, may_guard=may_guard)
+        report = rewrite_graph(
+            graph, dialect, options, machine, may_guard=may_guard, parameters=parameters
+        )
     except Exception as error:
         if options.strict:
             raise
@@ -76,16 +82,24 @@ class RunloraPass(CustomGraphPass):
     """
 
     def __init__(
-        self, options: Options | None = None, before: Sequence[Callable[[fx.Graph], None]] = ()
+        self,
+        options: Options | None = None,
+        before: Sequence[Callable[[fx.Graph], None]] = (),
+        parameters: Sequence[int] = (),
     ) -> None:
         """Prepare the pass.
 
         Args:
             options: What is asked of the pass.
             before: The user's own joint passes, run first.
+            parameters: Which of the graph's inputs are parameters; used by the option ``reuse``.
         """
         self._options = Options() if options is None else options
         self._before = tuple(before)
+        self._parameters = tuple(parameters)
+        if self._options.reuse:
+            # Compiled code must not put another value where a kept weight lies.
+            never_overwrite(torch.ops.runlora.merged.default)
         # A snapshot: the plan and the identity speak of the same numbers.
         self._machine = Machine(use_stored=self._options.tune != "off")
         self.ran = False
@@ -95,7 +109,7 @@ class RunloraPass(CustomGraphPass):
         self.ran = True
         for user_pass in self._before:
             user_pass(graph)
-        run(graph, ATEN, self._options, self._machine, may_guard=True)
+        run(graph, ATEN, self._options, self._machine, may_guard=True, parameters=self._parameters)
 
     def uuid(self) -> Any | None:
         """What a compiled graph depends on; None (no caching) if a user's pass has no identity."""
@@ -104,8 +118,8 @@ class RunloraPass(CustomGraphPass):
             return None
         # Counting FLOPs needs no machine.
         machine = self._machine.identity() if self._options.objective == "time" else None
-        options = astuple(self._options)
-        return ("runlora", __version__, _source_hash(), options, machine, tuple(others))
+        settings = (astuple(self._options), self._parameters)
+        return ("runlora", __version__, _source_hash(), settings, machine, tuple(others))
 
 
 @cache

@@ -41,6 +41,7 @@ class Options:
         memory: ``"balanced"`` never holds more for the backward than Inductor would; ``"low"``
             holds less where it is cheap to compute again: ``X A'`` and the masks of dropout;
             ``"fast"`` may hold merged weights.
+        reuse: Whether ``"fast"`` may keep merged weights from call to call, until a weight changes.
         numerics: ``"default"`` reassociates products and sums; ``"strict"`` adds no rounding that
             the model does not have, in dtypes of less than 32 bits; ``"relaxed"`` also crosses
             casts between floats.
@@ -53,6 +54,7 @@ class Options:
     tune: TuneName = "profile"
     memory: MemoryName = "balanced"
     memory_budget: int = 0
+    reuse: bool = False
     numerics: NumericsName = "default"
 
     def __post_init__(self) -> None:
@@ -61,8 +63,11 @@ class Options:
         Raises:
             ValueError: If one is not valid; the message lists what is.
         """
-        if not isinstance(self.strict, bool):
-            raise ValueError(f"runlora.strict must be True or False, not {self.strict!r}")
+        for name in ("strict", "reuse"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(
+                    f"runlora.{name} must be True or False, not {getattr(self, name)!r}"
+                )
         for name, kind in _CHOICES:
             if getattr(self, name) not in get_args(kind):
                 valid = ", ".join(map(repr, get_args(kind)))
@@ -78,6 +83,11 @@ class Options:
             raise ValueError(
                 "runlora.memory_budget must be given with runlora.memory='fast', and only then; "
                 f"got memory={self.memory!r} and not {budget!r}"
+            )
+        if self.reuse and self.memory != "fast":
+            raise ValueError(
+                "runlora.reuse must be given with runlora.memory='fast'; "
+                f"got memory={self.memory!r} and not 'fast'"
             )
         number = isinstance(self.margin, int | float) and not isinstance(self.margin, bool)
         if not number or not 0 <= self.margin < 1:

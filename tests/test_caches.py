@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pytest
@@ -268,7 +268,8 @@ def test_identity_tells_every_option_and_every_users_pass(
 ) -> None:
     different = [Options(), Options(strict=True), Options(objective="flops"), Options(margin=0.5)]
     different += [Options(tune="off"), Options(memory="low"), Options(numerics="strict")]
-    different += [Options(memory="fast", memory_budget=1)]
+    fast = Options(memory="fast", memory_budget=1)
+    different += [fast, replace(fast, reuse=True)]
     assert len(different) == 1 + len(fields(Options))
     passes = [RunloraPass(options) for options in different]
     passes += [RunloraPass(before=[_UsersPass(name) for name in names]) for names in ("a", "ab")]

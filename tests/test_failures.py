@@ -106,14 +106,14 @@ def _fail(*_: object, **__: object) -> None:
 # --- the pass fails
 
 MATMUL, ADDMM = Writer.matmul, Writer.addmm
-PIPELINE = "runlora_fx.passes.pipeline."
+PASSES = "runlora_fx.passes."
 STAGES = {
-    "read": PIPELINE + "GraphReader.__init__",
-    "pose": PIPELINE + "Regions.pose",
-    "search": PIPELINE + "decide_all",
-    "describe": PIPELINE + "describe",
-    "emit": PIPELINE + "Emitter.emit",
-    "verify": PIPELINE + "verify",
+    "read": PASSES + "analysis.GraphReader.__init__",
+    "pose": PASSES + "analysis.Regions.pose",
+    "search": PASSES + "pipeline.decide_all",
+    "describe": PASSES + "pipeline.describe",
+    "emit": PASSES + "apply.Emitter.emit",
+    "verify": PASSES + "apply.verify",
 }
 
 

@@ -40,13 +40,15 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cost_model.machine", "cost_model.measure", "cost_model.fit"),
     ("passes.pricing",),
     # Graph to algebra.
-    ("passes.forms",),
+    ("passes.forms", "passes.reuse"),
     ("passes.dialects", "passes.dialects.*", "passes.values", "passes.modes", "passes.mutation"),
     ("passes.opaque", "passes.expand", "passes.dims", "passes.read"),
     ("passes.phases", "passes.region"),
-    ("passes.dynamic",),
+    ("passes.dynamic", "passes.analysis", "passes.excerpt"),
     # Algebra to graph.
     ("passes.writer", "passes.emit", "passes.verify"),
+    ("passes.apply",),
+    ("passes.trial",),
     ("passes.origin", "passes.describe"),
     # The pass, and the ways to it.
     ("passes.pipeline",),

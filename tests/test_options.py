@@ -67,6 +67,7 @@ INVALID: dict[str, tuple[list[object], str]] = {
     "tune": (["on", "", None, True], "'off', 'profile', 'shapes', 'plans'"),
     "memory": (["high", "", None, 1], "'balanced', 'low', 'fast'"),
     "memory_budget": ([-1, 0.5, "1", None, True], "a number of bytes, 0 or more"),
+    "reuse": ([1, "yes", None], "True or False"),
     "numerics": (["exact", "", None, 0], "'default', 'strict', 'relaxed'"),
 }
 

@@ -19,8 +19,9 @@ from itertools import product
 from math import prod
 from typing import NamedTuple
 
-#: Significant digits kept of a coefficient, so that a*(b*c) and (a*b)*c are one number.
-_DIGITS = 14
+#: Significant digits kept of a coefficient once its sum is divided by a scalar: few enough that
+#: 0.7 (P + Q / 3) and 0.5 (P + Q / 3) are the same sum, enough for double precision.
+_DIGITS = 13
 
 #: Ways to cut the words of one sum that :func:`factorisations` tries for each cut of the first.
 _MAX_CHOICES = 64
@@ -71,7 +72,7 @@ class Scalar(NamedTuple):
         """The product of two scalars."""
         if not isinstance(other, Scalar):
             return NotImplemented
-        return Scalar(_rounded(self.number * other.number), _merge(self.leaves, other.leaves))
+        return Scalar(self.number * other.number, _merge(self.leaves, other.leaves))
 
     @property
     def is_one(self) -> bool:
@@ -166,7 +167,7 @@ def polynomial(terms: Iterable[tuple[Word, float]]) -> Polynomial:
     for word, c in terms:
         total[word] = total.get(word, 0.0) + c
     scale = max((abs(c) for c in total.values()), default=0.0)
-    kept = [(w, _rounded(c)) for w, c in total.items() if abs(c) > 1e-14 * scale]
+    kept = [(w, c) for w, c in total.items() if abs(c) > 1e-14 * scale]
     return Polynomial(tuple(sorted(kept, key=lambda term: term[0].sort_key())))
 
 
@@ -188,7 +189,10 @@ def divided(p: Polynomial, by: Scalar) -> Polynomial:
     """The polynomial over a scalar whose leaves all its words contain."""
     common = Counter(by.leaves)
     return polynomial(
-        (Word(w.factors, tuple(sorted((Counter(w.scalars) - common).elements()))), c / by.number)
+        (
+            Word(w.factors, tuple(sorted((Counter(w.scalars) - common).elements()))),
+            _rounded(c / by.number),
+        )
         for w, c in p.terms
     )
 
@@ -216,8 +220,7 @@ def without_scalar(p: Polynomial) -> tuple[Scalar, Polynomial]:
     # Common scalars first: which word leads may depend on them.
     core = divided(p, Scalar(1.0, tuple(sorted(common.elements())))) if common else p
     number = core.terms[0][1]
-    if number != 1.0:
-        core = divided(core, Scalar(number))
+    core = divided(core, Scalar(number))  # also by 1: that rounds
     return Scalar(number, tuple(sorted(common.elements()))), core
 
 

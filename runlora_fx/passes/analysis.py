@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import sympy
 import torch
 from torch import fx
@@ -53,6 +55,21 @@ class Analysis:
         if isinstance(size, int):
             return size
         return size_hint(sympy.sympify(size), self._mode, _UNKNOWN_SIZE)
+
+    def leaves_of(self, region: int, nodes: Collection[fx.Node]) -> frozenset[int]:
+        """The leaves of a region's problem that are some nodes."""
+        matrices = self.reader.leaves.matrices
+        return frozenset(
+            own
+            for own, leaf in enumerate(self.posed[region].matrices)
+            if matrices[leaf].node in nodes
+        )
+
+    def nodes_of(self, region: int, leaves: Collection[int]) -> list[fx.Node]:
+        """The nodes that some leaves of a region's problem are."""
+        matrices, own = self.reader.leaves.matrices, self.posed[region].matrices
+        nodes = (matrices[own[leaf]].node for leaf in leaves)
+        return [node for node in nodes if node is not None]
 
     def guard(self, size: sympy.Expr, low: int, high: int | None) -> bool:
         """Have Dynamo check ``low <= size < high`` before every call; whether that is possible."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import fx
 
@@ -33,12 +33,13 @@ class NotAppliedError(Exception):
         self.cause = cause
 
 
-def apply(analysis: Analysis, plans: Mapping[int, Plan]) -> None:
+def apply(analysis: Analysis, plans: Mapping[int, Plan], lasting: Collection[fx.Node] = ()) -> None:
     """Rewrite a graph.
 
     Args:
         analysis: The graph as it came.
         plans: By the index of a region, what to compute it by; the others stay as they came.
+        lasting: Inputs of which merged weights are kept from call to call.
 
     Raises:
         NotAppliedError: If a plan cannot be written, or is not what it was to be.
@@ -57,6 +58,7 @@ def apply(analysis: Analysis, plans: Mapping[int, Plan]) -> None:
         roots,
         _existing(regions, reader),
         analysis.hint,
+        lasting,
     )
     _replace(analysis.graph, reader, writer, emitter, roots)
 

@@ -8,10 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 from runlora_fx.cost_model.objective import Objective
 from runlora_fx.passes.decide import Decision, holding_more, price_of
-from runlora_fx.passes.plan import Problem
+from runlora_fx.passes.plan import Problem, Sum
+
+
+def _lasting_bytes(problem: Problem, decision: Decision) -> int:
+    """What a plan keeps from call to call: the sums of lasting leaves [B]."""
+    steps = decision.plan.steps.items() if decision.plan is not None else ()
+    kept = {
+        value.core
+        for value, step in steps
+        if isinstance(step, Sum) and value.core.leaves <= problem.lasting
+    }
+    return sum(
+        problem.itemsize * prod(problem.dims[dim] for dim in problem.shape(core) if dim is not None)
+        for core in kept
+    )
 
 
 @dataclass(frozen=True)
@@ -44,7 +59,9 @@ def spend(
     ):
         freer = None if problem is None else holding_more(problem, objective)
         if problem is not None and freer is not None:
-            held = int(freer.after.saved) - int(settled.after.saved)
+            held = (
+                int(freer.after.saved) - int(settled.after.saved) + _lasting_bytes(problem, freer)
+            )
             before, after = (price_of(d, problem, objective) for d in (settled, freer))
             offers.append(_Offer(i, freer, float(before - after), max(held, 0)))
     chosen = list(decisions)

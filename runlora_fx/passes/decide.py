@@ -37,6 +37,7 @@ class Decision:
         after: Cost of what will run.
         reason: Why the graph is changed or left alone.
         alternatives: By first step, what else the first demand could have cost.
+        lasting: Leaves of which merged weights are kept from call to call.
     """
 
     plan: Plan | None
@@ -45,6 +46,7 @@ class Decision:
     after: Cost
     reason: str
     alternatives: tuple[Alternative, ...] = ()
+    lasting: frozenset[int] = frozenset()
 
 
 @lru_cache(maxsize=4096)
@@ -70,7 +72,7 @@ def judge(
     price_before, price_after = objective.total(ran), objective.total(runs)
     if objective.worthwhile(price_before, price_after):
         reason = f"changed: {saving(objective, problem, plan)}"
-        return Decision(plan, True, before, after, reason, considered)
+        return Decision(plan, True, before, after, reason, considered, problem.lasting)
     if replace(objective, margin=0.0).worthwhile(price_before, price_after):
         reason = (
             f"left alone: the cheapest plan saves less than the margin ({objective.margin:.1%})"
@@ -102,6 +104,8 @@ def saving(objective: Objective, problem: Problem, plan: Plan) -> str:
     saved.append(_change(cost.flops, new_cost.flops, "FLOPs"))
     if cost.saved != new_cost.saved:
         saved.append(_change(cost.saved, new_cost.saved, "kept bytes"))
+    if problem.lasting:
+        saved.append("merged weights are kept from call to call")
     return ", ".join(saved)
 
 
@@ -114,8 +118,12 @@ def _change(before: Amount | float, after: Amount | float, of: str) -> str:
 
 
 def holding_more(problem: Problem, objective: Objective) -> Decision | None:
-    """The decision if the forward may keep whatever it computes; None if that gains nothing."""
-    settled = decide(problem, objective)
+    """The decision if more may be held; None if that gains nothing.
+
+    The forward may keep whatever it computes for the backward, and what is made of
+    :attr:`Problem.lasting` is kept from call to call.
+    """
+    settled = decide(replace(problem, lasting=frozenset()), objective)
     plans = [a.plan for a in settled.alternatives] + ([settled.plan] if settled.plan else [])
     computed = {
         value.core
@@ -126,11 +134,8 @@ def holding_more(problem: Problem, objective: Objective) -> Decision | None:
     freer = decide(replace(problem, kept=problem.kept | computed), objective)
     if freer.plan is None or not freer.changed:
         return None
-    return (
-        freer
-        if price_of(freer, problem, objective) < price_of(settled, problem, objective)
-        else None
-    )
+    is_cheaper = price_of(freer, problem, objective) < price_of(settled, problem, objective)
+    return freer if is_cheaper else None
 
 
 def price_of(decision: Decision, problem: Problem, objective: Objective) -> Price:

@@ -9,14 +9,14 @@ through whatever reads it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import fx
 
 from runlora_fx.passes.algebra import ONE, Factor, Normalised, Polynomial, Scalar, normalise
-from runlora_fx.passes.forms import Dim, numel, shape_of, value_of
+from runlora_fx.passes.forms import Dim, Permute, Reshape, numel, shape_of, value_of
 from runlora_fx.passes.phases import Phases
 from runlora_fx.passes.plan import Keep, Plan, Product, Step, Sum, Value
 from runlora_fx.passes.read import GraphReader
@@ -48,6 +48,7 @@ class Emitter:
         roots: Iterable[Root],
         existing: Mapping[tuple[Value, Step], tuple[fx.Node, bool]],
         hint: Callable[[Dim], int],
+        lasting: Collection[fx.Node] = (),
     ) -> None:
         """Prepare to emit; nothing is written yet.
 
@@ -60,6 +61,8 @@ class Emitter:
             existing: Nodes of the incoming graph that compute a value by a step, and whether they
                 hold its transpose.
             hint: The size of a symbolic dimension.
+            lasting: Inputs that are the same tensors in every call, and of which merged weights are
+                to be kept.
         """
         self._reader = reader
         self._leaves = reader.leaves
@@ -68,6 +71,7 @@ class Emitter:
         self._steps = plan.steps
         self._existing = existing
         self._hint = hint
+        self._lasting = set(lasting)
         self._made: dict[Value, tuple[fx.Node, bool]] = {}
         self.recomputed: list[fx.Node] = []
         self._uses = self._count_uses(roots)
@@ -164,7 +168,17 @@ class Emitter:
             return self._product(a, b, scalar)
         if scalar.leaves or len(shape_of(a)) != 2 or _dtype_of(total) != _dtype_of(a):
             return self._add(total, self._product(a, b, scalar), ONE)
+        if all(map(self._lasts, (total, a, b))):
+            kept = self._writer.merged(total, a, b, scalar.number)
+            self._lasting.add(kept)
+            return kept
         return self._writer.addmm(total, a, b, scalar.number)
+
+    def _lasts(self, node: fx.Node) -> bool:
+        """Whether a node is the same tensor in every call, or a view of one."""
+        while isinstance(form := self._reader.forms.get(node), Permute | Reshape):
+            node = form.source
+        return node in self._lasting
 
     def _kind(self, part: Normalised) -> str:
         if part.core.leaf is not None:

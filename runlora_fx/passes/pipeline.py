@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 from torch import fx
 
@@ -31,6 +33,7 @@ def rewrite_graph(
     machine: Machine | None = None,
     *,
     may_guard: bool = False,
+    parameters: Sequence[int] = (),
 ) -> Report:
     """Rewrite a graph in place into its cheapest plan.
 
@@ -41,6 +44,7 @@ def rewrite_graph(
         machine: What is known about the devices; what is stored about them, if None.
         may_guard: Whether guards on symbolic sizes can be made: they are checked before each call,
             and another size gets another graph.
+        parameters: Which of the graph's inputs are parameters, the same tensors in every call.
 
     Returns:
         What was seen and done.
@@ -52,9 +56,10 @@ def rewrite_graph(
     refused: dict[str, Refusal] = {}
     known = Machine(use_stored=options.tune != "off") if machine is None else machine
     pricing = Pricing(options, known, device_of(graph))
+    lasting = _lasting(graph, parameters) if options.reuse else []
     while True:
         try:
-            return _attempt(graph, dialect, options, pricing, refused, may_guard)
+            return _attempt(graph, dialect, options, pricing, refused, may_guard, lasting)
         except NotAppliedError as failure:
             if options.strict:
                 raise failure.cause from None
@@ -70,9 +75,10 @@ def _attempt(
     pricing: Pricing,
     refused: dict[str, Refusal],
     may_guard: bool,
+    lasting: Collection[fx.Node],
 ) -> Report:
     analysis = Analysis(graph, dialect, cross_casts=options.numerics == "relaxed")
-    decisions = _decisions(analysis, options, pricing, may_guard)
+    decisions = _decisions(analysis, options, pricing, may_guard, lasting)
     is_refused = [
         any(root.node.name in refused for root, _ in region.demands)
         for region in analysis.regions.regions
@@ -92,7 +98,7 @@ def _attempt(
     missed = tuple(unmatched(graph, sites))
     if options.memory == "low" and analysis.phases.is_joint:
         recompute_dropout_masks(graph)
-    apply(analysis, plans)
+    apply(analysis, plans, [n for i in plans for n in analysis.nodes_of(i, decisions[i].lasting)])
     return Report(
         graph="joint" if analysis.phases.is_joint else dialect.graph,
         sites=sites,
@@ -105,8 +111,18 @@ def _attempt(
     )
 
 
+def _lasting(graph: fx.Graph, parameters: Sequence[int]) -> list[fx.Node]:
+    """The inputs that are parameters."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    return [inputs[i] for i in parameters]
+
+
 def _decisions(
-    analysis: Analysis, options: Options, pricing: Pricing, may_guard: bool
+    analysis: Analysis,
+    options: Options,
+    pricing: Pricing,
+    may_guard: bool,
+    lasting: Collection[fx.Node],
 ) -> list[Decision]:
     """What to do with each region of a graph."""
     posed = analysis.posed
@@ -117,7 +133,12 @@ def _decisions(
     decisions = decide_all(posed, pricing, analysis.hint, analysis.guard if may_guard else None)
     if options.memory_budget:
         objectives = [pricing.objective(p.problem.dtype) for p in posed]
-        decisions = spend(static, objectives, decisions, options.memory_budget)
-    if measures and options.tune == "plans":
+        offered = [
+            problem and replace(problem, lasting=analysis.leaves_of(i, lasting))
+            for i, problem in enumerate(static)
+        ]
+        decisions = spend(offered, objectives, decisions, options.memory_budget)
+    # Trials tell times only: where memory is to be saved, they would choose what holds more.
+    if measures and options.tune == "plans" and options.memory == "balanced":
         decisions = try_out(analysis, pricing, decisions)
     return decisions

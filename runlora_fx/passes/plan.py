@@ -107,6 +107,8 @@ class Problem:
         kept: Cores that the incoming graph saves for its backward: keeping them costs nothing new.
         itemsize: Element width [B].
         dtype: Of the elements, as torch names it.
+        lasting: Leaves that are the same tensors in every call. What is made of them alone is kept
+            from call to call, and costs nothing in most. Empty where nothing is to be kept.
     """
 
     leaves: tuple[LeafSpec, ...]
@@ -116,6 +118,7 @@ class Problem:
     kept: frozenset[Polynomial]
     itemsize: int
     dtype: str = "float32"
+    lasting: frozenset[int] = frozenset()
 
     def extent(self, factor: Factor) -> tuple[int, int]:
         """The dimensions of a factor: indices of its rows and columns."""
@@ -144,6 +147,8 @@ def step_operation(
     problem: Problem, core: Polynomial, step: Step, dims: Dims | None = None
 ) -> Operation | None:
     """What a step runs, or None if nothing; symbolic where ``dims`` holds expressions."""
+    if core.leaves <= problem.lasting:
+        return None
     size = problem.dims if dims is None else dims
     batch, rows, cols = problem.shape(core)
     b, m, n = 1 if batch is None else size[batch], size[rows], size[cols]

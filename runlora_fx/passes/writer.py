@@ -65,6 +65,11 @@ class Writer:
         kwargs = {} if alpha == 1.0 else {"alpha": _number(alpha)}
         return self._call(self._calls.addmm, c, a, b, **kwargs)
 
+    def merged(self, c: fx.Node, a: fx.Node, b: fx.Node, alpha: float) -> fx.Node:
+        """``c + alpha * (a @ b)``, kept from call to call."""
+        assert self._calls.merged is not None
+        return self._call(self._calls.merged, c, a, b, float(alpha))
+
     def add(self, a: fx.Node, b: fx.Node) -> fx.Node:
         """``a + b``. Never with ``alpha``: Inductor (2.13) loses it where it fuses mm and add."""
         return self._call(self._calls.add, a, b)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from runlora_fx.passes import reuse  # noqa: F401  (registers the operator)
 from runlora_fx.passes.dialects import builders
 from runlora_fx.passes.dialects.base import Calls, Dialect
 from runlora_fx.passes.forms import Form, Identity, value_of
@@ -21,6 +22,10 @@ def _sub(a: Any, b: Any, alpha: Any = 1) -> Form | None:
 
 def _neg(a: Any) -> Form | None:
     return builders.scale(a, -1.0)
+
+
+def _merged(base: Any, left: Any, right: Any, alpha: Any) -> Form | None:
+    return builders.addmm(base, left, right, 1, alpha)
 
 
 def _einsum(equation: str, operands: Any, path: Any = None) -> Form | None:
@@ -119,6 +124,7 @@ ATEN = Dialect(
         _aten.dropout.default: builders.dropout,
         _aten.alias.default: builders.same,
         _aten.detach.default: builders.same,
+        torch.ops.runlora.merged.default: _merged,
         _aten._to_copy.default: _cast,
         _aten.to.dtype: _cast,
         torch.ops.prims.convert_element_type.default: _cast,
@@ -137,6 +143,7 @@ ATEN = Dialect(
         reshape=_aten.reshape.default,
         size=_aten.sym_size.int,
         cast=torch.ops.prims.convert_element_type.default,
+        merged=torch.ops.runlora.merged.default,
     ),
 )
 
@@ -144,5 +151,5 @@ ATEN = Dialect(
 DIFFERENTIABLE_ATEN = replace(
     ATEN,
     readers={op: read for op, read in ATEN.readers.items() if op is not _aten.detach.default},
-    calls=replace(ATEN.calls, cast=_aten.to.dtype),
+    calls=replace(ATEN.calls, cast=_aten.to.dtype, merged=None),
 )
