@@ -13,7 +13,7 @@ from typing import TypeAlias
 from torch import fx
 
 from runlora_fx.passes import algebra
-from runlora_fx.passes.algebra import Polynomial, Scalar
+from runlora_fx.passes.algebra import Factor, Polynomial, Scalar
 from runlora_fx.passes.forms import (
     Cast,
     Copy,
@@ -28,6 +28,7 @@ from runlora_fx.passes.forms import (
     Shape,
     Sum,
     inverse,
+    numel,
     permuted_cut,
     recut,
     shape_of,
@@ -68,17 +69,20 @@ class Leaves:
     def matrix(self, values: ValueNumbers, node: fx.Node, cut: Cut) -> Polynomial:
         """A tensor as a leaf; the same one for equal values seen as equal matrices."""
         number = values.of(node)
-        extents = cut.extents(shape_of(node))
+        extents, turned = _oriented(shape_of(node), cut)
         batched = extents[0] != 1
         key = (number, extents)
         if key not in self._index:
             self._index[key] = len(self.matrices)
             self.matrices.append(Leaf(values.first(number), *extents, batched))
-        return algebra.leaf(self._index[key])
+        found = algebra.leaf(self._index[key])
+        return found.T if turned else found
 
-    def find(self, values: ValueNumbers, node: fx.Node, cut: Cut) -> int | None:
-        """The index of a tensor that is a leaf already."""
-        return self._index.get((values.of(node), cut.extents(shape_of(node))))
+    def find(self, values: ValueNumbers, node: fx.Node, cut: Cut) -> Factor | None:
+        """A tensor that is a leaf already."""
+        extents, turned = _oriented(shape_of(node), cut)
+        index = self._index.get((values.of(node), extents))
+        return None if index is None else Factor(index, turned)
 
     def ones(self, rows: Dim) -> Polynomial:
         """The column of ones that repeats a row."""
@@ -96,6 +100,20 @@ class Leaves:
             self._index[key] = len(self.scalars)
             self.scalars.append(values.first(number))
         return Scalar(1.0, (self._index[key],))
+
+
+def _oriented(shape: Shape, cut: Cut) -> tuple[tuple[Dim, Dim, Dim], bool]:
+    """A tensor's extents as a matrix, and whether the cut shows the transpose of it.
+
+    A row and a column of the same numbers are read off one tensor by different views. They are one
+    leaf: the tensor as it stands, or its transpose.
+    """
+    batch, rows, cols = extents = cut.extents(shape)
+    if len(shape) > 1 and batch == 1 and 1 in (rows, cols):
+        stands = (numel(shape[:-1]), shape[-1])
+        if stands == (cols, rows) != (rows, cols):
+            return (1, cols, rows), True
+    return extents, False
 
 
 class Expander(ABC):

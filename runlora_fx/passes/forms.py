@@ -188,6 +188,9 @@ def permuted_cut(shape: Shape, cut: Cut, dims: tuple[int, ...]) -> tuple[Cut, bo
         permutation mixes rows, columns or batch. Dimensions of size 1 may stand anywhere.
     """
     blocks = (range(cut.rows), range(cut.rows, cut.cols), range(cut.cols, len(shape)))
+    if dims == (*blocks[0], *blocks[2], *blocks[1]) and blocks[1] and blocks[2]:
+        # Plainly the transpose, also of a row or a column, which could be taken for a reshape.
+        return Cut(cut.rows, cut.rows + len(blocks[2])), True
     batch, rows, cols = ([d for d in block if shape[d] != 1] for block in blocks)
     order = [d for d in dims if shape[d] != 1]
     if order == batch + rows + cols:

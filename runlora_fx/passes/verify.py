@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from runlora_fx.passes.algebra import Polynomial, leaf
+from runlora_fx.passes.algebra import Polynomial, of_factors
 from runlora_fx.passes.expand import Addends, Expander, total
 from runlora_fx.passes.forms import Cut, shape_of, value_of
 from runlora_fx.passes.read import GraphReader
@@ -26,10 +26,9 @@ class _ReadBack(Expander):
         self._expected = expected.leaves
 
     def operand(self, node: fx.Node, cut: Cut) -> Addends:
-        index = self.leaves.find(self.values, node, cut)
-        if index in self._expected:
-            assert index is not None
-            return (leaf(index),)
+        factor = self.leaves.find(self.values, node, cut)
+        if factor is not None and factor.leaf in self._expected:
+            return (of_factors((factor,)),)
         below = self.expand(node, cut)
         if below is None:
             raise _Unreadable(node.name)
