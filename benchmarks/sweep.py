@@ -1,10 +1,10 @@
-"""How good are the chosen plans? Times every plan of a LoRA layer and compares the chosen one.
+"""How good are the chosen plans? Every plan of a LoRA layer, timed against the chosen one.
 
-For a sample of layers (tokens, in, out, rank), in fp32 and bf16, forward only and with the backward,
-all plans that no other dominates in FLOPs, bytes and kernels at once are run on random data, in
-turn, several rounds. *Regret* is how much slower the chosen plan is than the fastest. Plans run
-operator by operator, with forward and backward partitioned as under Inductor: the matrix products
-are the very calls that Inductor makes, elementwise additions are not fused.
+For a sample of layers (tokens, in, out, rank), in fp32 and bf16, forward only and with the
+backward, all plans that no other dominates in FLOPs, bytes and kernels at once are run on random
+data, in turn, several rounds. *Regret* is how much slower the chosen plan is than the fastest.
+Plans run operator by operator, with forward and backward partitioned as under Inductor: the matrix
+products are the very calls that Inductor makes, elementwise additions are not fused.
 
     python -m runlora_fx calibrate
     python benchmarks/sweep.py
@@ -107,6 +107,7 @@ class Lora(nn.Module):
         self.to(getattr(torch, layer.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
+        """The layer's output for x (tokens, in)."""
         result: Tensor = self.base(x) + 2.0 * self.up(self.down(x))
         return result
 
@@ -285,7 +286,7 @@ def summary(results: list[Result], machine: str) -> str:
         f"{median(r.noise for r in results):.1%} in the median, "
         f"{quantile([r.noise for r in results], 0.95):.1%} in the 95th percentile.",
         "",
-        "| policy | regret, median | 95th percentile | worst | slower than as it came, 95th | worst |",
+        "| policy | regret, median | 95th pct. | worst | slower than it came, 95th pct. | worst |",
         "|---|---|---|---|---|---|",
     ]
     never = [r.times[AS_IT_CAME] / min(r.times.values()) - 1 for r in results]

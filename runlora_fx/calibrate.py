@@ -116,7 +116,7 @@ def _calibrate(
         for size in _ADDED
     ]
     rates = {**fit_rates(products, kind.itemsize), "add_bytes_per_s": float(median(added))}
-    store.add(key_of(device, dtype), Record(rates, products))
+    store.add(key_of(device, dtype), Record(rates))
     return {shape: times[shape] for shape in checked if shape in times}
 
 

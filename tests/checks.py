@@ -47,6 +47,11 @@ def scalar_kernels(fn: Callable[P, T]) -> Callable[P, T]:
 # --- values
 
 
+def ours(**options: object) -> Any:
+    """Options of ours, as `torch.compile` takes them; strict."""
+    return {f"runlora.{name}": value for name, value in {"strict": True, **options}.items()}
+
+
 def compile_whole(model: nn.Module, backend: str) -> nn.Module:
     """Compile anew, into one graph: a graph break is an error, and so is a failing rewrite."""
     torch._dynamo.reset()

@@ -18,7 +18,7 @@ from runlora_fx.cost_model.ops import GemmShape
 
 #: The shortest time that one measurement adds up [s], and how often it is repeated.
 _MIN_RUN_S = 2e-3
-_REPEATS = 5
+_REPEATS = 2
 
 
 @contextmanager

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from math import log2
 from typing import TypeAlias
 
 import sympy
@@ -15,11 +15,6 @@ from runlora_fx.cost_model.ops import Add, GemmShape, Hold, MatMul, Operation
 Seconds: TypeAlias = float | sympy.Expr
 
 
-#: How many measured products correct a prediction, and how much the uncorrected one weighs.
-_NEIGHBOURS = 6
-_PRIOR_WEIGHT = 1 / 16
-
-
 @dataclass(frozen=True)
 class MachineProfile:
     """Sustained rates of one device for one dtype, and the products measured on it.
@@ -27,9 +22,9 @@ class MachineProfile:
     A product takes ``FLOPs / flops_per_s + bytes read / read_bytes_per_s + bytes written /
     write_bytes_per_s + launch_s``. The sum lets the rate fall off smoothly where a dimension is
     small: with outputs of few columns the operands dominate, with a short inner dimension the
-    result does. Where products of about the same shape and the same layout were measured, the
-    formula is corrected by what it was wrong about them; a product that was itself measured takes
-    the time it took.
+    result does. A product that was itself measured takes the time it took. (Correcting the formula
+    by products of about the same shape was tried: it carries the noise of single measurements over
+    to others, and chose worse plans than the formula alone.)
 
     Attributes:
         flops_per_s: Rate of a large matrix product [FLOP/s].
@@ -48,11 +43,12 @@ class MachineProfile:
     measured: tuple[tuple[GemmShape, float], ...] = ()
 
     def seconds(self, operation: Operation) -> float:
-        """The time of an operation of known size [s]: predicted, corrected by measurements."""
-        predicted = float(self.formula(operation))
-        if not self.measured or not isinstance(operation, MatMul):
-            return predicted
-        return predicted * self._correction(operation)
+        """The time of an operation of known size [s], measured if it was and predicted if not."""
+        if self.measured and isinstance(operation, MatMul):
+            known = self._times.get(operation.shape)
+            if known is not None:
+                return known
+        return float(self.formula(operation))
 
     def formula(self, operation: Operation) -> Seconds:
         """The time of an operation as the rates give it; symbolic if its dimensions are [s]."""
@@ -69,30 +65,9 @@ class MachineProfile:
             case Hold():
                 return 0.0
 
-    def _correction(self, product: MatMul) -> float:
-        """Measured over predicted time, in the neighbourhood of a product."""
-        shape = product.shape
-        if (known := self._corrections.get(shape)) is None:
-            known = self._corrections[shape] = self._interpolated(shape, product.itemsize)
-        return known
-
-    def _interpolated(self, shape: GemmShape, itemsize: int) -> float:
-        """The geometric mean of the nearest ratios, weighted by inverse squared log distance."""
-        near: list[tuple[float, float]] = []
-        for other, seconds in self.measured:
-            if other[4:] == shape[4:]:
-                distance = sum(log2(x / y) ** 2 for x, y in zip(other[:4], shape[:4], strict=True))
-                ratio = seconds / float(self.formula(MatMul(*other[:4], itemsize)))
-                if distance == 0:
-                    return ratio
-                near.append((distance, log2(ratio)))
-        near = sorted(near)[:_NEIGHBOURS]
-        weight = sum(1 / distance for distance, _ in near) + _PRIOR_WEIGHT
-        return float(2 ** (sum(ratio / distance for distance, ratio in near) / weight))
-
     @cached_property
-    def _corrections(self) -> dict[GemmShape, float]:
-        return {}
+    def _times(self) -> Mapping[GemmShape, float]:
+        return dict(self.measured)
 
     @cached_property
     def _hash(self) -> int:

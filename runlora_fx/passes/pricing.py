@@ -28,6 +28,10 @@ _FLOPS_PER_SAVED_BYTE = 8192
 #: From so many products on, measuring them takes long enough to show progress.
 _SHOW_PROGRESS = 8
 
+#: All products are measured in turn, this often: a machine is not as fast at every moment, and what
+#: is compared has to be measured in good ones.
+_ROUNDS = 4
+
 
 class Pricing:
     """The objectives for a graph.
@@ -92,17 +96,22 @@ class Pricing:
 
     def _times(self, shapes: list[GemmShape], dtype: str) -> dict[GemmShape, float]:
         times: dict[GemmShape, float] = {}
+        failed: set[GemmShape] = set()
         with undisturbed(self.device):
             for shape in track(
-                shapes,
+                shapes * _ROUNDS,
                 f"runlora measures products in {dtype}",
                 console=Console(stderr=True),
                 transient=True,
                 disable=len(shapes) < _SHOW_PROGRESS,
             ):
+                if shape in failed:
+                    continue
                 try:
-                    times[shape] = matmul_seconds(shape, getattr(torch, dtype), self.device)
+                    took = matmul_seconds(shape, getattr(torch, dtype), self.device)
+                    times[shape] = min(took, times.get(shape, took))
                 except RuntimeError as error:  # out of memory, or a dtype the device has not
+                    failed.add(shape)
                     _log.info("runlora could not measure %s in %s: %s", shape, dtype, error)
         return times
 

@@ -55,13 +55,13 @@ def merged(base: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
     try:
         made_of = tuple(map(_identity, (base, left, right)))
     except RuntimeError:  # tensors of inference mode count no versions
-        return torch.addmm(base, left, right, alpha=alpha)
+        return _merge(base, left, right, alpha)
     with _lock:
         steps = _optimizer_steps
         entry = _kept.get(made_of[0].storage)
         if entry is not None and entry[:3] == (made_of, alpha, steps):
             return entry.merged
-    result = torch.addmm(base, left, right, alpha=alpha)
+    result = _merge(base, left, right, alpha)
     with _lock:
         for storage in [storage for storage in _kept if storage.expired()]:  # type: ignore[no-untyped-call]
             del _kept[storage]
@@ -72,6 +72,10 @@ def merged(base: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
 
 @merged.register_fake
 def _(base: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
+    return torch.addmm(base, left, right, alpha=alpha)
+
+
+def _merge(base: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
     return torch.addmm(base, left, right, alpha=alpha)
 
 

@@ -1,0 +1,312 @@
+"""What is held for the backward under each memory policy, against Inductor, and what it costs."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from checks import (
+    INDUCTOR,
+    RUNLORA,
+    RUNLORA_EAGER,
+    assert_same_values,
+    ours,
+    outputs_and_grads,
+    saved_bytes,
+    scalar_kernels,
+)
+from market import lora_layers, randomise_lora_b
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.profiler import profile
+
+import runlora_fx
+from runlora_fx.passes import reuse
+
+RTOL = 1e-5
+LAYERS, WIDTH, RANK, TOKENS = 4, 64, 16, 160
+WEIGHT_BYTES = WIDTH * WIDTH * 4
+BUDGET = {"memory": "fast", "memory_budget": LAYERS * WEIGHT_BYTES}
+
+
+class Residual(nn.Module):
+    """``x + gelu(linear(x))``: the layer's input lives on, as in a transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + nn.functional.gelu(self.linear(x))
+
+
+def model_of(dropout: float = 0.0) -> PeftModel:
+    torch.manual_seed(0)
+    layers = nn.Sequential(*(Residual() for _ in range(LAYERS)))
+    config = LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=dropout, target_modules=["linear"])
+    model = get_peft_model(layers, config)
+    randomise_lora_b(model)
+    return model
+
+
+def activation(tokens: int = TOKENS) -> Tensor:
+    x = torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(0))
+    return x.requires_grad_()
+
+
+def compiled(model: nn.Module, backend: str, **policy: object) -> Callable[..., Any]:
+    torch._dynamo.reset()
+    options = None if backend == INDUCTOR else ours(**policy)
+    return torch.compile(model, backend=backend, fullgraph=True, options=options)
+
+
+def peak_bytes(step: Callable[[], object]) -> int:
+    """The most memory that a step holds at once, over what was held before [B]."""
+    with profile(profile_memory=True) as profiled:
+        step()
+    held = peak = 0
+    for event in profiled.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+@cache
+@scalar_kernels
+def costs(dropout: float, backend: str, *policy: tuple[str, object]) -> tuple[int, int, int]:
+    """Of a training step: bytes held for the backward, peak bytes, and planned FLOPs."""
+    model, x = model_of(dropout), activation()
+    run = compiled(model, backend, **dict(policy))
+
+    def step() -> None:
+        model.zero_grad()
+        run(x).square().mean().backward()
+
+    step()
+    report = runlora_fx.last_report()
+    assert backend == INDUCTOR or report is not None
+    flops = 0 if report is None else report.flops_after
+    held = saved_bytes(lambda: run(x), [*model.parameters(), x])
+    return held, peak_bytes(step), flops
+
+
+LOW = (("memory", "low"),)
+FAST = tuple(BUDGET.items())
+
+
+def test_balanced_holds_no_more_than_inductor() -> None:
+    inductor, balanced = costs(0.0, INDUCTOR), costs(0.0, RUNLORA)
+    # X A' of every layer is not kept: the merged weight needs none in the forward.
+    assert balanced[0] == inductor[0] - LAYERS * TOKENS * RANK * 4
+    assert balanced[1] <= inductor[1]
+
+
+def test_low_holds_less_with_dropout_and_pays_in_flops() -> None:
+    inductor, balanced, low = (
+        costs(0.1, INDUCTOR),
+        costs(0.1, RUNLORA),
+        costs(0.1, RUNLORA, *LOW),
+    )
+    assert balanced[0] <= inductor[0]
+    masks, products = TOKENS * WIDTH, TOKENS * RANK * 4
+    seeds = 8 * LAYERS
+    assert low[0] == inductor[0] - LAYERS * (masks + products) + seeds
+    assert low[1] < inductor[1]
+    assert low[2] == balanced[2] + LAYERS * 2 * TOKENS * WIDTH * RANK
+
+
+def test_fast_holds_merged_weights_within_the_budget_and_saves_their_flops() -> None:
+    balanced = costs(0.0, RUNLORA)
+    merging = 2 * WIDTH * RANK * WIDTH
+    for count in (1, 3, LAYERS):
+        budget = count * WEIGHT_BYTES
+        fast = costs(0.0, RUNLORA, ("memory", "fast"), ("memory_budget", budget))
+        assert fast[0] == balanced[0] + budget
+        assert fast[2] == balanced[2] - count * merging
+    less = costs(0.0, RUNLORA, ("memory", "fast"), ("memory_budget", WEIGHT_BYTES - 1))
+    assert (less[0], less[2]) == (balanced[0], balanced[2])
+
+
+@scalar_kernels
+@pytest.mark.parametrize("policy", (LOW, FAST), ids=("low", "fast"))
+@pytest.mark.parametrize("backend", (RUNLORA, RUNLORA_EAGER))
+def test_values_do_not_depend_on_the_policy(
+    backend: str, policy: tuple[tuple[str, object], ...]
+) -> None:
+    model, x = model_of(), activation()
+    wanted = outputs_and_grads(model, [x])
+    run = compiled(model, backend, **dict(policy))
+    assert_same_values(outputs_and_grads(run, [x]), wanted, RTOL)
+
+
+@scalar_kernels
+def test_masks_drawn_again_are_the_same_masks() -> None:
+    """Gradients with dropout: against Inductor, which draws the same numbers and keeps them."""
+    model, x = model_of(0.5), activation()
+    values = []
+    for backend, policy in ((INDUCTOR, {}), (RUNLORA, {"memory": "low"})):
+        run = compiled(model, backend, **policy)
+        run(x)
+        torch.manual_seed(1)
+        values.append(outputs_and_grads(run, [x]))
+    assert_same_values(values[1], values[0], RTOL)
+
+
+def test_generators_state_is_left_to_those_who_use_it() -> None:
+    """Where random operators use the generator's state, masks are kept."""
+    model, x = model_of(0.5), activation()
+    with torch._inductor.config.patch(fallback_random=True):
+        run = compiled(model, RUNLORA_EAGER, memory="low")
+        torch.manual_seed(1)
+        found = outputs_and_grads(run, [x])
+        torch.manual_seed(1)
+        assert_same_values(found, outputs_and_grads(model, [x]), RTOL)
+
+
+# --- merged weights kept from call to call
+
+
+class Kept:
+    """Counts the merged weights that are made."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        monkeypatch.setattr(reuse, "_merge", self._merge)
+
+    def _merge(self, *args: Any) -> Tensor:
+        self.count += 1
+        base, left, right, alpha = args
+        return torch.addmm(base, left, right, alpha=alpha)
+
+    def since(self) -> int:
+        count, self.count = self.count, 0
+        return count
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Kept:
+    runlora_fx.forget_merged_weights()
+    return Kept(monkeypatch)
+
+
+def fused_step(model: PeftModel) -> None:
+    """An optimizer whose kernel counts no versions."""
+    adapters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(adapters, lr=1e-2, fused=True)
+    model(activation()).sum().backward()
+    optimizer.step()
+
+
+@torch.no_grad()
+def in_place(model: PeftModel) -> None:
+    for layer in lora_layers(model).values():
+        layer.lora_A["default"].weight.mul_(1.5)
+
+
+@torch.no_grad()
+def base_in_place(model: PeftModel) -> None:
+    for layer in lora_layers(model).values():
+        layer.base_layer.weight.add_(0.01)
+
+
+def load(model: PeftModel) -> None:
+    model.load_state_dict({name: 1.1 * value for name, value in model.state_dict().items()})
+
+
+def new_data(model: PeftModel) -> None:
+    for weight in model.parameters():
+        weight.data = weight.data * 1.1
+
+
+def edited_data(model: PeftModel) -> None:
+    """Not seen by any counter: the user has to say so."""
+    for weight in model.parameters():
+        weight.data.mul_(1.1)
+    assert runlora_fx.forget_merged_weights() == LAYERS * WEIGHT_BYTES
+
+
+CHANGES = (fused_step, in_place, base_in_place, load, new_data, edited_data)
+
+
+@pytest.mark.parametrize("backend", (RUNLORA_EAGER, RUNLORA))
+@scalar_kernels
+def test_merged_weights_are_made_once_until_something_changes(backend: str, made: Kept) -> None:
+    model, x = model_of(), activation(2).detach()
+    run = compiled(model, backend, **BUDGET, reuse=True)
+
+    def check(expected: int) -> None:
+        with torch.no_grad():
+            torch.testing.assert_close(run(x), model(x), rtol=RTOL, atol=RTOL)
+        assert made.since() == expected
+
+    with torch.no_grad():
+        run(x)
+    made.since()
+    runlora_fx.forget_merged_weights()
+    check(LAYERS)
+    check(0)
+    for change in CHANGES:
+        change(model)
+        check(LAYERS)
+        check(0)
+
+
+def test_another_adapter_takes_the_place_of_the_last(made: Kept) -> None:
+    model, x = model_of(), activation(2).detach()
+    model.add_adapter("other", LoraConfig(r=RANK, target_modules=["linear"]))
+    randomise_lora_b(model)
+    run = compiled(model, RUNLORA_EAGER, **BUDGET, reuse=True)
+    for name in ("default", "other", "default"):
+        model.set_adapter(name)
+        for _ in range(2):
+            with torch.no_grad():
+                torch.testing.assert_close(run(x), model(x), rtol=RTOL, atol=RTOL)
+    assert runlora_fx.forget_merged_weights() == LAYERS * WEIGHT_BYTES
+
+
+def test_gradient_accumulation_merges_once(made: Kept) -> None:
+    model, x = model_of(), activation()
+    run = compiled(model, RUNLORA_EAGER, **BUDGET, reuse=True)
+    run(x).sum().backward()
+    in_place(model)
+    model.zero_grad()
+    made.since()
+    for _ in range(3):
+        run(x).square().mean().backward()
+    assert made.since() == LAYERS  # for three forwards and three backwards
+    found = [p.grad for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    for _ in range(3):
+        model(x).square().mean().backward()
+    wanted = [p.grad for p in model.parameters() if p.grad is not None]
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_weights_that_die_are_forgotten(made: Kept) -> None:
+    base, left, right = torch.randn(8, 8), torch.randn(8, 2), torch.randn(2, 8)
+    torch.ops.runlora.merged(base, left, right, 1.0)
+    del base
+    other = torch.randn(4, 4)
+    torch.ops.runlora.merged(other, torch.randn(4, 2), torch.randn(2, 4), 1.0)
+    assert runlora_fx.forget_merged_weights() == 4 * 4 * 4
+
+
+@torch.inference_mode()
+def test_tensors_without_versions_are_not_kept(made: Kept) -> None:
+    args = torch.randn(4, 4), torch.randn(4, 2), torch.randn(2, 4), 0.5
+    for _ in range(2):
+        found = torch.ops.runlora.merged(*args)
+        torch.testing.assert_close(found, torch.addmm(*args[:3], alpha=0.5))
+    assert runlora_fx.forget_merged_weights() == 0
+
+
+def test_reuse_belongs_to_fast() -> None:
+    with pytest.raises(ValueError, match="memory='fast'"):
+        runlora_fx.Options(reuse=True)
+    with pytest.raises(ValueError, match="memory_budget"):
+        runlora_fx.Options(memory="fast")
+    with pytest.raises(ValueError, match="memory_budget"):
+        runlora_fx.Options(memory_budget=1)
