@@ -33,6 +33,7 @@ from runlora_fx.backend import aot_backend
 from runlora_fx.cost_model.machine import Machine, key_of
 from runlora_fx.cost_model.measure import seconds, undisturbed
 from runlora_fx.cost_model.objective import Objective
+from runlora_fx.cost_model.ops import MatMul
 from runlora_fx.options import Options
 from runlora_fx.passes.analysis import Analysis
 from runlora_fx.passes.apply import apply
@@ -47,8 +48,11 @@ WIDTHS = ((256, 256), (768, 768), (640, 1720), (1024, 4096), (4096, 1024), (4096
 RANKS = (1, 8, 32, 128, 512)
 DTYPES = ("float32", "bfloat16")
 
-#: Layers whose base product takes more are left out: there the adapter is a small part [FLOP].
-MAX_FLOPS = 2e10
+#: Layers whose base product takes longer are left out, to keep the sweep short [s].
+MAX_SECONDS = 0.07
+
+#: How the operands of ``X W'`` lie.
+NT = (False, True)
 
 AS_IT_CAME = "as it came"
 
@@ -123,7 +127,7 @@ def main() -> None:
     device = torch.device(given.device)
     results = [
         measured(layer, device, given.rounds)
-        for layer in track(list(sample(given.layers)), "timing plans")
+        for layer in track(list(sample(given.layers, device)), "timing plans")
     ]
     given.out.mkdir(parents=True, exist_ok=True)
     content = {
@@ -136,14 +140,25 @@ def main() -> None:
     print(table)
 
 
-def sample(count: int) -> Iterator[Layer]:
-    """A fixed random choice of layers."""
+def sample(count: int, device: torch.device) -> Iterator[Layer]:
+    """A fixed random choice of layers, of those that a device computes in reasonable time."""
+    machine = Machine(use_stored=True)
     layers = [
         Layer(n, i, o, r, dtype, backward)
         for n, (i, o), r, dtype, backward in product(TOKENS, WIDTHS, RANKS, DTYPES, (False, True))
-        if 2 * n * i * o <= MAX_FLOPS and r < min(i, o)
+        if r < min(i, o)
     ]
-    yield from random.Random(0).sample(layers, min(count, len(layers)))
+    random.Random(0).shuffle(layers)
+    for layer in layers:
+        base = MatMul(1, layer.tokens, layer.inputs, layer.outputs, itemsize(layer.dtype), NT)
+        if count and machine.profile(device, layer.dtype).seconds(base) <= MAX_SECONDS:
+            count -= 1
+            yield layer
+
+
+def itemsize(dtype: str) -> int:
+    """Width of an element [B]."""
+    return int(getattr(torch, dtype).itemsize)
 
 
 def measured(layer: Layer, device: torch.device, rounds: int) -> Result:

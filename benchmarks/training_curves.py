@@ -2,8 +2,8 @@
 
 A two-layer Llama with random weights and PEFT adapters (rank 32) is fine-tuned on the text that
 Python's ``help()`` reads, in three precisions: fp32, bf16, and a bf16 base with fp32 adapters as
-PEFT makes them (without autocast). Every variant starts from the same adapters and sees the same batches
-as eager PEFT with the same seed; the spread of eager over the seeds is the yardstick.
+PEFT makes them (without autocast). Every variant starts from the same adapters and sees the same
+batches as eager PEFT with the same seed; the spread of eager over the seeds is the yardstick.
 
     python benchmarks/training_curves.py
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import product
@@ -28,6 +29,10 @@ _CHECKED = ((48, 512), (640, 1536), (16,))
 
 #: Products of more than this are left out: they run at the rate of those that are not [FLOP].
 _MAX_FLOPS = 8e9
+
+#: A product that takes longer than its share of the time over this number is the largest that is
+#: measured: one measurement takes several runs.
+_SHARE = 8
 
 #: Every product is measured this often, in rounds: a machine is not as fast at every moment.
 _ROUNDS = 3
@@ -102,12 +107,20 @@ def _calibrate(
     end = time.monotonic() + budget_s
     kind = getattr(torch, dtype)
     fitted, checked = _shapes(_FITTED), _shapes(_CHECKED)
+    # Small ones first: where they take long already, large ones are left out.
+    shapes = sorted([*checked, *fitted], key=lambda shape: shape.m * shape.k * shape.n)
+    longest = budget_s / (_SHARE * _ROUNDS * len(shapes))
+    too_large: dict[str, float] = {}
     times: dict[GemmShape, float] = {}
     for i in range(_ROUNDS):
-        for shape in track([*checked, *fitted], f"{dtype}, round {i + 1} of {_ROUNDS}"):
-            if time.monotonic() < end:
+        for shape in track(shapes, f"{dtype}, round {i + 1} of {_ROUNDS}"):
+            operation = MatMul(*shape[:4], kind.itemsize, (shape.left_turned, shape.right_turned))
+            flops = float(operation.cost.flops)
+            if time.monotonic() < end and flops < too_large.get(operation.layout, math.inf):
                 took = matmul_seconds(shape, kind, device)
                 times[shape] = min(took, times.get(shape, took))
+                if took > longest:
+                    too_large[operation.layout] = flops
     products = {shape: times[shape] for shape in fitted if shape in times}
     if len(products) < len(fitted) / 2:
         return None
@@ -167,5 +180,6 @@ def _show(
         f"{dtype}: {profile.flops_per_s / 1e9:.0f} GFLOP/s, read "
         f"{profile.read_bytes_per_s / 1e9:.1f} GB/s, write {profile.write_bytes_per_s / 1e9:.1f} "
         f"GB/s, add {profile.add_bytes_per_s / 1e9:.1f} GB/s, launch {profile.launch_s * 1e6:.1f} "
-        f"us; median error {median(errors):.0%}."
+        f"us; slower by layout: nn {profile.slower_nn:.1f}, nt {profile.slower_nt:.1f}, "
+        f"tn {profile.slower_tn:.1f}; median error {median(errors):.0%}."
     )

@@ -20,6 +20,9 @@ FLOPS_BOUND = {
     "write_bytes_per_s": 1e25,
     "add_bytes_per_s": 1e25,
     "launch_s": 1e-25,
+    "slower_nn": 1.0,
+    "slower_nt": 1.0,
+    "slower_tn": 1.0,
 }
 
 

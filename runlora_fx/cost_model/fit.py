@@ -16,44 +16,63 @@ _FREE = 1e-18
 def fit_rates(products: Mapping[GemmShape, float], itemsize: int) -> dict[str, float]:
     """The rates that predict measured products best, in the sense of least squared relative error.
 
-    ``seconds = c0 FLOPs + c1 bytes read + c2 bytes written + c3``, with no coefficient negative and
-    a FLOP never free.
+    ``seconds = c_layout FLOPs + c1 bytes read + c2 bytes written + c3``, with a coefficient for
+    every layout that was measured, none negative, and a FLOP never free.
 
     Args:
         products: Times of products [s].
         itemsize: Element width [B].
 
     Returns:
-        ``flops_per_s``, ``read_bytes_per_s``, ``write_bytes_per_s`` and ``launch_s``.
+        ``flops_per_s``, ``read_bytes_per_s``, ``write_bytes_per_s``, ``launch_s`` and, by layout,
+        ``slower_nn``, ``slower_nt``, ``slower_tn``.
 
     Raises:
         ValueError: If there are fewer products than coefficients.
     """
-    if len(products) < 4:
-        raise ValueError(f"needs 4 products or more, got {len(products)}")
-    matmuls = [MatMul(*shape[:4], itemsize) for shape in products]
+    matmuls = [
+        MatMul(*shape[:4], itemsize, (shape.left_turned, shape.right_turned)) for shape in products
+    ]
+    layouts = sorted({m.layout for m in matmuls})
+    if len(products) < len(layouts) + 3:
+        raise ValueError(f"needs {len(layouts) + 3} products or more, got {len(products)}")
     features = torch.tensor(
-        [[float(x) for x in (m.cost.flops, m.read, m.written, 1)] for m in matmuls],
+        [
+            [
+                *(float(m.cost.flops) * (m.layout == layout) for layout in layouts),
+                *(float(x) for x in (m.read, m.written, 1)),
+            ]
+            for m in matmuls
+        ],
         dtype=torch.float64,
     )
     times = torch.tensor(list(products.values()), dtype=torch.float64)
-    relative = features / times[:, None]
-    # Sizes of features differ by many orders of magnitude.
-    scale = relative.norm(dim=0)
-    relative, ones = relative / scale, torch.ones(len(matmuls), 1, dtype=torch.float64)
-    best, least = torch.zeros(4, dtype=torch.float64), torch.inf
-    # So few coefficients that every choice of which are zero can be tried.
-    for others in chain.from_iterable(combinations((1, 2, 3), k) for k in range(4)):
-        columns = [0, *others]
-        solved = torch.linalg.lstsq(relative[:, columns], ones, driver="gelsd").solution[:, 0]
-        error = (relative[:, columns] @ solved - 1).norm().item()
-        if (solved >= 0).all() and solved[0] > 0 and error < least:
-            best, least = torch.zeros(4, dtype=torch.float64), error
-            best[columns] = solved
-    per_flop, per_read, per_written, launch = (best / scale).tolist()
+    *per_flop, per_read, per_written, launch = _solved(features / times[:, None], len(layouts))
+    fastest = min(per_flop)
+    slower = {layout: own / fastest for layout, own in zip(layouts, per_flop, strict=True)}
     return {
-        "flops_per_s": 1 / max(per_flop, _FREE),
+        "flops_per_s": 1 / fastest,
         "read_bytes_per_s": 1 / max(per_read, _FREE),
         "write_bytes_per_s": 1 / max(per_written, _FREE),
         "launch_s": max(launch, _FREE),
+        **{f"slower_{layout}": slower.get(layout, 1.0) for layout in ("nn", "nt", "tn")},
     }
+
+
+def _solved(relative: torch.Tensor, positive: int) -> list[float]:
+    """The coefficients that bring every row closest to 1; the first ones must not vanish."""
+    scale = relative.norm(dim=0)  # sizes of features differ by many orders of magnitude
+    relative = relative / scale
+    count = relative.shape[1]
+    ones = torch.ones(len(relative), 1, dtype=relative.dtype)
+    best, least = torch.zeros(count, dtype=relative.dtype), torch.inf
+    # So few coefficients that every choice of which are zero can be tried.
+    for others in chain.from_iterable(combinations(range(positive, count), k) for k in range(4)):
+        columns = [*range(positive), *others]
+        solved = torch.linalg.lstsq(relative[:, columns], ones, driver="gelsd").solution[:, 0]
+        error = (relative[:, columns] @ solved - 1).norm().item()
+        if (solved >= 0).all() and (solved[:positive] > 0).all() and error < least:
+            best, least = torch.zeros(count, dtype=relative.dtype), error
+            best[columns] = solved
+    coefficients: list[float] = (best / scale).tolist()
+    return [*(max(c, _FREE) for c in coefficients[:positive]), *coefficients[positive:]]

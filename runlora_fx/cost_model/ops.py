@@ -75,6 +75,12 @@ class MatMul:
         return self.b * self.m * self.n * self.itemsize
 
     @property
+    def layout(self) -> str:
+        """How the operands lie: nn, nt or tn (tt is nn: ``(L R)' = R' L'``)."""
+        left, right = self.turned
+        return "nn" if left == right else ("tn" if left else "nt")
+
+    @property
     def shape(self) -> GemmShape:
         """What a measurement of it is filed under; its dimensions have to be integers."""
         b, m, k, n = (int(size) for size in (self.b, self.m, self.k, self.n))
@@ -110,6 +116,28 @@ class Add:
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """A matrix (b, m, n) with its rows or columns scaled by the entries of a vector.
+
+    Attributes:
+        b: Batch [matrices].
+        m: Rows [elements].
+        n: Columns [elements].
+        itemsize: Element width [B].
+    """
+
+    b: Amount
+    m: Amount
+    n: Amount
+    itemsize: int
+
+    @property
+    def cost(self) -> Cost:
+        """Flops = 0; bytes = 2 b m n itemsize [B]; kernels = 0."""
+        return Cost(0, 2 * self.b * self.m * self.n * self.itemsize, 0)
+
+
+@dataclass(frozen=True)
 class Hold:
     """A matrix (b, m, n) held from the forward to the backward.
 
@@ -131,4 +159,4 @@ class Hold:
         return Cost(saved=self.b * self.m * self.n * self.itemsize)
 
 
-Operation: TypeAlias = MatMul | Add | Hold
+Operation: TypeAlias = MatMul | Add | Stretch | Hold

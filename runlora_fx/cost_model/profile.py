@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 import sympy
 
-from runlora_fx.cost_model.ops import Add, GemmShape, Hold, MatMul, Operation
+from runlora_fx.cost_model.ops import Add, GemmShape, Hold, MatMul, Operation, Stretch
 
 #: Seconds: a number, or an expression in the graph's symbols.
 Seconds: TypeAlias = float | sympy.Expr
@@ -19,19 +19,23 @@ Seconds: TypeAlias = float | sympy.Expr
 class MachineProfile:
     """Sustained rates of one device for one dtype, and the products measured on it.
 
-    A product takes ``FLOPs / flops_per_s + bytes read / read_bytes_per_s + bytes written /
-    write_bytes_per_s + launch_s``. The sum lets the rate fall off smoothly where a dimension is
-    small: with outputs of few columns the operands dominate, with a short inner dimension the
-    result does. A product that was itself measured takes the time it took. (Correcting the formula
-    by products of about the same shape was tried: it carries the noise of single measurements over
-    to others, and chose worse plans than the formula alone.)
+    A product takes ``FLOPs * slower / flops_per_s + bytes read / read_bytes_per_s + bytes written /
+    write_bytes_per_s + launch_s``, where ``slower`` depends on how the operands lie. The sum lets
+    the rate fall off smoothly where a dimension is small: with outputs of few columns the operands
+    dominate, with a short inner dimension the result does. A product that was itself measured takes
+    the time it took. (Correcting the formula by products of about the same shape was tried: it
+    carries the noise of single measurements over to others, and chose worse plans than the formula
+    alone.)
 
     Attributes:
-        flops_per_s: Rate of a large matrix product [FLOP/s].
+        flops_per_s: Rate of a large matrix product in its fastest layout [FLOP/s].
         read_bytes_per_s: Rate at which the operands of a product are read [B/s].
         write_bytes_per_s: Rate at which the result of a product is written [B/s].
         add_bytes_per_s: Rate of fused elementwise arithmetic [B/s].
         launch_s: Fixed cost of a kernel [s].
+        slower_nn: How many times as long a FLOP takes where both operands lie as they are read.
+        slower_nt: The same where the right operand lies transposed, as in ``X W'``.
+        slower_tn: The same where the left operand lies transposed, as in ``dY' X``.
         measured: Times of products [s].
     """
 
@@ -40,6 +44,9 @@ class MachineProfile:
     write_bytes_per_s: float = 1.5e10
     add_bytes_per_s: float = 1.5e10
     launch_s: float = 3e-6
+    slower_nn: float = 1.0
+    slower_nt: float = 1.0
+    slower_tn: float = 1.0
     measured: tuple[tuple[GemmShape, float], ...] = ()
 
     def seconds(self, operation: Operation) -> float:
@@ -54,13 +61,14 @@ class MachineProfile:
         """The time of an operation as the rates give it; symbolic if its dimensions are [s]."""
         match operation:
             case MatMul():
+                slower: float = getattr(self, f"slower_{operation.layout}")
                 return (
-                    operation.cost.flops / self.flops_per_s
+                    operation.cost.flops * (slower / self.flops_per_s)
                     + operation.read / self.read_bytes_per_s
                     + operation.written / self.write_bytes_per_s
                     + self.launch_s
                 )
-            case Add():
+            case Add() | Stretch():
                 return operation.cost.bytes / self.add_bytes_per_s
             case Hold():
                 return 0.0
@@ -72,7 +80,8 @@ class MachineProfile:
     @cached_property
     def _hash(self) -> int:
         rates = (self.flops_per_s, self.read_bytes_per_s, self.write_bytes_per_s)
-        return hash((*rates, self.add_bytes_per_s, self.launch_s, self.measured))
+        slower = (self.slower_nn, self.slower_nt, self.slower_tn)
+        return hash((*rates, self.add_bytes_per_s, self.launch_s, *slower, self.measured))
 
     def __hash__(self) -> int:
         return self._hash

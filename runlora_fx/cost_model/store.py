@@ -30,13 +30,16 @@ _log = logging.getLogger("runlora_fx")
 #: Where the files are, if the user wants them elsewhere.
 FOLDER_VARIABLE = "RUNLORA_CACHE_DIR"
 
-_FORMAT = 1
+_FORMAT = 2
 _MAX_ENTRIES = 4096
 _MAX_FILES = 64
 _MAX_FILE_BYTES = 4 << 20
 _LOCK_TIMEOUT_S = 10.0
 
-_RATES = ("flops_per_s", "read_bytes_per_s", "write_bytes_per_s", "add_bytes_per_s", "launch_s")
+_RATES = (
+    *("flops_per_s", "read_bytes_per_s", "write_bytes_per_s", "add_bytes_per_s", "launch_s"),
+    *("slower_nn", "slower_nt", "slower_tn"),
+)
 
 
 class Key(NamedTuple):
