@@ -1,6 +1,8 @@
 """Laws of the normal form, on random polynomials and against numpy."""
 
 from collections.abc import Callable
+from functools import reduce
+from operator import matmul
 
 import numpy as np
 import pytest
@@ -26,6 +28,8 @@ from runlora_fx.passes.algebra import (
 )
 
 LEAVES, SCALARS, SIZE = 5, 2, 3
+#: Leaves that stand for the diagonal matrix of a vector.
+DIAGONALS = (5, 6)
 ZERO = polynomial([])
 
 often = settings(derandomize=True, deadline=None, max_examples=200)
@@ -38,18 +42,28 @@ scalars = st.builds(
 )
 
 
-def words(least: int = 0, leaves: st.SearchStrategy[int] = indices) -> st.SearchStrategy[Word]:
+def words(
+    least: int = 0, leaves: st.SearchStrategy[int] = indices, diagonals: tuple[int, ...] = DIAGONALS
+) -> st.SearchStrategy[Word]:
     """Random words of `least` to three factors."""
-    factors = st.builds(Factor, leaves, st.booleans())
+    factors = st.builds(Factor, leaves, st.booleans(), st.just(False))
+    if diagonals:
+        made = st.builds(Factor, st.sampled_from(diagonals), st.just(False), st.just(True))
+        factors |= made
     monomials = st.lists(st.integers(0, SCALARS - 1), max_size=2).map(sorted).map(tuple)
-    return st.builds(Word, st.lists(factors, min_size=least, max_size=3).map(tuple), monomials)
+    chains = st.lists(factors, min_size=least, max_size=3)
+    return st.builds(
+        lambda chain, scalars: reduce(matmul, (Word((f,)) for f in chain), Word((), scalars)),
+        chains,
+        monomials,
+    )
 
 
 def polynomials(
-    least: int = 0, leaves: st.SearchStrategy[int] = indices
+    least: int = 0, leaves: st.SearchStrategy[int] = indices, diagonals: tuple[int, ...] = DIAGONALS
 ) -> st.SearchStrategy[Polynomial]:
     """Random non-zero polynomials of up to four words."""
-    terms = st.lists(st.tuples(words(least, leaves), numbers), min_size=1, max_size=4)
+    terms = st.lists(st.tuples(words(least, leaves, diagonals), numbers), min_size=1, max_size=4)
     return terms.map(polynomial).filter(lambda p: len(p) > 0)
 
 
@@ -161,8 +175,8 @@ def is_small(p: Polynomial) -> bool:
 
 @often
 @given(
-    polynomials(least=1, leaves=st.integers(0, 1)).filter(is_small),
-    polynomials(least=1, leaves=st.integers(2, 4)).filter(is_small),
+    polynomials(least=1, leaves=st.integers(0, 1), diagonals=(5,)).filter(is_small),
+    polynomials(least=1, leaves=st.integers(2, 4), diagonals=()).filter(is_small),
 )
 def test_every_product_is_factored_again(left: Polynomial, right: Polynomial) -> None:
     """Whatever can be factored out is found: here nothing cancels, for no leaf is on both sides."""
@@ -189,7 +203,8 @@ def test_a_word_is_cut_between_any_two_factors(word: Word) -> None:
 def test_renaming_leaves_commutes_with_everything(
     p: Polynomial, q: Polynomial, leaves: list[int], scalar_leaves: list[int]
 ) -> None:
-    names, numbers_ = dict(enumerate(leaves)), dict(enumerate(scalar_leaves))
+    names = {**dict(enumerate(leaves)), **dict(zip(DIAGONALS, reversed(DIAGONALS), strict=True))}
+    numbers_ = dict(enumerate(scalar_leaves))
 
     def renamed(x: Polynomial) -> Polynomial:
         return substitute(x, names, numbers_)
@@ -205,7 +220,9 @@ def test_renaming_leaves_commutes_with_everything(
 
 Matrix = np.ndarray
 _rng = np.random.default_rng(0)
-MATRICES = _rng.standard_normal((LEAVES, SIZE, SIZE))
+MATRICES = _rng.standard_normal((LEAVES + len(DIAGONALS), SIZE, SIZE))
+for _i in DIAGONALS:
+    MATRICES[_i] = np.diag(_rng.standard_normal(SIZE))
 VALUES = _rng.standard_normal(SCALARS)
 
 
@@ -214,7 +231,7 @@ def evaluated(p: Polynomial) -> Matrix:
     total = np.zeros((SIZE, SIZE))
     for word, c in p:
         product = c * np.eye(SIZE)
-        for index, transposed in word.factors:
+        for index, transposed, _ in word.factors:
             product = product @ (MATRICES[index].T if transposed else MATRICES[index])
         total += product * np.prod(VALUES[list(word.scalars)])
     return total
@@ -230,7 +247,11 @@ def _scaled(x: Pair, s: Scalar) -> Pair:
 
 
 expressions: st.SearchStrategy[Pair] = st.recursive(
-    st.one_of(indices.map(lambda i: (leaf(i), MATRICES[i])), st.just((IDENTITY, np.eye(SIZE)))),
+    st.one_of(
+        indices.map(lambda i: (leaf(i), MATRICES[i])),
+        st.sampled_from(DIAGONALS).map(lambda i: (leaf(i, diagonal=True), MATRICES[i])),
+        st.just((IDENTITY, np.eye(SIZE))),
+    ),
     lambda below: st.one_of(
         st.tuples(below, below).map(lambda xy: (xy[0][0] @ xy[1][0], xy[0][1] @ xy[1][1])),
         st.tuples(below, below).map(lambda xy: (xy[0][0] + xy[1][0], xy[0][1] + xy[1][1])),

@@ -42,17 +42,18 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # Graph to algebra.
     ("passes.forms", "passes.reuse"),
     ("passes.dialects", "passes.dialects.*", "passes.values", "passes.modes", "passes.mutation"),
+    ("passes.tangents",),
     ("passes.opaque", "passes.expand", "passes.dims", "passes.read"),
     ("passes.phases", "passes.region"),
     ("passes.dynamic", "passes.analysis", "passes.excerpt"),
     # Algebra to graph.
-    ("passes.writer", "passes.emit", "passes.verify"),
+    ("passes.writer", "passes.emit", "passes.verify", "passes.reductions"),
     ("passes.apply",),
     ("passes.trial",),
     ("passes.origin", "passes.describe"),
     # The pass, and the ways to it.
     ("passes.pipeline",),
-    ("passes.shapes", "passes.lower", "joint_pass"),
+    ("passes.shapes", "passes.lower", "joint_pass", "_substitutes"),
     ("backend",),
     ("trace",),
     ("",),  # the package itself

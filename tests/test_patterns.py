@@ -73,13 +73,17 @@ def polynomials(gm: fx.GraphModule, level: str, inputs: list[Tensor]) -> list[st
 def spelled(p: Polynomial, reader: GraphReader) -> str:
     """A polynomial in the names of the nodes that its leaves are."""
 
-    def factor(leaf: int, transposed: bool) -> str:
+    def factor(leaf: int, transposed: bool, diagonal: bool) -> str:
         node = reader.leaves.matrices[leaf].node
+        if diagonal:
+            assert node is not None
+            return f"diag({node.name})"
         return ("1" if node is None else node.name) + ("'" if transposed else "")
 
     words = []
     for word, c in p.terms:
-        scalars = [reader.leaves.scalars[s].name for s in word.scalars]
+        leaves = [reader.leaves.scalars[s] for s in word.scalars]
+        scalars = [("1/" if leaf.inverse else "") + leaf.node.name for leaf in leaves]
         factors = [factor(*f) for f in word.factors]
         words.append(" ".join(([] if c == 1 else [f"{c:g}"]) + scalars + factors))
     return " + ".join(sorted(words, key=lambda word: (len(word.split()), word)))

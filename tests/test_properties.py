@@ -28,7 +28,7 @@ INPUTS = ((0, 1), (0, 2), (2, 1), (3, 1), (2, 3), (1, 1), (1, 3), (0, 0))
 
 @dataclass(frozen=True)
 class Program:
-    """Steps over matrices: ("mul", i, j), ("add", i, j), ("t", i), ("scale", i, c), ("tanh", i)."""
+    """Steps over matrices, each a kind, the index of a matrix and a number."""
 
     steps: tuple[tuple[str, int, float], ...]
     picks: tuple[int, ...]
@@ -59,6 +59,12 @@ class Program:
             elif kind == "t":
                 values.append(value.t())
                 shapes.append((shape[1], shape[0]))
+            elif kind in ("columns", "rows"):
+                side = 1 if kind == "columns" else 0
+                j = choose(lambda other, shape=shape, side=side: other[side] == shape[side])
+                if j is not None:
+                    values.append(value * (1 + c * values[j].amax(1 - side, keepdim=True)))
+                    shapes.append(shape)
             elif kind == "scale":
                 values.append(value * c)
                 shapes.append(shape)
@@ -69,7 +75,9 @@ class Program:
 
 
 steps = st.tuples(
-    st.sampled_from(["mul", "mul", "mul", "mul", "add", "add", "t", "scale", "tanh"]),
+    st.sampled_from(
+        ["mul", "mul", "mul", "mul", "add", "add", "t", "scale", "columns", "rows", "tanh"]
+    ),
     st.integers(0, 30),
     st.sampled_from([1.0, -1.0, 2.0, 0.5]),
 )

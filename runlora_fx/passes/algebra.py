@@ -1,7 +1,8 @@
 """Matrix polynomials: the normal form in which every linear region is read, planned and proven.
 
-A *factor* is a leaf matrix or its transpose, a *word* a product of factors, a *polynomial* a sum
-of words with scalar coefficients. A coefficient is a number times a monomial of *scalar leaves*
+A *factor* is a leaf matrix or its transpose, or the diagonal matrix of a leaf vector (which scales
+rows or columns), a *word* a product of factors, a *polynomial* a sum of words with scalar
+coefficients. A coefficient is a number times a monomial of *scalar leaves*
 (0-d tensors whose value only the run knows). Products are expanded over sums, transposes are
 pushed to the leaves and like words are added, so two expressions denote the same function of their
 leaves if and only if their polynomials are equal.
@@ -28,15 +29,16 @@ _MAX_CHOICES = 64
 
 
 class Factor(NamedTuple):
-    """A leaf matrix, or its transpose."""
+    """A leaf matrix, its transpose, or the diagonal matrix of a leaf vector."""
 
     leaf: int
     transposed: bool = False
+    diagonal: bool = False
 
     @property
     def T(self) -> Factor:
-        """The transposed factor."""
-        return Factor(self.leaf, not self.transposed)
+        """The transposed factor; a diagonal matrix is its own."""
+        return self if self.diagonal else Factor(self.leaf, not self.transposed)
 
 
 Factors = tuple[Factor, ...]
@@ -51,11 +53,19 @@ class Word(NamedTuple):
     @property
     def T(self) -> Word:
         """(U V)' = V' U'."""
-        return Word(tuple(f.T for f in reversed(self.factors)), self.scalars)
+        factors: Factors = ()
+        for factor in reversed(self.factors):
+            factors = _joined(factors, (factor.T,))
+        return Word(factors, self.scalars)
 
     def __matmul__(self, other: Word) -> Word:
         """The two words behind one another."""
-        return Word(self.factors + other.factors, _merge(self.scalars, other.scalars))
+        return Word(_joined(self.factors, other.factors), _merge(self.scalars, other.scalars))
+
+    @property
+    def without_diagonals(self) -> Factors:
+        """The factors that are no diagonal matrices."""
+        return tuple(f for f in self.factors if not f.diagonal)
 
     def sort_key(self) -> tuple[int, Factors, tuple[int, ...]]:
         """Shortest first: the base weight leads W + s B A, and keeps the coefficient 1."""
@@ -128,6 +138,11 @@ class Polynomial:
         return _transposed(self)
 
     @property
+    def is_diagonal(self) -> bool:
+        """Whether it is a diagonal matrix."""
+        return all(f.diagonal for word, _ in self.terms for f in word.factors)
+
+    @property
     def leaf(self) -> Factor | None:
         """The factor that it is, if it is a single leaf up to a scalar."""
         if len(self.terms) == 1 and len(self.terms[0][0].factors) == 1:
@@ -171,9 +186,9 @@ def polynomial(terms: Iterable[tuple[Word, float]]) -> Polynomial:
     return Polynomial(tuple(sorted(kept, key=lambda term: term[0].sort_key())))
 
 
-def leaf(index: int) -> Polynomial:
+def leaf(index: int, *, diagonal: bool = False) -> Polynomial:
     """The polynomial that is one leaf."""
-    return Polynomial(((Word((Factor(index),)), 1.0),))
+    return of_factors((Factor(index, diagonal=diagonal),))
 
 
 def of_factors(factors: Factors) -> Polynomial:
@@ -295,7 +310,7 @@ def substitute(p: Polynomial, leaves: Mapping[int, int], scalars: Mapping[int, i
     return polynomial(
         (
             Word(
-                tuple(Factor(leaves[f.leaf], f.transposed) for f in w.factors),
+                _renamed(w.factors, leaves),
                 tuple(sorted(scalars[s] for s in w.scalars)),
             ),
             c,
@@ -341,6 +356,25 @@ def _divided_at(p: Polynomial, cuts: tuple[int, ...]) -> tuple[Polynomial, Polyn
 @lru_cache(maxsize=1 << 16)
 def _transposed(p: Polynomial) -> Polynomial:
     return polynomial((word.T, c) for word, c in p.terms)
+
+
+def _joined(a: Factors, b: Factors) -> Factors:
+    """Two products behind one another; diagonal matrices commute, and stand sorted."""
+    if not (a and b and a[-1].diagonal and b[0].diagonal):
+        return a + b
+    i, j = len(a), 0
+    while i and a[i - 1].diagonal:
+        i -= 1
+    while j < len(b) and b[j].diagonal:
+        j += 1
+    return (*a[:i], *sorted(a[i:] + b[:j]), *b[j:])
+
+
+def _renamed(factors: Factors, leaves: Mapping[int, int]) -> Factors:
+    renamed: Factors = ()
+    for factor in factors:
+        renamed = _joined(renamed, (factor._replace(leaf=leaves[factor.leaf]),))
+    return renamed
 
 
 def _merge(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:

@@ -7,9 +7,10 @@ from collections.abc import Collection, Mapping
 from torch import fx
 
 from runlora_fx.passes import forms
-from runlora_fx.passes.algebra import normalise
+from runlora_fx.passes.algebra import IDENTITY, normalise
 from runlora_fx.passes.analysis import Analysis
 from runlora_fx.passes.emit import Emitter
+from runlora_fx.passes.expand import sources
 from runlora_fx.passes.phases import recompute
 from runlora_fx.passes.plan import Plan, Step, Value, product_step
 from runlora_fx.passes.read import GraphReader
@@ -84,14 +85,30 @@ def _existing(
     found: dict[tuple[Value, Step], tuple[fx.Node, bool]] = {}
     for region in regions.regions:
         for made in region.incoming:
-            is_plain = isinstance(reader.forms[made.node], forms.Product)
+            is_plain = isinstance(reader.forms[made.node], forms.Product | forms.Stretch)
             if not (made.is_product and is_plain) or made.node in reader.stops:
                 continue
+            if _reads_identity(reader, made.node):
+                continue  # it would drag a product with the identity matrix along
             scalar, transposed, core = normalise(made.polynomial)
             if scalar.is_one:
                 key = (Value(core, made.backward), product_step(*made.operands))
                 found.setdefault(key, (made.node, transposed))
     return found
+
+
+def _reads_identity(reader: GraphReader, node: fx.Node) -> bool:
+    """Whether a product takes, or is, a product with the identity matrix."""
+    form = reader.forms.get(node)
+    if isinstance(form, forms.Product) and any(
+        p == IDENTITY for operand in reader.factors(form) for p in operand
+    ):
+        return True
+    return form is not None and any(
+        _reads_identity(reader, source)
+        for source in sources(form)
+        if source in reader.cuts and source not in reader.stops
+    )
 
 
 def _replace(

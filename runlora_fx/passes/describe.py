@@ -29,7 +29,7 @@ def describe(
 ) -> Site | None:
     """A region as a site, or None where there is nothing low-rank about it."""
     problem = posed.problem
-    if max(len(w.factors) for d in problem.demands for w in d.core.words) < 3:
+    if max(len(w.without_diagonals) for d in problem.demands for w in d.core.words) < 3:
         return None
     names = Names(problem)
     parts = [normalise(posed.own(part)) for _, part in region.demands]

@@ -29,6 +29,9 @@ class DimClasses:
         """Unify the sides of leaves that products and sums put together."""
         self.leaves = leaves
         self._parent: dict[_Side, _Side] = {}
+        for i, leaf in enumerate(leaves):
+            if leaf.diagonal:
+                self._join((i, 0), (i, 1))
         for p in polynomials:
             first = p.terms[0][0].factors
             for word in p.words:

@@ -245,6 +245,8 @@ class Emitter:
             parts = [normalise(part) for part in step.parts]
             node = self._accumulate(parts, transposed, value.backward, is_root=False)
             node = self._writer.cast(node, self._dtype(value))
+        elif step.left.is_diagonal or step.right.is_diagonal:
+            node = self._stretched(value, step, transposed)
         else:
             node = self._product(*self._operands(value, step, transposed))
         if isinstance(again, Product | Sum):
@@ -258,10 +260,25 @@ class Emitter:
         dtype = self._dtype(value)
         return _Operands(self._writer.cast(a, dtype), self._writer.cast(b, dtype), by_a * by_b)
 
+    def _stretched(self, value: Value, step: Product, transposed: bool) -> fx.Node:
+        """A product with a diagonal matrix: rows or columns scaled by its vector."""
+        left, right = (step.right.T, step.left.T) if transposed else (step.left, step.right)
+        diagonal, scaled = (left, right) if left.is_diagonal else (right, left)
+        by, _, core = normalise(diagonal)
+        assert core.leaf is not None, "search makes no diagonal matrices"
+        node, scalar = self._operand(scaled, value.backward)
+        vector = self._leaf_node(core.leaf)
+        size = numel(shape_of(vector))
+        shape = (*shape_of(node)[:-1], 1) if left is diagonal else (size,)
+        vector = self._writer.reshape(vector, shape)
+        return self._scaled(self._writer.scale(node, vector), scalar * by)
+
     def _operands_if_unshared(self, value: Value, transposed: bool) -> _Operands | None:
         """The operands of a product that nothing else reads; None if it must stand on its own."""
         step = self._steps.get(value)
         if value in self._made or self._uses[value] != 1 or not isinstance(step, Product):
+            return None
+        if step.left.is_diagonal or step.right.is_diagonal:
             return None
         batch = self._leaves.matrices[value.core.terms[0][0].factors[0].leaf].batched
         return None if batch else self._operands(value, step, transposed)
@@ -283,7 +300,8 @@ class Emitter:
     def _scaled(self, node: fx.Node, scalar: Scalar) -> fx.Node:
         node = self._writer.scale(node, scalar.number)
         for i in scalar.leaves:
-            node = self._writer.scale(node, self._leaves.scalars[i])
+            by, inverse = self._leaves.scalars[i]
+            node = self._writer.divide(node, by) if inverse else self._writer.scale(node, by)
         return node
 
     def _dtype(self, value: Value) -> torch.dtype:
@@ -332,7 +350,7 @@ class Emitter:
             leaf = leaves[factor.leaf]
             return self._hint(leaf.rows) * self._hint(leaf.cols)
 
-        factors = (f for word in value.core.words for f in word.factors)
+        factors = (f for word in value.core.words for f in word.without_diagonals)
         return max(factors, key=size).transposed
 
     def _count_uses(self, roots: Iterable[Root]) -> Counter[Value]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from torch import fx
 
@@ -26,6 +26,8 @@ from runlora_fx.passes.forms import (
     Reshape,
     Scale,
     Shape,
+    Shift,
+    Stretch,
     Sum,
     inverse,
     numel,
@@ -49,6 +51,7 @@ class Leaf:
         rows: Rows of each.
         cols: Columns of each.
         batched: Whether it is a batch of matrices.
+        diagonal: Whether it is the diagonal matrix of a vector.
     """
 
     node: fx.Node | None
@@ -56,6 +59,14 @@ class Leaf:
     rows: Dim
     cols: Dim
     batched: bool
+    diagonal: bool = False
+
+
+class ScalarLeaf(NamedTuple):
+    """A 0-d tensor or symbolic number, or its inverse."""
+
+    node: fx.Node
+    inverse: bool
 
 
 @dataclass
@@ -63,7 +74,7 @@ class Leaves:
     """The leaves met so far, by value."""
 
     matrices: list[Leaf] = field(default_factory=list)
-    scalars: list[fx.Node] = field(default_factory=list)
+    scalars: list[ScalarLeaf] = field(default_factory=list)
     _index: dict[object, int] = field(default_factory=dict)
 
     def matrix(self, values: ValueNumbers, node: fx.Node, cut: Cut) -> Polynomial:
@@ -92,13 +103,22 @@ class Leaves:
             self.matrices.append(Leaf(None, 1, rows, 1, False))
         return algebra.leaf(self._index[key])
 
-    def scalar(self, values: ValueNumbers, node: fx.Node) -> Scalar:
-        """A 0-d tensor or symbolic number as a scalar leaf."""
+    def diagonal(self, values: ValueNumbers, vector: fx.Node) -> Polynomial:
+        """The diagonal matrix of a vector."""
+        number, size = values.of(vector), numel(shape_of(vector))
+        key = ("diagonal", number)
+        if key not in self._index:
+            self._index[key] = len(self.matrices)
+            self.matrices.append(Leaf(values.first(number), 1, size, size, False, diagonal=True))
+        return algebra.leaf(self._index[key], diagonal=True)
+
+    def scalar(self, values: ValueNumbers, node: fx.Node, *, inverse: bool) -> Scalar:
+        """A 0-d tensor or symbolic number, or its inverse, as a scalar leaf."""
         number = values.of(node)
-        key = ("scalar", number)
+        key = ("scalar", number, inverse)
         if key not in self._index:
             self._index[key] = len(self.scalars)
-            self.scalars.append(values.first(number))
+            self.scalars.append(ScalarLeaf(values.first(number), inverse))
         return Scalar(1.0, (self._index[key],))
 
 
@@ -151,8 +171,10 @@ class Expander(ABC):
                     return None
                 below = self.operand(source, seen[0])
                 return _transposed(below) if seen[1] else below
-            case Scale(source, by):
-                return _scaled(self.operand(source, cut), self._scalar(by))
+            case Scale(source) as form:
+                return _scaled(self.operand(source, cut), self._scalar(form))
+            case Stretch() as form:
+                return self._stretched(form, shape, cut)
         return None
 
     def factors(self, form: Product) -> tuple[Addends, Addends]:
@@ -170,6 +192,27 @@ class Expander(ABC):
         left, right = self.factors(form)
         return (total(left) @ total(right),)
 
+    def _stretched(self, form: Stretch, shape: Shape, cut: Cut) -> Addends | None:
+        """A tensor times a vector, if the vector runs along the rows or the columns of the cut."""
+        lies = stretches(form, shape, cut)
+        if lies is None:
+            return None
+        diagonal = self.diagonal(form.by)
+        below = self.operand(form.source, cut)
+        return tuple(diagonal @ p if lies == "rows" else p @ diagonal for p in below)
+
+    def diagonal(self, vector: fx.Node) -> Polynomial:
+        """The diagonal matrix of a vector: ``g - 1`` is ``diag(g) - I``."""
+        match self.forms.get(vector):
+            case Reshape(source):
+                return self.diagonal(source)
+            case Shift(source, by):
+                shift = algebra.IDENTITY.scaled(Scalar(by))
+                return self.diagonal(source) + shift if by else self.diagonal(source)
+            case Scale(source, float(by)):
+                return self.diagonal(source).scaled(Scalar(by))
+        return self.leaves.diagonal(self.values, vector)
+
     def _term(self, shape: Shape, cut: Cut, term: fx.Node | Product) -> Addends:
         """One term of a sum, broadcast to the sum's shape."""
         if isinstance(term, Product):
@@ -180,8 +223,10 @@ class Expander(ABC):
         ones = self.leaves.ones(cut.extents(shape)[1])
         return tuple(ones @ p for p in self.operand(term, broadcast))
 
-    def _scalar(self, by: float | fx.Node) -> Scalar:
-        return self.leaves.scalar(self.values, by) if isinstance(by, fx.Node) else Scalar(by)
+    def _scalar(self, form: Scale) -> Scalar:
+        if isinstance(form.by, fx.Node):
+            return self.leaves.scalar(self.values, form.by, inverse=form.divides)
+        return Scalar(form.by)
 
 
 def total(addends: Addends) -> Polynomial:
@@ -189,6 +234,17 @@ def total(addends: Addends) -> Polynomial:
     if len(addends) == 1:
         return addends[0]
     return algebra.polynomial(term for p in addends for term in p)
+
+
+def without_cancelled(addends: Addends) -> Addends:
+    """The same sum without the words that vanish from it."""
+    if len(addends) == 1:
+        return addends
+    left_over = set(total(addends).words)
+    if left_over.issuperset(word for p in addends for word in p.words):
+        return addends
+    kept = (algebra.polynomial((w, c) for w, c in p.terms if w in left_over) for p in addends)
+    return tuple(p for p in kept if p.terms)
 
 
 def sources(form: Form) -> list[fx.Node]:
@@ -201,6 +257,10 @@ def sources(form: Form) -> list[fx.Node]:
             return [node for group in nested for node in group]
         case Scale(source, by):
             return [source, by] if isinstance(by, fx.Node) else [source]
+        case Stretch(source, by, _):
+            return [source, by]
+        case Shift(source, _):
+            return [source]
         case Reshape(source) | Copy(source) | Permute(source, _) | Cast(source):
             return [source]
     return []
@@ -215,6 +275,17 @@ def broadcast_cut(term: Shape, shape: Shape, cut: Cut) -> Cut | None:
     if lead < 0 or tuple(term[lead:]) != tuple(cols) or any(size != 1 for size in term[:lead]):
         return None
     return Cut(0, lead)
+
+
+def stretches(form: Stretch, shape: Shape, cut: Cut) -> Literal["rows", "columns"] | None:
+    """What of a matrix a vector scales; None if it runs along neither its rows nor its columns.
+
+    A vector that scales the last dimension runs along the columns of a matrix that shows just that
+    dimension there; one that scales all others along the rows.
+    """
+    if cut.extents(shape) != (1, numel(shape[:-1]), shape[-1]):
+        return None
+    return "rows" if form.rows else "columns"
 
 
 def _scaled(addends: Addends, by: Scalar) -> Addends:

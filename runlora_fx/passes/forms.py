@@ -67,10 +67,40 @@ class Sum:
 
 @dataclass(frozen=True)
 class Scale:
-    """``source * number`` or, with a node, ``source * (0-d tensor or symbolic number)``."""
+    """``source * number`` or, with a node, ``source * (0-d tensor or symbolic number)``.
+
+    Attributes:
+        source: What is scaled.
+        by: What it is scaled by.
+        divides: Whether it is divided by it instead.
+    """
 
     source: fx.Node
     by: float | fx.Node
+    divides: bool = False
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """``source * vector``: every column scaled by an entry of the vector, or every row.
+
+    Attributes:
+        source: A tensor of the result's shape.
+        by: The vector, with the other dimensions of the result's missing or 1.
+        rows: Whether rows are scaled: the vector has the result's dimensions but the last.
+    """
+
+    source: fx.Node
+    by: fx.Node
+    rows: bool
+
+
+@dataclass(frozen=True)
+class Shift:
+    """``source + number``."""
+
+    source: fx.Node
+    by: float
 
 
 @dataclass(frozen=True)
@@ -111,7 +141,9 @@ class Cast:
     source: fx.Node
 
 
-Form: TypeAlias = Product | Sum | Scale | Reshape | Copy | Permute | Identity | Cast
+Form: TypeAlias = (
+    Product | Sum | Scale | Stretch | Shift | Reshape | Copy | Permute | Identity | Cast
+)
 
 
 #: Every stage asks for shapes many times, and symbolic ones are slow to look up. The keys are

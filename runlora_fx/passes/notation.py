@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import sympy
 
@@ -24,13 +24,14 @@ class Names:
         self.leaves: dict[int, str] = {}
         self._dims: dict[int, str] = {}
         self._taken: Counter[str] = Counter()
-        for demand in problem.demands:
-            if not demand.backward:
-                self._name_forward(demand.core)
+        forward = [demand.core for demand in problem.demands if not demand.backward]
+        # The whole layer tells most about the roles; a norm of the merged weight may come before.
+        for core in sorted(forward, key=_longest, reverse=True):
+            self._name_forward(core)
         for i, spec in enumerate(problem.leaves):
             if i not in self.leaves:
-                letter = "1" if spec.kind == "ones" else ("dY" if spec.backward else "L")
-                self._name(i, letter)
+                letter = "dY" if spec.backward else "L"
+                self._name(i, {"ones": "1", "diagonal": "g"}.get(spec.kind, letter))
         for spec in problem.leaves:
             if spec.backward:
                 self._dim(spec.rows, "N")
@@ -43,22 +44,22 @@ class Names:
 
     def _name_forward(self, core: Polynomial) -> None:
         """``X W' + s (X A') B'``: the words of a forward demand, whichever way round it stands."""
-        turned = core.terms[-1][0].factors[0].transposed
-        words = sorted((core.T if turned else core).words, key=lambda w: len(w.factors))
-        for word in words:
-            roles = {2: ("X", "W"), 3: ("X", "A", "B")}.get(len(word.factors))
+        turned = next((f.transposed for f in core.terms[-1][0].without_diagonals), False)
+        words = [word.without_diagonals for word in (core.T if turned else core).words]
+        for factors in sorted(words, key=len):
+            roles = {2: ("X", "W"), 3: ("X", "A", "B")}.get(len(factors))
             if roles is None:
                 continue
-            for factor, role in zip(word.factors, roles, strict=True):
+            for factor, role in zip(factors, roles, strict=True):
                 if self._problem.leaves[factor.leaf].kind == "ones":
                     break
                 self._name(factor.leaf, role)
-            rows, cols = self._problem.extent(word.factors[0])
+            rows, cols = self._problem.extent(factors[0])
             self._dim(rows, "N")
             self._dim(cols, "i")
-            self._dim(self._problem.extent(word.factors[-1])[1], "o")
-            if len(word.factors) == 3:
-                self._dim(self._problem.extent(word.factors[1])[1], "r")
+            self._dim(self._problem.extent(factors[-1])[1], "o")
+            if len(factors) == 3:
+                self._dim(self._problem.extent(factors[1])[1], "r")
 
     def _name(self, leaf: int, letter: str) -> None:
         if leaf not in self.leaves:
@@ -72,8 +73,10 @@ class Names:
             self._dims[dim] = letter if used == 0 and letter != "d" else f"{letter}{used + 1}"
 
     def factor(self, factor: Factor) -> str:
-        """A leaf or its transpose."""
+        """A leaf, its transpose or its diagonal matrix."""
         name = self.leaves[factor.leaf]
+        if factor.diagonal:
+            return f"diag({name})"
         return f"{name}'" if factor.transposed else name
 
     def step(self, value: Value, step: Step) -> str:
@@ -84,11 +87,11 @@ class Names:
             return " ".join(
                 f"({p})" if " " in p else p for p in map(self.polynomial, step_operands(step))
             )
-        return " + ".join(f"({self.polynomial(p)})" for p in step_operands(step))
+        return _added(f"({self.polynomial(p)})" for p in step_operands(step))
 
     def polynomial(self, p: Polynomial) -> str:
         """A polynomial in normal form."""
-        return " + ".join(
+        return _added(
             f"{scalar(Scalar(c, w.scalars))}{' '.join(map(self.factor, w.factors))}"
             for w, c in p.terms
         )
@@ -121,6 +124,11 @@ def algebra(
     return _Printer(problem, names, scalars, plan.steps).lines()
 
 
+def _longest(core: Polynomial) -> int:
+    """Factors of the longest word."""
+    return max(len(word.without_diagonals) for word in core.words)
+
+
 def step_operands(step: Product | Sum) -> tuple[Polynomial, ...]:
     """The operands of a step."""
     return step.parts if isinstance(step, Sum) else (step.left, step.right)
@@ -128,8 +136,16 @@ def step_operands(step: Product | Sum) -> tuple[Polynomial, ...]:
 
 def scalar(s: Scalar) -> str:
     """A scalar in front of a word; nothing if it is 1."""
-    number = "" if s.number == 1.0 else f"{s.number:.6g} "
+    number = {1.0: "", -1.0: "-"}.get(s.number, f"{s.number:.6g} ")
     return number + "".join(f"s{i} " for i in s.leaves)
+
+
+def _added(addends: Iterable[str]) -> str:
+    return " + ".join(addends).replace("+ -", "- ")
+
+
+def _is_sum(text: str) -> bool:
+    return " + " in text or " - " in text
 
 
 class _Printer:
@@ -194,7 +210,7 @@ class _Printer:
                 operands.reverse()
             return " ".join(self._operand(p, value.backward, inner=True) for p in operands)
         operands.sort(key=lambda p: p.size)
-        return " + ".join(self._operand(p, value.backward, inner=False) for p in operands)
+        return _added(self._operand(p, value.backward, inner=False) for p in operands)
 
     def _operand(self, p: Polynomial, backward: bool, *, inner: bool) -> str:
         """An operand: a leaf, a label, or how it is made; in brackets where it must be."""
@@ -214,7 +230,7 @@ class _Printer:
             text = name if turned == transposed else f"{name}'"
             return f"({front}{text})" if front and inner else front + text
         text = self._making(value, transposed)
-        return f"{front}({text})" if inner or (front and " + " in text) else front + text
+        return f"{front}({text})" if inner or (front and _is_sum(text)) else front + text
 
     def _label(self, value: Value, turned: bool) -> None:
         right = self._making(value, turned)

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from runlora_fx._torch_compat import draws_from_seeds
 from runlora_fx.passes.forms import Copy, Permute, Reshape, Scale
 from runlora_fx.passes.read import GraphReader
+from runlora_fx.passes.tangents import tangent_nodes
 
 _RANDOM = (torch.ops.aten.rand.default, torch.ops.aten.rand_like.default)
 _COMPARISONS = (
@@ -27,11 +28,7 @@ class Phases:
 
     def __init__(self, graph: fx.Graph) -> None:
         """Find the phases of a graph's nodes."""
-        self.tangent: set[fx.Node] = set()
-        for node in graph.nodes:
-            is_tangent = node.op == "placeholder" and "tangents" in str(node.target)
-            if is_tangent or any(arg in self.tangent for arg in node.all_input_nodes):
-                self.tangent.add(node)
+        self.tangent = tangent_nodes(graph)
         outputs = [
             arg
             for node in graph.nodes

@@ -20,6 +20,7 @@ from runlora_fx.passes.dynamic import decide_all
 from runlora_fx.passes.origin import unmatched
 from runlora_fx.passes.phases import recompute_dropout_masks
 from runlora_fx.passes.pricing import Pricing, may_measure
+from runlora_fx.passes.reductions import share_reductions
 from runlora_fx.passes.trial import try_out
 from runlora_fx.report import Refusal, Report
 
@@ -57,6 +58,7 @@ def rewrite_graph(
     known = Machine(use_stored=options.tune != "off") if machine is None else machine
     pricing = Pricing(options, known, device_of(graph))
     lasting = _lasting(graph, parameters) if options.reuse else []
+    share_reductions(graph, dialect)
     while True:
         try:
             return _attempt(graph, dialect, options, pricing, refused, may_guard, lasting)

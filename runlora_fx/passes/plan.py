@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import sympy
 
 from runlora_fx.cost_model.cost import FREE, Cost
-from runlora_fx.cost_model.ops import Add, Hold, MatMul, Operation
+from runlora_fx.cost_model.ops import Add, Hold, MatMul, Operation, Stretch
 from runlora_fx.passes.algebra import (
     Factor,
     Polynomial,
@@ -34,7 +34,8 @@ class LeafSpec:
         rows: Index of the row dimension in :attr:`Problem.dims`.
         cols: Index of the column dimension.
         batch: Index of the batch dimension, or None for a plain matrix.
-        kind: ``"matrix"``, or ``"ones"`` for the column of ones that broadcasts a bias over rows.
+        kind: ``"matrix"``; ``"ones"`` for the column of ones that broadcasts a bias over rows;
+            ``"diagonal"`` for the diagonal matrix of a vector.
         backward: Whether it depends on a tangent.
         held: Whether the backward can use it without more being saved for it.
     """
@@ -42,7 +43,7 @@ class LeafSpec:
     rows: int
     cols: int
     batch: int | None = None
-    kind: Literal["matrix", "ones"] = "matrix"
+    kind: Literal["matrix", "ones", "diagonal"] = "matrix"
     backward: bool = False
     held: bool = True
 
@@ -104,7 +105,8 @@ class Problem:
         dims: Sizes at the hints [elements].
         demands: The values that must exist in the end, in graph order.
         incoming: Every step of the incoming graph, in graph order; always among the candidates.
-        kept: Cores that the incoming graph saves for its backward: keeping them costs nothing new.
+        kept: Cores that the incoming graph saves for its backward, and sums that could be saved in
+            the stead of their addends: keeping them costs nothing new.
         itemsize: Element width [B].
         dtype: Of the elements, as torch names it.
         lasting: Leaves that are the same tensors in every call. What is made of them alone is kept
@@ -160,13 +162,23 @@ def step_operation(
         case Product(left, right):
             if is_broadcast(problem.leaves, left, right):
                 return None  # fused into whatever reads it
-            turned = (_lies_turned(left), _lies_turned(right))
+            if left.is_diagonal or right.is_diagonal:
+                # A demand is read by something elementwise, which scales it on the way.
+                is_demand = any(core == demand.core for demand in problem.demands)
+                return None if is_demand else Stretch(b, m, n, problem.itemsize)
+            turned = (_lies_turned(problem, left), _lies_turned(problem, right))
             return MatMul(b, m, size[problem.shape(left)[2]], n, problem.itemsize, turned)
 
 
-def _lies_turned(operand: Polynomial) -> bool:
-    """Whether an operand is a transposed leaf; what a step makes lies as its reader wants it."""
-    return operand.leaf is not None and operand.leaf.transposed
+def _lies_turned(problem: Problem, operand: Polynomial) -> bool:
+    """Whether an operand lies transposed in memory: what a step makes lies as its largest leaf."""
+
+    def size(factor: Factor) -> int:
+        spec = problem.leaves[factor.leaf]
+        return problem.dims[spec.rows] * problem.dims[spec.cols]
+
+    factors = (f for word in operand.words for f in word.factors if not f.diagonal)
+    return max(factors, key=size).transposed
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from collections.abc import Collection
 import torch
 from torch import fx
 
-from runlora_fx.passes.algebra import Polynomial
+from runlora_fx.passes.algebra import Factor, Polynomial
 from runlora_fx.passes.dialects.base import Dialect
 from runlora_fx.passes.expand import (
     Addends,
@@ -21,7 +21,9 @@ from runlora_fx.passes.expand import (
     Leaves,
     broadcast_cut,
     sources,
+    stretches,
     total,
+    without_cancelled,
 )
 from runlora_fx.passes.forms import (
     Cast,
@@ -33,13 +35,16 @@ from runlora_fx.passes.forms import (
     Reshape,
     Scale,
     Shape,
+    Stretch,
     Sum,
+    last_dim_cut,
     permuted_cut,
     products,
     recut,
     shape_of,
     value_of,
 )
+from runlora_fx.passes.tangents import tangent_nodes
 from runlora_fx.passes.values import ValueNumbers
 
 #: The dtypes between which casts may be crossed.
@@ -83,6 +88,9 @@ class GraphReader(Expander):
         self._unread = set(opaque)
         self.cross_casts = cross_casts
         self._addends: dict[fx.Node, Addends] = {}
+        self._tangent = tangent_nodes(graph)
+        # The vectors that are read as diagonal matrices, as leaves; None until they are known.
+        self._diagonals: set[int] | None = None
         self.cuts: dict[fx.Node, Cut] = {}
         self.roots: list[fx.Node] = []
         self.stops: set[fx.Node] = set()
@@ -102,12 +110,22 @@ class GraphReader(Expander):
         """Any tensor, seen through a cut; roots and what is not linear are leaves."""
         if node not in self.stops:
             if node not in self.cuts:
-                below = None if isinstance(self.forms.get(node), Sum) else self.expand(node, cut)
+                is_leaf = isinstance(self.forms.get(node), Sum | Stretch)
+                below = None if is_leaf else self.expand(node, cut)
                 if below is not None:
                     return below
             elif self._shows(node, cut):
                 return self._addends[node]
         return (self.leaves.matrix(self.values, node, cut),)
+
+    def factors_at(self, node: fx.Node) -> list[tuple[Addends, Addends]]:
+        """The operands of every product that a linear node computes."""
+        form = self.forms[node]
+        if isinstance(form, Stretch):
+            source = self.operand(form.source, self.cuts[node])
+            diagonal = (self.diagonal(form.by),)
+            return [(diagonal, source) if form.rows else (source, diagonal)]
+        return [self.factors(product) for product in products(form)]
 
     def classify(self, node: fx.Node) -> None:
         """Find a node's form, and whether it is linear."""
@@ -179,12 +197,31 @@ class GraphReader(Expander):
                 return self._sum_cut(form, shape_of(node))
             case Scale(source):
                 return self.cuts.get(source)
+            case Stretch():
+                return self._stretch_cut(node, form)
             case Reshape(source) if source in self.cuts:
                 return recut(shape_of(source), self.cuts[source], shape_of(node))
             case Permute(source, dims) if source in self.cuts:
                 seen = permuted_cut(shape_of(source), self.cuts[source], dims)
                 return seen and seen[0]
         return None
+
+    def _stretch_cut(self, node: fx.Node, form: Stretch) -> Cut | None:
+        """Read as a product with a diagonal matrix what is scaled by a vector, if that may help.
+
+        It may if the forward scales a product by the vector; then so are the tangents that the
+        backward scales by it. Otherwise what is scaled is a leaf: no norm's weight is ever folded
+        into the layer behind it.
+        """
+        shape, source = shape_of(node), form.source
+        cut = self.cuts.get(source, last_dim_cut(len(shape)))
+        if stretches(form, shape, cut) is None:
+            return None
+        if self._diagonals is not None:
+            return cut if self.diagonal(form.by).leaves <= self._diagonals else None
+        is_forward = source in self.cuts and node not in self._tangent
+        readable = is_forward and all(self._dialect.read(user) for user in source.users)
+        return cut if readable else None
 
     def _sum_cut(self, form: Sum, shape: Shape) -> Cut | None:
         cut = None
@@ -235,6 +272,8 @@ class GraphReader(Expander):
                 return source is node and by is not node
             case Product() as product:
                 return fits(product)
+            case Stretch(source, by):
+                return source is node and by is not node and self._shows(node, self.cuts[user])
             case Sum(terms):
                 shape, cut = shape_of(user), self.cuts[user]
                 broadcast = broadcast_cut(shape_of(node), shape, cut)
@@ -265,17 +304,45 @@ class GraphReader(Expander):
                 self._unread.add(node)
                 self._find_roots(node.graph)
                 return False
-            self._addends[node] = addends
-        return True
+            self._addends[node] = without_cancelled(addends)
+        return self._settle_diagonals()
+
+    def _settle_diagonals(self) -> bool:
+        """Know the vectors to read as diagonal matrices; False if others were read as such."""
+        needed: set[int] = set()
+        for node, cut in self.cuts.items():
+            form = self.forms[node]
+            if isinstance(form, Stretch) and node not in self._tangent:
+                scaled = total(self.operand(form.source, cut))
+                if any(len(word.without_diagonals) > 1 for word in scaled.words):
+                    needed |= self.diagonal(form.by).leaves
+        if needed == (self._diagonals or set()):
+            self._diagonals = needed
+            return True
+        self._diagonals = needed if self._diagonals is None else self._diagonals & needed
+        self._find_roots(next(iter(self.cuts)).graph)
+        return False
 
     def _cancels(self, node: fx.Node, addends: Addends) -> bool:
-        """Whether a word that a linear node adds up is not in the sum."""
+        """Whether a word that a linear node adds up is not in the sum.
+
+        A bias may be taken off again, and ``P + P (diag(g) - I)`` is ``P diag(g)``.
+        """
         written = {word for p in addends for word in p.words}
         for product in products(self.forms[node]):
             left, right = map(total, self.factors(product))
             if len(left) > 1 and len(right) > 1:
                 written |= {u @ v for u in left.words for v in right.words}
-        return not written or not written.issubset(total(addends).words)
+        left_over = total(addends).words
+        scaled = {word.without_diagonals for word in left_over if word.factors}
+        lost = written.difference(left_over)
+        return not left_over or not all(
+            word.without_diagonals in scaled or any(map(self._is_ones, word.factors))
+            for word in lost
+        )
+
+    def _is_ones(self, factor: Factor) -> bool:
+        return self.leaves.matrices[factor.leaf].node is None
 
     def _stop_operands(self, node: fx.Node) -> bool:
         """Make the sums below a product roots, so that its polynomial stays small."""

@@ -24,7 +24,7 @@ from runlora_fx.passes.algebra import (
 )
 from runlora_fx.passes.dims import DimClasses
 from runlora_fx.passes.expand import Addends, total
-from runlora_fx.passes.forms import Dim, products, value_of
+from runlora_fx.passes.forms import Dim, value_of
 from runlora_fx.passes.phases import Phases, recomputed
 from runlora_fx.passes.plan import (
     Keep,
@@ -149,6 +149,7 @@ class Regions:
         self._phases = phases
         self._hint = hint
         self._kept: set[Polynomial] = set()
+        self._keepable: set[Polynomial] = set()
         self._read_backward: set[int] = set()
         self._above: dict[Hashable, Hashable] = {}
         self.roots = [self._root(node) for node in reader.roots]
@@ -170,7 +171,7 @@ class Regions:
     # -- the graph as it came ------------------------------------------------------------------
 
     def _incoming(self) -> Iterator[Made]:
-        """Everything the graph computes, in order; fills `_kept` and `_read_backward`."""
+        """All that the graph computes, in order; fills `_kept`, `_keepable`, `_read_backward`."""
         forward: dict[Polynomial, Made] = {}
         for node in self._reader.cuts:
             for made in self._made_at(node):
@@ -179,13 +180,13 @@ class Regions:
                 if made.backward:
                     self._read_backward |= {p.leaf.leaf for p in made.operands if p.leaf}
                     yield from self._fetched(made, forward)
+                    self._may_keep(made)
                 else:
                     forward.setdefault(core, made)
 
     def _made_at(self, node: fx.Node) -> Iterator[Made]:
         backward = self._phases.runs_backward(node)
-        for form in products(self._reader.forms[node]):
-            left, right = self._reader.factors(form)
+        for left, right in self._reader.factors_at(node):
             for operand in (left, right):
                 if len(operand) > 1:
                     yield Made(operand, False, backward and self._in_backward(operand), node)
@@ -217,6 +218,12 @@ class Regions:
                 yield from self._fetched(below, forward)
             else:
                 self._kept.add(core)
+
+    def _may_keep(self, made: Made) -> None:
+        """Let the backward keep a sum in the stead of the addends that it keeps for it."""
+        cores = [normalise(p).core for p in made.operands]
+        if not made.is_product and self._kept.issuperset(cores):
+            self._keepable.add(normalise(made.polynomial).core)
 
     # -- grouping ------------------------------------------------------------------------------
 
@@ -271,11 +278,14 @@ class Regions:
             operands = tuple(own(p) for p in made.operands)
             return product_step(*operands) if made.is_product else sum_step(operands)
 
-        kept = frozenset(
-            normalise(own(made.polynomial)).core
-            for made in region.incoming
-            if normalise(made.polynomial).core in self._kept
-        )
+        def among(cores: set[Polynomial]) -> frozenset[Polynomial]:
+            return frozenset(
+                normalise(own(made.polynomial)).core
+                for made in region.incoming
+                if normalise(made.polynomial).core in cores
+            )
+
+        kept = among(self._kept)
         problem = Problem(
             leaves=specs,
             dims=tuple(self._hint(size) for size in dims.sizes),
@@ -286,7 +296,7 @@ class Regions:
                 *((value(own(m.polynomial), m.backward), step(m)) for m in region.incoming),
                 *((Value(core, True), Keep()) for core in _sorted(kept)),
             ),
-            kept=kept,
+            kept=kept | among(self._keepable),
             itemsize=int(dtype.itemsize),
             dtype=str(dtype).removeprefix("torch."),
         )
@@ -297,6 +307,8 @@ class Regions:
         batch, rows, cols = dims.of(own)
         if leaf.node is None:
             return LeafSpec(rows, cols, batch, kind="ones")
+        if leaf.diagonal:  # a vector: whoever holds it holds next to nothing
+            return LeafSpec(rows, cols, batch, "diagonal", leaf.node in self._phases.tangent)
         backward = leaf.node in self._phases.tangent
         held = index in self._read_backward or self._phases.held(self._reader, leaf.node)
         return LeafSpec(rows, cols, batch, "matrix", backward, held)

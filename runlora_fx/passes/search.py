@@ -205,6 +205,8 @@ class Ways:
                 for step in dict.fromkeys(self._steps(value))
                 for operands in [self.operands(value, step)]
                 if self._rounds_as_before(operands)
+                # A diagonal matrix is a vector that exists; none is made.
+                if not any(operand.core.is_diagonal for operand in operands)
                 # The incoming graph may add a value to itself: X A + X A.
                 if all(self.rank(operand) < self.rank(value) for operand in operands)
             ]

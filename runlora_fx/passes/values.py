@@ -6,12 +6,19 @@ leaf is therefore a value, not a node.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Hashable, Mapping
 from itertools import count
 from typing import Any
 
 import torch
 from torch import fx
+
+#: Calls that give the same tensor, to the last bit, for two arguments in either order.
+_COMMUTATIVE = {
+    *(torch.ops.aten.add.Tensor, torch.ops.aten.mul.Tensor),
+    *(torch.add, torch.mul, operator.add, operator.mul),
+}
 
 
 class ValueNumbers:
@@ -74,7 +81,10 @@ class ValueNumbers:
             return (op, target)
         if op not in ("call_function", "call_method") or not self._is_pure(target):
             return None
-        key = (op, target, self._freeze(args), self._freeze(dict(kwargs)))
+        frozen = self._freeze(args)
+        if target in _COMMUTATIVE and isinstance(frozen, tuple) and len(frozen) == 2:
+            frozen = tuple(sorted(frozen, key=repr))
+        key = (op, target, frozen, self._freeze(dict(kwargs)))
         try:
             hash(key)
         except TypeError:

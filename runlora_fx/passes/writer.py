@@ -78,6 +78,10 @@ class Writer:
         """``a * by``."""
         return a if by == 1.0 else self._call(self._calls.mul, a, by)
 
+    def divide(self, a: fx.Node, by: fx.Node) -> fx.Node:
+        """``a / by``."""
+        return self._call(self._calls.div, a, by)
+
     def cast(self, a: fx.Node, dtype: torch.dtype) -> fx.Node:
         """``a`` in another dtype."""
         val = value_of(a)
@@ -106,6 +110,11 @@ class Writer:
         except (RuntimeError, ValueError):  # its strides do not allow a view
             return self._call(self._calls.reshape, a, sizes)
         return self._call(self._calls.view, a, sizes)
+
+    def again(self, call: fx.Node, first: fx.Node) -> fx.Node:
+        """The call of another node, with another first argument."""
+        assert callable(call.target)
+        return self._call(call.target, first, *call.args[1:], **call.kwargs)
 
     # -- nodes ---------------------------------------------------------------------------------
 

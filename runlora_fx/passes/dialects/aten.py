@@ -138,6 +138,7 @@ ATEN = Dialect(
         addmm=_aten.addmm.default,
         add=_aten.add.Tensor,
         mul=_aten.mul.Tensor,
+        div=_aten.div.Tensor,
         permute=_aten.permute.default,
         view=_aten.view.default,
         reshape=_aten.reshape.default,

@@ -30,6 +30,7 @@ class Calls:
     addmm: Callable[..., Any]
     add: Callable[..., Any]
     mul: Callable[..., Any]
+    div: Callable[..., Any]
     permute: Callable[..., Any]
     view: Callable[..., Any]
     reshape: Callable[..., Any]

@@ -17,8 +17,11 @@ from runlora_fx.passes.forms import (
     Product,
     Reshape,
     Scale,
+    Shift,
+    Stretch,
     Sum,
     last_dim_cut,
+    shape_of,
     value_of,
 )
 
@@ -112,26 +115,30 @@ def einsum(equation: str, operands: Any) -> Form | None:
 
 
 def add(a: Any, b: Any, alpha: Any = 1, sign: float = 1.0) -> Form | None:
-    """``a + sign * alpha * b`` of two tensors."""
+    """``a + sign * alpha * b`` of two tensors, or of a tensor and a number."""
+    if ndim(a) >= 1 and isinstance(b, int | float) and isinstance(alpha, int | float):
+        return Shift(a, sign * float(alpha) * b)
     if ndim(a) < 1 or ndim(b) < 1 or not isinstance(alpha, int | float):
         return None
     return Sum(((a, 1.0), (b, sign * float(alpha))))
 
 
 def scale(a: Any, b: Any) -> Form | None:
-    """A product with one scalar side."""
+    """A product with one side that is a scalar, or a vector that scales columns or rows."""
     if ndim(b) > 0 and is_scalar(a):
         a, b = b, a
-    if ndim(a) < 1 or not is_scalar(b):
+    if ndim(a) < 1:
         return None
-    return Scale(a, b if isinstance(b, fx.Node) else float(b))
+    if is_scalar(b):
+        return Scale(a, b if isinstance(b, fx.Node) else float(b))
+    return _stretch(a, b) or _stretch(b, a)
 
 
 def divide(a: Any, b: Any) -> Form | None:
-    """A tensor over a number."""
-    if ndim(a) < 1 or isinstance(b, bool) or not isinstance(b, int | float) or b == 0:
+    """A tensor over a scalar."""
+    if ndim(a) < 1 or not is_scalar(b) or (not isinstance(b, fx.Node) and b == 0):
         return None
-    return Scale(a, 1.0 / b)
+    return Scale(a, b, divides=True) if isinstance(b, fx.Node) else Scale(a, 1.0 / b)
 
 
 def permute(a: Any, dims: Any) -> Form | None:
@@ -173,6 +180,18 @@ def copy(a: Any, *_: Any, **__: Any) -> Form | None:
 def dropout(a: Any, p: Any = 0.5, training: Any = True, inplace: Any = False) -> Form | None:
     """Dropout that drops nothing is a copy."""
     return copy(a) if (training is False or p == 0) and not inplace else None
+
+
+def _stretch(a: Any, vector: Any) -> Stretch | None:
+    if not ndim(a) >= max(ndim(vector), 2) or ndim(vector) < 1:
+        return None
+    shape = shape_of(a)
+    by = (1,) * (len(shape) - ndim(vector)) + shape_of(vector)
+    if by == shape and ndim(a) == ndim(vector):
+        return None
+    if by == (*(1,) * (len(shape) - 1), shape[-1]):
+        return Stretch(a, vector, rows=False)
+    return Stretch(a, vector, rows=True) if by == (*shape[:-1], 1) else None
 
 
 def _matrix(node: fx.Node, letters: str, rows: str, cols: str) -> Operand | None:

@@ -138,6 +138,7 @@ TORCH = Dialect(
         addmm=torch.addmm,
         add=torch.add,
         mul=torch.mul,
+        div=torch.div,
         permute=torch.permute,
         view=torch.reshape,
         reshape=torch.reshape,
