@@ -13,12 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import market
 import pytest
 import torch
 import torch._functorch.config as functorch_config
 from checks import RUNLORA, RUNLORA_EAGER, ours, scalar_kernels
 from market import MODELS, VOCAB
-from torch._dynamo.utils import counters
 from torch._inductor import config
 
 from runlora_fx.history import collecting
@@ -33,7 +33,6 @@ LENGTHS = [length for pair in zip(SHORT * 4, LONG * 4, strict=True) for length i
 SCRIPT = """
 import json, sys
 import torch
-from torch._dynamo.utils import counters
 from torch._inductor import config
 
 import checks, market
@@ -180,9 +179,11 @@ def test_the_report_says_from_how_many_tokens_on_it_merges(
 @config.patch({"fx_graph_cache": False, "aot_inductor.debug_compile": True})  # g++ -O0
 @functorch_config.patch(enable_autograd_cache=False)
 @pytest.mark.parametrize("backend", (RUNLORA_EAGER, RUNLORA))
-def test_prompt_and_single_tokens_have_plans_of_their_own(backend: str) -> None:
+def test_prompt_and_single_tokens_have_plans_of_their_own(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch._dynamo.reset()
-    counters.clear()
+    monkeypatch.setattr(market, "LAYERS", 1)
     model = MODELS["llama"].model(rank=8).eval()
     base = model.get_base_model()
     base.config.use_cache = True
@@ -207,16 +208,17 @@ def test_prompt_and_single_tokens_have_plans_of_their_own(backend: str) -> None:
         found = generate()
     assert torch.equal(found, wanted)
     assert found.shape == (2, 36 + 8)
-    assert [(r.graph, r.from_cache) for r in reports] == [("inference", False)] * 2, [
-        (site.shapes, site.reason) for r in reports for site in r.sites[:1]
-    ]
-    prefill, decode = reports
-    assert counters["stats"]["unique_graphs"] == 2
-    assert len(prefill.sites) == len(decode.sites) == 14
+
+    prefill, *decode = reports
+    # One for all lengths of the cache; one more where Inductor itself guards on them.
+    assert 1 <= len(decode) <= (2 if backend == RUNLORA else 1)
+    for report in reports:
+        assert (report.graph, report.from_cache, len(report.sites)) == ("inference", False, 7)
     # 72 tokens are more than in * out / (in + out) of every layer, 2 are less.
     assert {site.after for site in prefill.sites} == {"Y = X (W' + s0 A' B')"}
-    assert not any("(W' + " in site.after for site in decode.sites)
-    assert not any(site.changed for site in decode.sites)
+    for report in decode:
+        assert {site.after for site in report.sites} == {"Y = X W' + s0 (X A') B'"}
+        assert not any(site.changed for site in report.sites)
 
     with torch._dynamo.config.patch(error_on_recompile=True), collecting() as again:
         assert torch.equal(generate(), wanted)

@@ -173,7 +173,7 @@ def test_plans_follow_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None
         model = model_of()
         compiled = compile_tuned(model, "shapes")
         assert_same_outputs_and_grads(model, compiled, [activation(MANY)], RTOL)
-        merges = "(W' + 2 A' B')" in report().sites[0].after
+        merges = report().sites[0].after.startswith("M = W + 2 B A")
         assert merges == changed, report().sites[0].after
 
 
