@@ -17,7 +17,7 @@ from rich.table import Table
 from runlora_fx.cost_model import store
 from runlora_fx.cost_model.fit import fit_rates
 from runlora_fx.cost_model.machine import default_profile, key_of
-from runlora_fx.cost_model.measure import add_seconds, matmul_seconds, undisturbed
+from runlora_fx.cost_model.measure import add_seconds, matmul_seconds, random_tensor, undisturbed
 from runlora_fx.cost_model.ops import Add, GemmShape, MatMul
 from runlora_fx.cost_model.store import Record
 
@@ -64,17 +64,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure, store, and show how well the profile predicts products it was not fitted to.
 
     Returns:
-        The exit status: 0, or 1 if there was no time to measure enough.
+        The exit status: 0, or 1 if there was no time to measure enough, or nowhere to keep it.
 
     Raises:
         ValueError: If the device or the time is not valid.
     """
-    if arguments.seconds <= 0:
+    if not arguments.seconds > 0:  # also true of NaN
         raise ValueError(f"--seconds must be positive, not {arguments.seconds}")
-    try:
-        device = torch.empty(0, device=arguments.device).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {arguments.device} cannot be used: {error}") from None
+    device = _device(arguments.device)
     console = Console(highlight=False)
     share = arguments.seconds / len(arguments.dtype)
     with undisturbed(device), Progress(console=console, transient=True) as progress:
@@ -87,14 +84,28 @@ def run(arguments: argparse.Namespace) -> int:
     for dtype, checked in zip(arguments.dtype, results, strict=True):
         if checked is None:
             console.print(f"{dtype}: too little time, nothing stored; give more --seconds.")
+        elif not store.load(key_of(device, dtype)).rates:
+            console.print(f"{dtype}: {store.folder()} cannot be written to, nothing stored.")
+            checked.clear()
         else:
             _show(console, device, dtype, checked)
-    console.print(f"Stored in {store.folder()}.", soft_wrap=True)
+    if any(results):
+        console.print(f"Stored in {store.folder()}.", soft_wrap=True)
     return 0 if all(results) else 1
 
 
-def _track(progress: Progress, shapes: Sequence[GemmShape], what: str) -> Iterable[GemmShape]:
-    return progress.track(shapes, description=what)
+def _device(name: str) -> torch.device:
+    """The device of a name, with its index.
+
+    Raises:
+        ValueError: If it cannot compute here.
+    """
+    try:
+        device = torch.empty(0, device=name).device
+        random_tensor(1, dtype=torch.float32, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used: {error}") from None
+    return device
 
 
 Track = Callable[[Sequence[GemmShape], str], Iterable[GemmShape]]

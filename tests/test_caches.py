@@ -7,6 +7,7 @@ and backwards consist of matrix products, for which Inductor has no kernel to co
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -14,14 +15,20 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import FLOPS_BOUND
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from runlora_fx import Options, RunloraPass
+from runlora_fx.cost_model import store
+from runlora_fx.cost_model.machine import DTYPES, key_of
+from runlora_fx.cost_model.ops import GemmShape
+from runlora_fx.cost_model.store import Record
 
 SCRIPT = """
-import json, sys
-from contextlib import nullcontext
+import json, os, sys
+from contextlib import contextmanager, nullcontext
 from unittest.mock import patch
 
 import torch
@@ -44,7 +51,25 @@ class UsersPass(CustomGraphPass):
     def __call__(self, graph): pass
     def uuid(self): return "the user's"
 
+# By name of the folder: of the number that is stored there in each process.
+BOUND_BY_FLOPS = {
+    "flops_per_s": 1e12, "read_bytes_per_s": 1e25, "write_bytes_per_s": 1e25,
+    "add_bytes_per_s": 1e25, "launch_s": 1e-25,
+}
+BOUND_BY_LAUNCHES = {**BOUND_BY_FLOPS, "flops_per_s": 1e25, "launch_s": 1.0}
+
+@contextmanager
+def measured(name, rates):
+    from runlora_fx.cost_model import store
+    from runlora_fx.cost_model.machine import key_of
+    with patch.dict(os.environ, {store.FOLDER_VARIABLE: os.path.abspath(name)}):
+        store.add(key_of(torch.device("cpu"), "float32"), store.Record(rates))
+        yield
+
 SETTINGS = {
+    "same numbers": lambda: measured("same", BOUND_BY_LAUNCHES),
+    "numbers": lambda: measured("numbers", BOUND_BY_FLOPS),
+    "other numbers": lambda: measured("numbers", BOUND_BY_LAUNCHES),
     "a user's pass": lambda: config.patch(joint_custom_pre_pass=UsersPass()),
     "a user's function": lambda: config.patch(joint_custom_pre_pass=lambda graph: None),
     "another version": lambda: patch("runlora_fx.joint_pass.__version__", "0.0.0"),
@@ -54,7 +79,7 @@ SETTINGS = {
 
 torch.manual_seed(0)
 model = Adapted()
-inputs = {tokens: torch.randn(tokens, 16) for tokens in (64, 96)}
+inputs = {tokens: torch.randn(tokens, 16) for tokens in (64, 80, 96, 112)}
 tangents = {tokens: torch.randn(tokens, 24) for tokens in inputs}
 for tokens, backend, margin, setting in json.loads(sys.argv[1]):
     torch._dynamo.reset()
@@ -135,6 +160,8 @@ FIRST = [
     Compilation(setting="a user's function"),
     Compilation(tokens=96, backend="inductor"),
     Compilation(tokens=96),
+    Compilation(tokens=80, setting="same numbers"),
+    Compilation(tokens=112, setting="numbers"),
 ]
 SECOND = [
     OURS,
@@ -144,6 +171,8 @@ SECOND = [
     Compilation(setting="a user's pass"),
     Compilation(setting="a user's function"),
     Compilation(tokens=96),
+    Compilation(tokens=80, setting="same numbers"),
+    Compilation(tokens=112, setting="other numbers"),
 ]
 
 
@@ -250,6 +279,28 @@ def test_users_pass_without_an_identity_is_never_cached(runs: Runs) -> None:
         assert not outcome.from_cache
 
 
+# --- measured numbers
+
+
+def test_a_process_with_the_same_numbers_is_served_the_plan_they_led_to(runs: Runs) -> None:
+    first, second = (run[Compilation(tokens=80, setting="same numbers")] for run in runs)
+    assert first.is_miss, first.counts
+    assert re.search(r"\(\+\d", first.report)  # fewer launches, for which it takes more FLOPs
+    assert second.is_hit, second.counts
+    assert second.values == first.values
+
+
+def test_a_process_with_other_numbers_makes_a_plan_of_its_own(runs: Runs) -> None:
+    """The stored profile has changed between the two processes."""
+    first = runs[0][Compilation(tokens=112, setting="numbers")]
+    second = runs[1][Compilation(tokens=112, setting="other numbers")]
+    assert first.is_miss, first.counts
+    assert re.search(r"\(-\d", first.report)  # fewer FLOPs
+    assert second.is_miss, second.counts
+    assert re.search(r"\(\+\d", second.report)  # fewer launches
+    assert second.values == pytest.approx(first.values, rel=1e-5)
+
+
 # --- what the key is made of
 
 
@@ -279,6 +330,35 @@ def test_identity_tells_every_option_and_every_users_pass(
     assert RunloraPass(Options()).uuid() == identities[0]
     monkeypatch.setattr("runlora_fx.joint_pass._source_hash", lambda: b"another")
     assert not {own.uuid() for own in passes} & set(identities)
+
+
+@pytest.mark.usefixtures("no_profile")
+@pytest.mark.parametrize(
+    "newer",
+    (
+        Record({name: 1.0 for name in FLOPS_BOUND}),
+        Record(products={GemmShape(1, 8, 16, 32): 1.0}),
+        Record(plans={"a problem": {"a plan": 1.0}}),
+    ),
+    ids=("rates", "products", "plans"),
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_identity_changes_with_every_number_that_plans_depend_on(dtype: str, newer: Record) -> None:
+    timed = [Options(tune=tune) for tune in ("profile", "shapes", "plans")]
+    untimed = [
+        Options(tune="off"),
+        Options(objective="flops"),
+        Options(objective="flops", tune="plans"),
+    ]
+    before = [RunloraPass(options).uuid() for options in (*timed, *untimed)]
+    early = RunloraPass(timed[0])
+    assert early.uuid() == before[0]
+    store.add(key_of(torch.device("cpu"), dtype), newer)
+    after = [RunloraPass(options).uuid() for options in (*timed, *untimed)]
+    changed = [old != new for old, new in zip(before, after, strict=True)]
+    assert changed == [True] * len(timed) + [False] * len(untimed)
+    # One pass speaks of one state of the machine: it plans by the numbers that it read first.
+    assert early.uuid() == before[0]
 
 
 def test_no_identity_if_a_users_pass_has_none() -> None:

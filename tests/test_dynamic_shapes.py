@@ -27,6 +27,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import runlora_fx
+from runlora_fx.history import collecting
 
 RTOL = 1e-5
 BATCH, SEQUENCE = 2, 48
@@ -136,6 +137,29 @@ def test_the_report_counts_in_symbols(how: str) -> None:
             values = {symbol: sizes[str(symbol)] for symbol in formula.free_symbols}
             assert formula.subs(values) == flops
     assert str(tokens) in str(report())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("first", (48, 7), ids=("above", "below"))
+def test_the_plan_changes_at_the_break_even_and_the_report_says_where(first: int) -> None:
+    """To the element, in both directions, and whichever side was seen first."""
+    last = HIDDEN * FFN // (HIDDEN + FFN) // BATCH  # the longest that it does not pay to merge
+    model = model_of()
+    compiled = compile_dynamic(model, "dynamic=True", RUNLORA_EAGER)
+    with collecting() as reports:
+        for length in (first, *(last, last + 1) * 10, 1000, 2):
+            x = activation(length).detach()
+            assert relative_error(compiled(x), model(x)) < RTOL
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(reports) == 2
+    # The scaling is a symbol, too.
+    forms = {"Y = X (W' + s0 A' B')": True, "Y = X W' + s0 (X A') B'": False}
+    for merged, seen in zip((first > last, first <= last), reports, strict=True):
+        assert [forms[site.after.split(" + b")[0]] for site in seen.sites] == [merged] * 2
+        for site in seen.sites:
+            tokens = re.escape(dict(pair.split("=") for pair in site.shapes.split(", "))["N"])
+            assert re.fullmatch(rf"merge when {tokens} > {BATCH * last}", site.break_even)
+            assert re.search(rf"{tokens} (<|>=) {BATCH * last + 1}\b", site.reason)
+            assert site.break_even in " ".join(str(seen).split())
 
 
 def test_sizes_that_change_become_symbols_by_themselves() -> None:

@@ -29,9 +29,17 @@ _CPU_HALF_SPEEDUP = {"amx_bf16": 8, "avx512_bf16": 2}
 _CPU_HERTZ = 2.5e9
 _CPU_BYTES_PER_S = 1.2e10
 
-#: Dense FLOP per multiprocessor and clock cycle in 16-bit floats, by compute capability: those of
-#: NVIDIA's architecture whitepapers. A newer device counts as the newest known.
-_CUDA_FLOPS_PER_CYCLE = {(7, 0): 1024, (7, 5): 1024, (8, 0): 2048, (8, 6): 1024, (9, 0): 4096}
+#: Dense FLOP per multiprocessor and clock cycle, in 16-bit floats and in single precision, by
+#: compute capability: those of NVIDIA's architecture whitepapers. A newer device counts as the
+#: newest known.
+_CUDA_FLOPS_PER_CYCLE = {
+    (7, 0): (1024, 128),
+    (8, 0): (2048, 128),
+    (8, 6): (1024, 256),
+    (9, 0): (4096, 256),
+    (10, 0): (8192, 256),
+    (12, 0): (1024, 256),
+}
 
 
 def key_of(device: torch.device, dtype: str) -> Key:
@@ -110,11 +118,13 @@ def _cpu_profile(dtype: str) -> MachineProfile:
 def _cuda_profile(device: torch.device, dtype: str) -> MachineProfile:
     properties = torch.cuda.get_device_properties(device)
     known = [c for c in _CUDA_FLOPS_PER_CYCLE if c <= (properties.major, properties.minor)]
-    per_cycle = float(_CUDA_FLOPS_PER_CYCLE[max(known, default=(7, 0))])
+    half, single = _CUDA_FLOPS_PER_CYCLE[max(known, default=(7, 0))]
+    per_cycle: float = half
     if dtype == "float32":
-        per_cycle /= 2 if torch.backends.cuda.matmul.allow_tf32 else 16
+        # Not `allow_tf32`: torch does not answer it where this one was set.
+        per_cycle = half / 2 if torch.backends.cuda.matmul.fp32_precision == "tf32" else single
     elif dtype == "float64":
-        per_cycle /= 32
+        per_cycle = min(half / 32, single)
     hertz = getattr(properties, "clock_rate", 1.7e6) * 1e3
     rate = properties.multi_processor_count * hertz * per_cycle * _EFFICIENCY
     # Twice the clock (double data rate) times the width of the bus.

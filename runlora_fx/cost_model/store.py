@@ -10,12 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import os
 import re
+import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +36,11 @@ _FORMAT = 2
 _MAX_ENTRIES = 4096
 _MAX_FILES = 64
 _MAX_FILE_BYTES = 4 << 20
+_MAX_SIZE = (1 << 63) - 1
 _LOCK_TIMEOUT_S = 10.0
+
+#: No process takes so long to write a file: it was killed while it did [s].
+_ABANDONED_S = 3600.0
 
 _RATES = (
     *("flops_per_s", "read_bytes_per_s", "write_bytes_per_s", "add_bytes_per_s", "launch_s"),
@@ -96,8 +102,10 @@ class Record:
 
     @property
     def digest(self) -> str:
-        """Changes with every number."""
-        return hashlib.sha256(json.dumps(_to_json(self), sort_keys=True).encode()).hexdigest()
+        """Changes with every number, but not with the order in which they became known."""
+        content = _to_json(self)
+        content["products"].sort()
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def folder() -> Path:
@@ -116,10 +124,10 @@ def load(key: Key) -> Record:
         if content["format"] != _FORMAT or Key(**content["key"]) != key:
             raise ValueError("made by another version, or for another machine")
         return _from_json(content)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return Record()
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        _log.warning("runlora ignores its cache file %s: %s: %s", path, type(error).__name__, error)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        _warn(f"runlora ignores its cache file {path}: {type(error).__name__}: {error}")
         return Record()
 
 
@@ -137,8 +145,14 @@ def add(key: Key, newer: Record) -> Record:
             _drop_oldest(path.parent)
         return merged
     except (OSError, Timeout) as error:
-        _log.warning("runlora cannot keep its measurements in %s: %s", path.parent, error)
+        _warn(f"runlora cannot keep its measurements in {path.parent}: {error}")
         return load(key).updated(newer)
+
+
+@lru_cache(maxsize=1024)
+def _warn(message: str) -> None:
+    """Warn of what is wrong with a file, once: every compilation looks at the files again."""
+    _log.warning("%s", message)
 
 
 def _to_json(record: Record) -> dict[str, Any]:
@@ -169,14 +183,15 @@ def _from_json(content: Mapping[str, Any]) -> Record:
 
 def _shape(numbers: list[Any]) -> GemmShape:
     b, m, k, n, left, right = numbers
-    if not all(isinstance(size, int) and size > 0 for size in (b, m, k, n)):
+    if not all(type(size) is int and 0 < size <= _MAX_SIZE for size in (b, m, k, n)):
         raise ValueError(f"has a product of the sizes {numbers}")
     return GemmShape(b, m, k, n, bool(left), bool(right))
 
 
 def _positive(x: Any) -> float:
-    if isinstance(x, bool) or not isinstance(x, int | float) or not 0 < x < math.inf:
-        raise ValueError(f"{x!r} is not a positive number")
+    # Compared as what it is: an integer may be too large for a float.
+    if isinstance(x, bool) or not isinstance(x, int | float) or not 0 < x <= sys.float_info.max:
+        raise ValueError(f"{x!r:.40} is not a positive number")
     return float(x)
 
 
@@ -194,15 +209,27 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
             json.dump(content, file)
             file.flush()
             os.fsync(file.fileno())
+            file.close()  # some systems rename no open file
+            temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-    temporary.replace(path)
 
 
 def _drop_oldest(of: Path) -> None:
-    """Keep the folder from growing with every version of torch."""
-    files = sorted(of.glob("*.json"), key=lambda path: path.stat().st_mtime)
+    """Keep the folder from growing: with versions of torch, and with writers that were killed."""
+    files = sorted(of.glob("*.json"), key=_modified)
     for path in files[:-_MAX_FILES]:
         path.unlink(missing_ok=True)
         path.with_suffix(".lock").unlink(missing_ok=True)
+    for path in of.glob("*.tmp"):
+        if _modified(path) < time.time() - _ABANDONED_S:
+            path.unlink(missing_ok=True)
+
+
+def _modified(path: Path) -> float:
+    """When a file was last written; long ago if another process has just removed it."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0

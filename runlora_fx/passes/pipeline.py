@@ -129,7 +129,9 @@ def _decisions(
     """What to do with each region of a graph."""
     posed = analysis.posed
     static = [None if p.is_symbolic else p.problem for p in posed]
-    measures = options.tune in ("shapes", "plans") and may_measure()
+    # Counting FLOPs needs no machine, and its plans are the same everywhere.
+    is_timed = options.objective == "time" and options.tune in ("shapes", "plans")
+    measures = is_timed and may_measure()
     if measures:
         pricing.measure(problem for problem in static if problem is not None)
     decisions = decide_all(posed, pricing, analysis.hint, analysis.guard if may_guard else None)

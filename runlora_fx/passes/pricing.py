@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from functools import cache
 
 import torch
 from rich.console import Console
@@ -120,9 +121,15 @@ def may_measure() -> bool:
     """Whether this process may plan by numbers of its own: ranks of a group have to agree."""
     is_group = torch.distributed.is_available() and torch.distributed.is_initialized()
     if is_group and torch.distributed.get_world_size() > 1:
-        _log.warning(
-            "runlora measures nothing in a process group, where all ranks need the same plan; "
-            "run `python -m runlora_fx calibrate` or a single process first"
-        )
+        _warn_of_group()
         return False
     return True
+
+
+@cache
+def _warn_of_group() -> None:
+    """Warn once: a model may have many graphs."""
+    _log.warning(
+        "runlora measures nothing in a process group, where all ranks need the same plan; "
+        "run `python -m runlora_fx calibrate` or a single process first"
+    )

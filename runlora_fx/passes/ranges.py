@@ -2,8 +2,8 @@
 
 One graph serves many sizes, and each plan is best in a range of them. A guard at the border of a
 range costs a compilation for each side, so that there should be few: borders are placed where they
-save the most over all sizes, for all problems of the graph together, and within a range a plan is
-taken only if it is nowhere dearer than the graph as it came.
+save the most over all sizes, for all problems of the graph together, and no graph is dearer at any
+size than it came.
 """
 
 from __future__ import annotations
@@ -111,11 +111,10 @@ def ranges(problems: Mapping[Varying, int]) -> list[Range]:
     found: list[Range] = []
     for start, end in pairwise(_cuts(list(tables.values()))):
         plans = {v: table.best(start, end)[1] for v, table in tables.items()}
-        if found and found[-1].plans == plans:
-            continue
-        low = 1
+        low = _border(problems, found[-1], plans, start, end) if found else 1
+        if low is None:
+            continue  # among others, because they are the same plans
         if found:
-            low = _crossing(problems, found[-1].plans, plans, *_COMPARED[start - 1 : start + 1])
             found[-1] = replace(found[-1], high=low)
         found.append(Range(low, None, plans))
     return found
@@ -212,23 +211,40 @@ def _cuts(tables: Sequence[_Table]) -> list[int]:
     return best[end][1]
 
 
-def _crossing(
+def _border(
     problems: Mapping[Varying, int],
-    below: Mapping[Varying, Plan | None],
+    below: Range,
     above: Mapping[Varying, Plan | None],
-    low: int,
-    high: int,
-) -> int:
-    """The least size from which on the plans of the range above are the cheaper ones."""
+    start: int,
+    end: int,
+) -> int | None:
+    """The least size from which on the plans of the range above are the cheaper ones.
+
+    It need not lie where the compared sizes were cut: that also keeps every single layer from being
+    dearer than it came, while here all layers count together.
+
+    Args:
+        problems: All that the graph has to compute, and how often each.
+        below: The range below.
+        above: The plans of the range above.
+        start: Index of the first compared size in that range.
+        end: Index of the first compared size after it.
+
+    Returns:
+        The size; None if the plans of the range above are nowhere cheaper.
+    """
 
     def is_above(size: int) -> bool:
-        gain = sum(
-            count * (v.price(below[v], size) - v.price(above[v], size))
-            for v, count in problems.items()
-        )
-        return gain > 0
+        old = sum(count * v.price(below.plans[v], size) for v, count in problems.items())
+        new = sum(count * v.price(above[v], size) for v, count in problems.items())
+        return new < old * (1 - _ROUNDING)
 
-    return _first(is_above, low, high)
+    first = next((i for i in range(start, end) if is_above(_COMPARED[i])), None)
+    if first is None:
+        return None
+    while _COMPARED[first - 1] > below.low and is_above(_COMPARED[first - 1]):
+        first -= 1
+    return _first(is_above, max(_COMPARED[first - 1], below.low), _COMPARED[first])
 
 
 def _first(holds: Callable[[int], bool], low: int, high: int) -> int:

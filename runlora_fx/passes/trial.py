@@ -76,8 +76,9 @@ def _candidates(
         key=lambda plan: objective.total(plan.operations(problem)),
     )
     found: dict[str, Plan | None] = {_AS_IT_CAME: None}
+    came = set(problem.incoming)
     for plan in (decision.plan, *others):
-        if len(found) < _MAX_PLANS:
+        if len(found) < _MAX_PLANS and not plan.steps.items() <= came:
             found.setdefault(_digest(sorted(map(repr, plan.steps.items()))), plan)
     return found
 
@@ -91,7 +92,10 @@ def _tried(
     cut: Excerpt,
 ) -> Decision:
     """The decision for the plan that runs in the least time."""
-    key = _digest([repr(problem), cut.module.code])
+    # Sets have no order that holds from process to process.
+    key = _digest(
+        [replace(problem, kept=frozenset()), sorted(map(repr, problem.kept)), cut.module.code]
+    )
     times = {
         k: t for k, t in pricing.record(problem.dtype).plans.get(key, {}).items() if k in plans
     }

@@ -1,0 +1,382 @@
+"""Machine profiles: what a product is said to cost, fitted rates, and what devices can do."""
+
+import itertools
+import logging
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import sympy
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runlora_fx.cost_model import machine, store
+from runlora_fx.cost_model.fit import fit_rates
+from runlora_fx.cost_model.machine import DTYPES, Machine, default_profile, key_of
+from runlora_fx.cost_model.ops import Add, GemmShape, Hold, MatMul
+from runlora_fx.cost_model.profile import DEFAULT_PROFILE, MachineProfile
+from runlora_fx.cost_model.store import Record
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+RATES = {
+    "flops_per_s": 2.0e11,
+    "read_bytes_per_s": 5.0e10,
+    "write_bytes_per_s": 1.0e10,
+    "launch_s": 4.0e-6,
+}
+KNOWN = MachineProfile(**RATES, add_bytes_per_s=2.0e10)
+
+# --- the formula
+
+
+def rate(profile: MachineProfile, m: int, k: int, n: int) -> float:
+    """FLOP per second of a product, by a profile."""
+    return 2 * m * k * n / profile.seconds(MatMul(1, m, k, n, 4))
+
+
+@pytest.mark.parametrize("profile", (DEFAULT_PROFILE, KNOWN), ids=("default", "other"))
+@pytest.mark.parametrize("small", range(3), ids=("m", "k", "n"))
+def test_the_rate_falls_off_where_a_dimension_is_small(profile: MachineProfile, small: int) -> None:
+    rates = []
+    for size in (1, 2, 4, 16, 64, 256, 1024, 4096):
+        shape = [4096, 4096, 4096]
+        shape[small] = size
+        rates.append(rate(profile, *shape))
+    assert rates == sorted(set(rates))
+    assert rates[0] < 0.25 * profile.flops_per_s  # bound by bytes
+    assert 0.9 * profile.flops_per_s < rates[-1] < profile.flops_per_s
+
+
+def test_a_tiny_product_costs_a_launch() -> None:
+    assert KNOWN.seconds(MatMul(1, 1, 1, 1, 4)) == pytest.approx(KNOWN.launch_s, rel=1e-3)
+
+
+def test_operations_of_known_size_cost_what_the_rates_say() -> None:
+    m, k, n = 3, 5, 7
+    assert KNOWN.seconds(MatMul(2, m, k, n, 4)) == pytest.approx(
+        2 * 2 * m * k * n / 2e11 + 2 * 4 * (m * k + k * n) / 5e10 + 2 * 4 * m * n / 1e10 + 4e-6
+    )
+    assert KNOWN.seconds(Add(2, m, n, 3, 4)) == pytest.approx(2 * 4 * 2 * 3 * m * n / 2e10)
+    assert KNOWN.seconds(Hold(2, m, n, 4)) == 0
+
+
+def test_times_are_expressions_in_symbolic_sizes() -> None:
+    tokens, rank = sympy.symbols("s0 r", positive=True, integer=True)
+    for operation in (MatMul(1, tokens, 64, rank, 2), Add(1, tokens, rank, 2, 2)):
+        time = KNOWN.formula(operation)
+        assert isinstance(time, sympy.Expr)
+        assert time.free_symbols == {tokens, rank}
+        known = replace(operation, m=96, n=8)
+        assert float(time.subs({tokens: 96, rank: 8})) == pytest.approx(KNOWN.seconds(known))
+    # The break-even of merging is an inequality that sympy can solve.
+    apart = sum(KNOWN.formula(MatMul(1, *shape, 4)) for shape in ((tokens, 64, 8), (tokens, 8, 64)))
+    merged = KNOWN.formula(MatMul(1, 64, 8, 64, 4))
+    (border,) = sympy.solve(sympy.Eq(apart, merged), tokens) or [sympy.Integer(0)]
+    below, above = (math.floor(border), math.floor(border) + 1)
+    if below > 0:
+        assert (apart - merged).subs(tokens, below) <= 0
+    assert (apart - merged).subs(tokens, above) > 0
+
+
+def test_a_measured_product_takes_the_time_it_took_and_no_other_does() -> None:
+    operation = MatMul(1, 8, 16, 32, 4, (False, True))
+    profile = replace(KNOWN, measured=((operation.shape, 123.0),))
+    assert profile.seconds(operation) == 123.0
+    assert profile.formula(operation) == KNOWN.formula(operation)
+    for other in (
+        replace(operation, m=9),
+        replace(operation, b=2),
+        replace(operation, turned=(False, False)),
+        Add(1, 8, 32, 2, 4),
+    ):
+        assert profile.seconds(other) == KNOWN.seconds(other)
+    assert hash(profile) != hash(KNOWN)
+
+
+def test_a_product_and_its_transpose_are_the_same_call() -> None:
+    for turned in itertools.product((False, True), repeat=2):
+        shape = GemmShape(1, 8, 16, 32, *turned)
+        # (L R)' = R' L'
+        other = GemmShape(1, 32, 16, 8, not turned[1], not turned[0])
+        assert shape.canonical == other.canonical in (shape, other)
+
+
+# --- fitted rates
+
+SHAPES = [GemmShape(1, m, k, n) for m, k, n in itertools.product((8, 64, 512, 2048), repeat=3)]
+
+
+def times_of(profile: MachineProfile) -> dict[GemmShape, float]:
+    return {shape: profile.seconds(MatMul(*shape[:4], 4)) for shape in SHAPES}
+
+
+def squared_error(rates: dict[str, float], times: dict[GemmShape, float]) -> float:
+    """The sum of the squared relative errors of predicted times."""
+    predicted = times_of(MachineProfile(**rates))
+    return sum((predicted[shape] / times[shape] - 1) ** 2 for shape in times)
+
+
+@pytest.mark.parametrize(
+    "change",
+    ({}, {"flops_per_s": 6e14, "read_bytes_per_s": 2e12, "write_bytes_per_s": 2e12}),
+    ids=("cpu", "gpu"),
+)
+def test_fit_recovers_the_rates_that_times_were_made_from(change: dict[str, float]) -> None:
+    rates = {**RATES, **change}
+    found = fit_rates(times_of(MachineProfile(**rates)), itemsize=4)
+    assert found == pytest.approx(rates, rel=1e-6)
+
+
+@pytest.mark.parametrize("free", [name for name in RATES if name != "flops_per_s"])
+def test_fit_finds_what_costs_nothing(free: str) -> None:
+    rates = {**RATES, free: 1e-30 if free == "launch_s" else 1e30}
+    found = fit_rates(times_of(MachineProfile(**rates)), itemsize=4)
+    others = [name for name in RATES if name != free]
+    assert [found[name] for name in others] == pytest.approx([rates[x] for x in others], rel=1e-6)
+    assert found[free] < 1e-12 if free == "launch_s" else found[free] > 1e15
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(st.lists(st.floats(0.5, 2.0), min_size=len(SHAPES), max_size=len(SHAPES)))
+def test_of_noisy_times_no_other_rates_fit_better(noise: list[float]) -> None:
+    times = {
+        shape: time * factor
+        for (shape, time), factor in zip(times_of(KNOWN).items(), noise, strict=True)
+    }
+    found = fit_rates(times, itemsize=4)
+    assert found.keys() == RATES.keys()
+    assert all(0 < value < math.inf for value in found.values())
+    least = squared_error(found, times)
+    assert least <= squared_error(RATES, times) * (1 + 1e-9)
+    for name, factor in itertools.product(found, (0.8, 0.97, 1.03, 1.25)):
+        assert least <= squared_error({**found, name: found[name] * factor}, times) * (1 + 1e-9)
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(st.lists(st.floats(1e-9, 1e3), min_size=4, max_size=9))
+def test_whatever_was_measured_no_rate_is_negative(times: list[float]) -> None:
+    found = fit_rates(dict(zip(SHAPES, times, strict=False)), itemsize=2)
+    assert all(0 < value < math.inf for value in found.values())
+
+
+def test_fit_needs_as_many_products_as_rates() -> None:
+    few = dict(itertools.islice(times_of(KNOWN).items(), 3))
+    with pytest.raises(ValueError, match="needs 4 products or more, got 3"):
+        fit_rates(few, itemsize=4)
+
+
+# --- what a CPU can be expected to do
+
+
+@pytest.fixture
+def cpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., MachineProfile]:
+    """The default profile of a made-up CPU."""
+
+    def profile(
+        dtype: str, capability: str = "AVX2", threads: int = 4, flags: tuple[str, ...] = ()
+    ) -> MachineProfile:
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        monkeypatch.setattr(machine, "_half_flags", lambda: flags)
+        return default_profile(CPU, dtype)
+
+    return profile
+
+
+def test_instruction_sets_and_cores_make_a_cpu_faster(cpu: Callable[..., MachineProfile]) -> None:
+    rates = [cpu("float32", capability=c).flops_per_s for c in ("DEFAULT", "AVX2", "AVX512")]
+    assert rates == sorted(set(rates))
+    one, two = cpu("float32", threads=1), cpu("float32", threads=2)
+    assert two.flops_per_s == pytest.approx(2 * one.flops_per_s)
+    # Cores share the memory.
+    assert 1 < two.read_bytes_per_s / one.read_bytes_per_s < 2
+    # From small laptops to large servers.
+    for threads, capability in itertools.product((1, 8, 96), ("DEFAULT", "AVX2", "AVX512")):
+        profile = cpu("float32", capability, threads)
+        assert 1e10 < profile.flops_per_s < 2e13
+        assert 1e9 < profile.write_bytes_per_s <= profile.read_bytes_per_s < 1e12
+
+
+def test_wide_floats_are_slower_and_narrow_ones_no_slower(
+    cpu: Callable[..., MachineProfile],
+) -> None:
+    for dtype in ("bfloat16", "float16"):
+        for shape in ((2048, 2048, 2048), (16, 2048, 2048), (2048, 8, 2048)):
+            times = [cpu(d).seconds(MatMul(1, *shape, s)) for d, s in ((dtype, 2), ("float32", 4))]
+            assert times[0] <= times[1]
+    assert cpu("float64").flops_per_s == cpu("float32").flops_per_s / 2
+    plain, amx = cpu("bfloat16", "AVX512"), cpu("bfloat16", "AVX512", flags=("amx_bf16",))
+    assert amx.flops_per_s > 4 * plain.flops_per_s
+    assert amx.read_bytes_per_s == plain.read_bytes_per_s
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_this_cpu_has_a_profile_and_a_name(dtype: str) -> None:
+    profile = default_profile(CPU, dtype)
+    assert 0 < profile.launch_s < 1e-3
+    assert 1e9 < profile.flops_per_s < 1e15
+    key = key_of(CPU, dtype)
+    assert key.dtype == dtype
+    assert key.torch == torch.__version__
+    assert key.threads == torch.get_num_threads()
+    assert torch.backends.cpu.get_cpu_capability() in key.device
+
+
+def test_another_thread_count_is_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = key_of(CPU, "float32")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: key.threads + 1)
+    assert key_of(CPU, "float32") == key._replace(threads=key.threads + 1)
+
+
+# --- what NVIDIA's GPUs can be expected to do
+
+
+def properties(name: str, major: int, minor: int, sms: int, **more: int) -> SimpleNamespace:
+    return SimpleNamespace(name=name, major=major, minor=minor, multi_processor_count=sms, **more)
+
+
+def clocks(kilohertz: int, memory_kilohertz: int, bits: int) -> dict[str, int]:
+    return {
+        "clock_rate": kilohertz,
+        "memory_clock_rate": memory_kilohertz,
+        "memory_bus_width": bits,
+    }
+
+
+# What torch.cuda.get_device_properties says, and by the data sheets the peak rates of dense
+# products in 16 bits and of single precision [TFLOP/s] and of memory [GB/s].
+GPUS = {
+    "V100": (properties("V100", 7, 0, 80, **clocks(1530000, 877000, 4096)), 125, 15.7, 900),
+    "T4": (properties("T4", 7, 5, 40, **clocks(1590000, 5001000, 256)), 65, 8.1, 320),
+    "A100": (properties("A100", 8, 0, 108, **clocks(1410000, 1215000, 5120)), 312, 19.5, 1555),
+    "A10": (properties("A10", 8, 6, 72, **clocks(1695000, 6251000, 384)), 125, 31.2, 600),
+    "L40S": (properties("L40S", 8, 9, 142, **clocks(2520000, 9001000, 384)), 362, 91.6, 864),
+    "H100": (properties("H100", 9, 0, 132, **clocks(1980000, 2619000, 5120)), 989, 67, 3350),
+}
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], SimpleNamespace]:
+    """Have torch find one GPU, by its name in the table."""
+
+    def plug_in(name: str) -> SimpleNamespace:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: GPUS[name][0])
+        return GPUS[name][0]
+
+    return plug_in
+
+
+@pytest.fixture
+def tf32() -> Iterator[Callable[[bool], None]]:
+    """Allow single precision to be rounded to TF32, or forbid it."""
+    matmul: Any = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+
+    def allow(yes: bool) -> None:
+        matmul.fp32_precision = "tf32" if yes else "ieee"
+
+    yield allow
+    matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_gpus_are_expected_to_reach_a_good_part_of_their_data_sheet(
+    name: str, gpu: Callable[[str], object], tf32: Callable[[bool], None]
+) -> None:
+    gpu(name)
+    tf32(False)
+    half, single, memory = GPUS[name][1:]
+    for dtype, peak in (("bfloat16", half), ("float16", half), ("float32", single)):
+        profile = default_profile(GPU, dtype)
+        assert 0.4 < profile.flops_per_s / (peak * 1e12) < 0.85, dtype
+        assert 0.5 < profile.read_bytes_per_s / (memory * 1e9) < 1, dtype
+    exact = profile.flops_per_s
+    assert default_profile(GPU, "float64").flops_per_s <= exact
+    tf32(True)
+    rounded = default_profile(GPU, "float32").flops_per_s
+    assert exact < rounded < default_profile(GPU, "bfloat16").flops_per_s
+
+
+def test_gpus_of_the_future_count_as_the_newest_known(
+    gpu: Callable[[str], SimpleNamespace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = gpu("H100")
+    newest = default_profile(GPU, "bfloat16")
+    # Some builds of torch tell no clocks.
+    future = properties("X1", 99, 0, known.multi_processor_count)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: future)
+    assert default_profile(GPU, "bfloat16").flops_per_s > 0.2 * newest.flops_per_s
+    assert default_profile(GPU, "bfloat16").read_bytes_per_s > 1e11
+
+
+def test_a_gpu_is_known_by_name_and_capability_whatever_the_threads(
+    gpu: Callable[[str], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu("A100")
+    key = key_of(GPU, "bfloat16")
+    assert "A100" in key.device
+    assert key.threads == 0
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 17)
+    assert key_of(GPU, "bfloat16") == key
+    gpu("H100")
+    assert key_of(GPU, "bfloat16") != key
+
+
+# --- what is known of a machine
+
+MEASURED = Record(products={GemmShape(1, 8, 16, 32): 5.0})
+
+
+@pytest.mark.usefixtures("no_profile")
+def test_a_machine_knows_what_was_stored_when_it_was_first_asked() -> None:
+    default = default_profile(CPU, "float32")
+    before = Machine(use_stored=True)
+    assert before.profile(CPU, "float32") == default
+    store.add(key_of(CPU, "float32"), Record({**RATES, "add_bytes_per_s": 2.0e10}))
+    assert before.profile(CPU, "float32") == default
+    assert Machine(use_stored=True).profile(CPU, "float32") == KNOWN
+    assert Machine(use_stored=True).profile(CPU, "bfloat16") == default_profile(CPU, "bfloat16")
+    assert Machine(use_stored=False).profile(CPU, "float32") == default
+
+
+@pytest.mark.usefixtures("no_profile")
+def test_what_a_machine_learns_it_knows_and_stores() -> None:
+    learning = Machine(use_stored=True)
+    learning.add(CPU, "float32", MEASURED)
+    learned = learning.profile(CPU, "float32")
+    assert learned.seconds(MatMul(1, 8, 16, 32, 4)) == 5.0
+    assert Machine(use_stored=True).profile(CPU, "float32") == learned
+
+
+@pytest.mark.usefixtures("no_profile")
+@pytest.mark.parametrize(
+    "newer",
+    (
+        Record({**RATES, "add_bytes_per_s": 2.0e10}),
+        MEASURED,
+        Record(plans={"a problem": {"a plan": 1.0}}),
+    ),
+    ids=("rates", "products", "plans"),
+)
+def test_identity_changes_with_every_number(newer: Record, gpu: Callable[[str], object]) -> None:
+    gpu("A100")
+    seen = [Machine(use_stored=True).identity()]
+    for device, dtype in itertools.product((CPU, GPU), DTYPES):
+        store.add(key_of(device, dtype), newer)
+        seen.append(Machine(use_stored=True).identity())
+    assert len(set(seen)) == len(seen)
+    assert Machine(use_stored=True).identity() == seen[-1]
+    assert Machine(use_stored=False).identity() == seen[0]
+
+
+@pytest.mark.usefixtures("no_profile")
+def test_a_damaged_file_is_as_good_as_none(caplog: pytest.LogCaptureFixture) -> None:
+    (store.folder() / key_of(CPU, "float32").file_name).write_text("{", encoding="utf-8")
+    for _ in range(2):
+        assert Machine(use_stored=True).profile(CPU, "float32") == default_profile(CPU, "float32")
+    assert len([r for r in caplog.records if r.levelno >= logging.WARNING]) == 1

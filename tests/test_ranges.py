@@ -1,0 +1,263 @@
+"""Ranges of sizes and break-evens as pure functions, against trying every size.
+
+The problems are LoRA layers as autograd computes them, in which the number of tokens varies.
+"""
+
+import itertools
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+
+import pytest
+from test_search import Shape, lora_layer
+
+from runlora_fx.cost_model.objective import Objective
+from runlora_fx.cost_model.profile import DEFAULT_PROFILE, MachineProfile
+from runlora_fx.passes.plan import Plan, Problem, incoming_operations
+from runlora_fx.passes.ranges import (
+    _COMPARED,
+    Range,
+    Varying,
+    break_even,
+    candidates,
+    ranges,
+)
+from runlora_fx.passes.search import cheapest
+
+TOKENS = frozenset([0])
+FLOPS = Objective("flops")
+TIME = Objective("time", profile=DEFAULT_PROFILE)
+GPU = Objective("time", profile=MachineProfile(6e14, 2.7e12, 2.7e12, 2.7e12, 4e-6))
+OBJECTIVES = {"flops": FLOPS, "cpu": TIME, "gpu": GPU}
+
+# in, out, rank
+LAYERS = [(64, 64, 8), (64, 128, 8), (768, 768, 128), (4096, 4096, 16), (4096, 1024, 64)]
+DENSE = (*range(1, 400), *range(400, 6000, 37), *_COMPARED)
+
+
+def forward_only(problem: Problem) -> Problem:
+    """The problem of an inference graph."""
+    return replace(
+        problem,
+        demands=tuple(d for d in problem.demands if not d.backward),
+        incoming=tuple((value, step) for value, step in problem.incoming if not value.backward),
+        kept=frozenset(),
+    )
+
+
+def varying(layer: tuple[int, int, int], objective: Objective, *, traced: int = 96) -> Varying:
+    i, o, r = layer
+    shape: Shape = (traced, i, o, r)
+    return Varying.of(lora_layer(shape), TOKENS, objective)
+
+
+def total(
+    problems: Mapping[Varying, int], plans: Mapping[Varying, Plan | None], size: int
+) -> float:
+    return sum(count * v.price(plans[v], size) for v, count in problems.items())
+
+
+every_objective = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+every_layer = pytest.mark.parametrize("layer", LAYERS, ids=lambda sizes: "x".join(map(str, sizes)))
+
+# Models whose layers have break-evens of their own: a few, and many that are far apart.
+GRAPHS = (
+    {(64, 64, 8): 4, (64, 128, 8): 2, (128, 64, 8): 1},
+    {(4096, 4096, 16): 64, (4096, 1024, 64): 32, (64, 64, 8): 1},
+    {(256, 1024, 64): 2, (1024, 256, 8): 3, (64, 4096, 4): 5, (2048, 2048, 512): 1},
+)
+
+
+def all_graphs(objective: Objective) -> list[dict[Varying, int]]:
+    alone = [{varying(layer, objective): 1} for layer in LAYERS]
+    together = [{varying(s, objective): n for s, n in graph.items()} for graph in GRAPHS]
+    return [*alone, *together]
+
+
+@every_objective
+def test_ranges_cover_all_sizes_without_gap_or_overlap_and_are_few(objective: Objective) -> None:
+    several = 0
+    for problems in all_graphs(objective):
+        found = ranges(problems)
+        assert 1 <= len(found) <= 4
+        several += len(found) > 1
+        assert found[0].low == 1
+        assert found[-1].high is None
+        for below, above in itertools.pairwise(found):
+            assert below.high == above.low
+            assert below.low < above.low
+            assert below.plans != above.plans
+        for size in (*DENSE, 1 << 20):
+            assert sum(r.contains(size) for r in found) == 1
+        for r in found:
+            assert r.plans.keys() == problems.keys()
+    assert several
+
+
+@every_objective
+def test_a_border_is_where_the_plans_on_both_sides_cost_the_same(objective: Objective) -> None:
+    for problems in all_graphs(objective):
+        for below, above in itertools.pairwise(ranges(problems)):
+            at = above.low
+            assert total(problems, above.plans, at) < total(problems, below.plans, at)
+            last = total(problems, below.plans, at - 1)
+            assert total(problems, above.plans, at - 1) >= last * (1 - 1e-9)
+
+
+@every_objective
+@every_layer
+def test_no_plan_is_dearer_than_the_graph_as_it_came_at_any_size(
+    layer: tuple[int, int, int], objective: Objective
+) -> None:
+    problem = varying(layer, objective)
+    for r in ranges({problem: 1}):
+        for size in filter(r.contains, DENSE):
+            came = problem.price(None, size)
+            assert problem.price(r.plans[problem], size) <= came * (1 + 1e-9), size
+
+
+@every_objective
+@pytest.mark.parametrize("graph", GRAPHS, ids=("alike", "large", "unlike"))
+def test_no_graph_is_dearer_than_as_it_came_at_any_size(
+    graph: dict[tuple[int, int, int], int], objective: Objective
+) -> None:
+    problems = {varying(sizes, objective): n for sizes, n in graph.items()}
+    came = dict.fromkeys(problems)
+    for r in ranges(problems):
+        for size in filter(r.contains, DENSE):
+            before = total(problems, came, size)
+            assert total(problems, r.plans, size) <= before * (1 + 1e-9), size
+
+
+@every_objective
+def test_few_ranges_save_most_of_what_a_plan_for_every_size_would(objective: Objective) -> None:
+    for problems in all_graphs(objective):
+        found = ranges(problems)
+        came = dict.fromkeys(problems)
+        ideal = ours = 0.0
+        for size in _COMPARED:
+            before = total(problems, came, size)
+            best = sum(
+                count * min(v.price(plan, size) for plan in candidates(v))
+                for v, count in problems.items()
+            )
+            (inside,) = (r for r in found if r.contains(size))
+            ideal += 1 - best / before
+            ours += 1 - total(problems, inside.plans, size) / before
+        assert ours <= ideal * (1 + 1e-9)
+        if len(found) < 4:
+            # Moving a border to where the plans cost the same only adds to it.
+            assert ours >= 0.9 * ideal - 1e-9
+
+
+@every_objective
+def test_candidates_are_the_best_at_every_size_searched(objective: Objective) -> None:
+    problem = varying((768, 768, 128), objective)
+    for size in (1, 16, 64, 256, 1024, 4096, 32768):
+        sized = replace(problem.problem, dims=(size, *problem.problem.dims[1:]))
+        best = problem.objective.total(cheapest(sized, problem.objective).operations(sized))
+        least = min(problem.price(plan, size) for plan in candidates(problem))
+        assert least == pytest.approx(best)
+
+
+@every_layer
+def test_what_was_traced_first_makes_no_difference(layer: tuple[int, int, int]) -> None:
+    first = varying(layer, TIME, traced=7)
+    for traced in (1, 96, 50_000):
+        other = varying(layer, TIME, traced=traced)
+        assert other == first
+        assert ranges({other: 1}) == ranges({first: 1})
+
+
+def test_measured_products_do_not_make_holes() -> None:
+    measured = tuple(
+        (operation.shape, 1e3)
+        for operation in incoming_operations(lora_layer((96, 64, 64, 8)))
+        if hasattr(operation, "shape")
+    )
+    assert measured
+    objective = replace(TIME, profile=replace(TIME.profile, measured=measured))
+    assert varying((64, 64, 8), objective) == varying((64, 64, 8), TIME)
+
+
+def test_a_margin_keeps_the_graph_as_it_came_where_little_is_saved() -> None:
+    layer = (4096, 4096, 16)
+    (free,) = [{varying(layer, FLOPS): 1}]
+    assert any(plan is not None for r in ranges(free) for plan in r.plans.values())
+    strict = varying(layer, replace(FLOPS, margin=0.5))
+    assert [list(r.plans.values()) for r in ranges({strict: 1})] == [[None]]
+
+
+def test_a_range_says_what_it_holds_for() -> None:
+    for low, high, said in (
+        (1, None, ""),
+        (1, 9, "s0 < 9"),
+        (9, None, "s0 >= 9"),
+        (9, 20, "9 <= s0 < 20"),
+    ):
+        found = Range(low, high, {})
+        assert found.named("s0") == said
+        assert found.contains(low)
+        assert not found.contains(low - 1)
+        assert high is None or found.contains(high - 1) > found.contains(high)
+
+
+# --- the break-even that people read
+
+
+def holds(condition: str, size: int) -> bool:
+    """Whether an inequality as it is printed holds."""
+    if condition in ("always", "never"):
+        return condition == "always"
+    spans = condition.removeprefix("when ").split(" or ")
+    assert all(re.fullmatch(r"(\d+ < N <= \d+|N <= \d+|N > \d+)", span) for span in spans), spans
+    return any(eval(span, {"N": size}) for span in spans)
+
+
+@every_layer
+def test_the_forward_merges_from_in_times_out_over_in_plus_out_on(
+    layer: tuple[int, int, int],
+) -> None:
+    i, o, r = layer
+    problem = Varying.of(forward_only(lora_layer((96, i, o, r))), TOKENS, FLOPS)
+    # Equal FLOPs: the one that moves fewer bytes. X (W' + A' B') then.
+    border = i * o / (i + o)
+    said = break_even(problem, "N").removeprefix("merge ")
+    for size in (*range(1, 3 * int(border)), 1 << 15):
+        if size != border:
+            assert holds(said, size) == (size > border), (said, size)
+
+
+@every_objective
+@every_layer
+def test_the_break_even_says_when_the_cheapest_plan_merges(
+    layer: tuple[int, int, int], objective: Objective
+) -> None:
+    i, o, r = layer
+    problem = Varying.of(forward_only(lora_layer((96, i, o, r))), TOKENS, objective)
+    said = break_even(problem, "N").removeprefix("merge ")
+    came, *_ = candidates(problem)
+    assert came is None
+    for size in (*DENSE, 10_000, 50_000):
+        sized = replace(problem.problem, dims=(size, *problem.problem.dims[1:]))
+        plan = cheapest(sized, problem.objective)
+        # No product with X or X A' on the left, but one with W' + A' B' on the right.
+        merges = len([op for op in plan.operations(sized) if hasattr(op, "k")]) == 2
+        tie = abs(problem.price(None, size) / problem.price(plan, size) - 1) < 1e-9
+        if not (tie and merges):
+            assert holds(said, size) == merges, (said, size)
+
+
+@every_layer
+def test_forward_and_backward_are_told_apart_where_they_differ(
+    layer: tuple[int, int, int],
+) -> None:
+    said = break_even(varying(layer, FLOPS), "s0*s1").replace("s0*s1", "N")
+    assert said.startswith("merge ")
+    apart = re.fullmatch(r"merge in the forward (.+), in the backward (.+)", said)
+    both = re.fullmatch(r"merge (.+)", said)
+    parts = apart.groups() if apart else both.groups() if both else ()
+    for condition in parts:
+        # Few tokens never pay for merging a large weight; very many do.
+        assert not holds(condition, 1)
+        assert holds(condition, 1 << 17)
