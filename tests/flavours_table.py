@@ -3,10 +3,15 @@
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
+import peft
+import torch
 from flavours import FLAVOURS
 from trainings import STEPS, Trained
 
 TABLE = Path(__file__).parent.parent / "docs" / "flavours.md"
+
+#: What the numbers depend on: what Dynamo traces, what the partitioner saves, how PEFT computes.
+VERSIONS = f"torch {torch.__version__.split('+')[0]}, PEFT {peft.__version__}"
 
 HEADS = (
     "flavour",
@@ -54,8 +59,14 @@ def row(name: str, inductor: Trained, ours: Trained) -> Row:
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as a Markdown table."""
-    lines = [f"| {' | '.join(HEADS)} |", "|---" * len(HEADS) + "|", *map(str, rows)]
+    """The rows as a Markdown table, with what they depend on."""
+    lines = [
+        f"{VERSIONS}:",
+        "",
+        f"| {' | '.join(HEADS)} |",
+        "|---" * len(HEADS) + "|",
+        *map(str, rows),
+    ]
     return "\n".join(lines) + "\n"
 
 
