@@ -4,6 +4,7 @@ Plans depend on what the machine can do. The tests count FLOPs, so they run with
 which bytes and launches cost next to nothing: enough to break ties, too little to matter.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,11 @@ FLOPS_BOUND = {
     "slower_nt": 1.0,
     "slower_tn": 1.0,
 }
+
+# Profiles are kept by thread count: the processes that tests start have to use as many. Tests run
+# side by side, and are small: one thread each.
+os.environ["OMP_NUM_THREADS"] = os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)

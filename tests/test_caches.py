@@ -55,6 +55,7 @@ class UsersPass(CustomGraphPass):
 BOUND_BY_FLOPS = {
     "flops_per_s": 1e12, "read_bytes_per_s": 1e25, "write_bytes_per_s": 1e25,
     "add_bytes_per_s": 1e25, "launch_s": 1e-25,
+    "slower_nn": 1.0, "slower_nt": 1.0, "slower_tn": 1.0,
 }
 BOUND_BY_LAUNCHES = {**BOUND_BY_FLOPS, "flops_per_s": 1e25, "launch_s": 1.0}
 

@@ -45,7 +45,8 @@ def test_it_measures_stores_and_shows_how_well_the_rates_predict(no_profile: Pat
     record = store.load(key_of(CPU, "float32"))
     assert not record.products
     assert set(record.rates) == {
-        *("flops_per_s", "read_bytes_per_s", "write_bytes_per_s", "add_bytes_per_s", "launch_s")
+        *("flops_per_s", "read_bytes_per_s", "write_bytes_per_s", "add_bytes_per_s", "launch_s"),
+        *("slower_nn", "slower_nt", "slower_tn"),
     }
     # Of no machine that runs this is a product slower or faster.
     assert 1e8 < record.rates["flops_per_s"] < 1e15
@@ -55,7 +56,7 @@ def test_it_measures_stores_and_shows_how_well_the_rates_predict(no_profile: Pat
         r"\((\d+), (\d+)\) @ \(\2, (\d+)\) . (?:n|t){2} .*?(\d+) us . +(\d+) us . +([+-]\d+)%",
         done.stdout,
     )
-    assert len(rows) > 20
+    assert len(rows) >= 12
     profile = record.profile(default_profile(CPU, "float32"))
     assert f"{profile.flops_per_s / 1e9:.0f} GFLOP/s" in done.stdout
     for m, k, n, measured, predicted, error in rows:

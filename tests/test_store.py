@@ -26,6 +26,9 @@ RATES = {
     "write_bytes_per_s": 1.5e10,
     "add_bytes_per_s": 3.0e10,
     "launch_s": 2.0e-6,
+    "slower_nn": 1.0,
+    "slower_nt": 1.5,
+    "slower_tn": 2.0,
 }
 SHAPE = GemmShape(1, 8, 16, 32, False, True)
 FULL = Record(RATES, {SHAPE: 1.25e-6}, {"a problem": {"as it came": 2e-5, "a plan": 1e-5}})
@@ -120,7 +123,7 @@ def test_the_folder_is_the_platforms_unless_it_is_given(
 
 def content(**changes: Any) -> dict[str, Any]:
     whole = {
-        "format": 1,
+        "format": 2,
         "key": KEY._asdict(),
         "rates": dict(RATES),
         "products": [[list(map(int, SHAPE)), 1.25e-6]],
@@ -143,13 +146,13 @@ BAD: dict[str, bytes] = {
     "a pickle": b"\x80\x04cos\nsystem\n(S'true'\ntR.",
     "another value": b"[1, 2]",
     "null": b"null",
-    "without a part": json.dumps({"format": 1, "key": KEY._asdict()}).encode(),
+    "without a part": json.dumps({"format": 2, "key": KEY._asdict()}).encode(),
     "deeply nested": b"[" * 200_000,
     "larger than any": WHOLE.encode() + b" " * (4 << 20),
     **{
         name: json.dumps(content(**changes)).encode()
         for name, changes in {
-            "another format": {"format": 2},
+            "another format": {"format": 1},
             "of another version": {"key": {**KEY._asdict(), "torch": "2.12.0"}},
             "of another machine": {"key": {**KEY._asdict(), "device": "another"}},
             "an unknown key": {"key": {**KEY._asdict(), "more": 1}},
@@ -265,7 +268,7 @@ def test_what_killed_writers_left_does_no_harm_and_is_removed_in_the_end() -> No
     store.add(KEY, FULL)
     new, old = (store.folder() / f"{file_of(KEY).stem}{name}.tmp" for name in ("new", "old"))
     for path in (new, old):
-        path.write_text('{"format": 1, "key"', encoding="utf-8")
+        path.write_text('{"format": 2, "key"', encoding="utf-8")
     os.utime(old, (time.time() - 2 * store._ABANDONED_S,) * 2)
     assert store.load(KEY) == FULL
     store.add(KEY, Record(products={SHAPE: 2.0}))

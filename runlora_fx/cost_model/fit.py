@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain, combinations
 
 import torch
@@ -36,18 +36,12 @@ def fit_rates(products: Mapping[GemmShape, float], itemsize: int) -> dict[str, f
     layouts = sorted({m.layout for m in matmuls})
     if len(products) < len(layouts) + 3:
         raise ValueError(f"needs {len(layouts) + 3} products or more, got {len(products)}")
-    features = torch.tensor(
-        [
-            [
-                *(float(m.cost.flops) * (m.layout == layout) for layout in layouts),
-                *(float(x) for x in (m.read, m.written, 1)),
-            ]
-            for m in matmuls
-        ],
-        dtype=torch.float64,
-    )
     times = torch.tensor(list(products.values()), dtype=torch.float64)
-    *per_flop, per_read, per_written, launch = _solved(features / times[:, None], len(layouts))
+    solved = _solved(_features(matmuls, layouts) / times[:, None], len(layouts))
+    if solved is None:  # too noisy to tell layouts apart
+        solved = _solved(_features(matmuls, []) / times[:, None], 1) or [_FREE, 0.0, 0.0, 0.0]
+        solved = [*solved[:1] * len(layouts), *solved[1:]]
+    *per_flop, per_read, per_written, launch = solved
     fastest = min(per_flop)
     slower = {layout: own / fastest for layout, own in zip(layouts, per_flop, strict=True)}
     return {
@@ -59,13 +53,23 @@ def fit_rates(products: Mapping[GemmShape, float], itemsize: int) -> dict[str, f
     }
 
 
-def _solved(relative: torch.Tensor, positive: int) -> list[float]:
-    """The coefficients that bring every row closest to 1; the first ones must not vanish."""
+def _features(matmuls: Sequence[MatMul], layouts: Sequence[str]) -> torch.Tensor:
+    """What the time of every product is a sum of: FLOPs (by layout, if any are given), the rest."""
+    rows = []
+    for m in matmuls:
+        flops = float(m.cost.flops)
+        apart = [flops * (m.layout == layout) for layout in layouts] or [flops]
+        rows.append([*apart, float(m.read), float(m.written), 1.0])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def _solved(relative: torch.Tensor, positive: int) -> list[float] | None:
+    """The coefficients that bring every row closest to 1; None if the first ones would vanish."""
     scale = relative.norm(dim=0)  # sizes of features differ by many orders of magnitude
     relative = relative / scale
     count = relative.shape[1]
     ones = torch.ones(len(relative), 1, dtype=relative.dtype)
-    best, least = torch.zeros(count, dtype=relative.dtype), torch.inf
+    best, least = None, torch.inf
     # So few coefficients that every choice of which are zero can be tried.
     for others in chain.from_iterable(combinations(range(positive, count), k) for k in range(4)):
         columns = [*range(positive), *others]
@@ -74,5 +78,7 @@ def _solved(relative: torch.Tensor, positive: int) -> list[float]:
         if (solved >= 0).all() and (solved[:positive] > 0).all() and error < least:
             best, least = torch.zeros(count, dtype=relative.dtype), error
             best[columns] = solved
+    if best is None:
+        return None
     coefficients: list[float] = (best / scale).tolist()
     return [*(max(c, _FREE) for c in coefficients[:positive]), *coefficients[positive:]]

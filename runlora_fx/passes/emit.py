@@ -306,6 +306,8 @@ class Emitter:
         node = self._writer.scale(node, scalar.number)
         for i in scalar.leaves:
             by, inverse = self._leaves.scalars[i]
+            if value_of(by) is not None:
+                by = self._writer.reshape(by, ())
             node = self._writer.divide(node, by) if inverse else self._writer.scale(node, by)
         return node
 

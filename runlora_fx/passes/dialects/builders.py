@@ -32,8 +32,8 @@ def ndim(node: object) -> int:
     return -1 if val is None else val.dim()
 
 
-def is_scalar(x: object) -> bool:
-    """Whether x scales a tensor as one number: a Python number, a SymFloat or a 0-d tensor."""
+def is_scalar(x: object, of: object) -> bool:
+    """Whether x scales a tensor as one number: a number, a symbol or a tensor of one element."""
     if isinstance(x, bool):
         return False
     if isinstance(x, int | float):
@@ -41,7 +41,9 @@ def is_scalar(x: object) -> bool:
     if not isinstance(x, fx.Node):
         return False
     val = x.meta.get("val")
-    return isinstance(val, int | float | torch.SymInt | torch.SymFloat) or ndim(x) == 0
+    if isinstance(val, int | float | torch.SymInt | torch.SymFloat):
+        return True
+    return 0 <= ndim(x) <= ndim(of) and all(size == 1 for size in shape_of(x))
 
 
 def product(a: Any, b: Any) -> Product | None:
@@ -125,18 +127,18 @@ def add(a: Any, b: Any, alpha: Any = 1, sign: float = 1.0) -> Form | None:
 
 def scale(a: Any, b: Any) -> Form | None:
     """A product with one side that is a scalar, or a vector that scales columns or rows."""
-    if ndim(b) > 0 and is_scalar(a):
+    if ndim(b) > 0 and is_scalar(a, b):
         a, b = b, a
     if ndim(a) < 1:
         return None
-    if is_scalar(b):
+    if is_scalar(b, a):
         return Scale(a, b if isinstance(b, fx.Node) else float(b))
     return _stretch(a, b) or _stretch(b, a)
 
 
 def divide(a: Any, b: Any) -> Form | None:
     """A tensor over a scalar."""
-    if ndim(a) < 1 or not is_scalar(b) or (not isinstance(b, fx.Node) and b == 0):
+    if ndim(a) < 1 or not is_scalar(b, a) or (not isinstance(b, fx.Node) and b == 0):
         return None
     return Scale(a, b, divides=True) if isinstance(b, fx.Node) else Scale(a, 1.0 / b)
 
