@@ -210,7 +210,8 @@ def test_prompt_and_single_tokens_have_plans_of_their_own(
     assert found.shape == (2, 36 + 8)
 
     prefill, *decode = reports
-    # One for all lengths of the cache; one more where Inductor itself guards on them.
+    # One for all lengths of the cache. The cache that Inductor's prompt leaves has other strides
+    # than the later ones: one graph more, as under plain Inductor.
     assert 1 <= len(decode) <= (2 if backend == RUNLORA else 1)
     for report in reports:
         assert (report.graph, report.from_cache, len(report.sites)) == ("inference", False, 7)
