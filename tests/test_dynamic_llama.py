@@ -33,6 +33,7 @@ LENGTHS = [length for pair in zip(SHORT * 4, LONG * 4, strict=True) for length i
 SCRIPT = """
 import json, sys
 import torch
+from torch._dynamo.utils import counters
 from torch._inductor import config
 
 import checks, market
@@ -41,7 +42,6 @@ from runlora_fx.history import collecting
 lengths, batch = json.loads(sys.argv[1])
 market.LAYERS = 1
 config.cpp.simdlen = 1
-config.aot_inductor.debug_compile = True  # g++ -O0
 torch._dynamo.config.recompile_limit = 2
 torch._dynamo.config.fail_on_recompile_limit_hit = True
 model = market.MODELS["llama"].model(rank=8)
@@ -210,7 +210,8 @@ def test_prompt_and_single_tokens_have_plans_of_their_own(
     assert found.shape == (2, 36 + 8)
 
     prefill, *decode = reports
-    # One for all lengths of the cache; one more where Inductor itself guards on them.
+    # One for all lengths of the cache. The cache that Inductor's prompt leaves has other strides
+    # than the later ones: one graph more, as under plain Inductor.
     assert 1 <= len(decode) <= (2 if backend == RUNLORA else 1)
     for report in reports:
         assert (report.graph, report.from_cache, len(report.sites)) == ("inference", False, 7)
