@@ -222,10 +222,11 @@ def check(
 
 
 def assert_all_found(found: Outcome, model: nn.Module) -> None:
-    """Require every adapted layer to be named by some site."""
+    """Require every adapted layer to be named by some site, whatever of its path is compiled."""
+    named = {"." + name for name in found.modules}
     missed = {
         layer
         for layer in lora_layers(model)
-        if not any(name == layer or layer.endswith("." + name) for name in found.modules)
+        if not any(f".{layer}".endswith(name) or name.endswith(f".{layer}") for name in named)
     }
     assert not missed

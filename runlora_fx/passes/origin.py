@@ -66,7 +66,10 @@ def _path(node: fx.Node) -> str:
     entries: Sequence[object] = list(stack.values())
     path = entries[-1][0] if isinstance(entries[-1], tuple) else str(entries[-1])
     parts = re.sub(r"\['?([^'\]]*)'?\]", r".\1", path).split(".")
-    # What Dynamo calls the compiled module or function itself is not part of the path.
+    # What Dynamo calls the compiled module or function itself is not part of the path; where its
+    # forward was wrapped (accelerate, autocast), it is the first of the wrapper's arguments.
+    if parts[:3] == ["L", "args", "0"]:
+        del parts[:3]
     while parts and parts[0] in ("", "L", "self", "L__self__", "fn"):
         del parts[0]
     return ".".join(part for part in parts if part not in ("", "__dict__", "_modules"))
