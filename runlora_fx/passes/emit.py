@@ -82,6 +82,7 @@ class Emitter:
         self._lasting = set(lasting)
         self._made: dict[Value, tuple[fx.Node, bool]] = {}
         self.recomputed: list[fx.Node] = []
+        self._of_values: set[fx.Node] = set()
         self._uses = self._count_uses(roots)
 
     def emit(self, root: Root) -> fx.Node:
@@ -267,14 +268,18 @@ class Emitter:
                 self.recomputed.append(known[0])
             seen = self._reader.cuts[known[0]].extents(shape_of(known[0]))
             return self._writer.reshape(known[0], _matrix_shape(*seen)), known[1]
+        begin = len(self._writer.written)
         if isinstance(step, Sum):
             parts = [normalise(part) for part in step.parts]
             node = self._accumulate(parts, transposed, value.backward, is_root=False)
             node = self._writer.cast(node, self._dtype(value))
         else:
             node = self._product(*self._operands(value, step, transposed))
+        # Not the value alone, but all it is made by: the partitioner would save the last of them.
+        own = [n for n in self._writer.written[begin:] if n not in self._of_values]
+        self._of_values.update(own)
         if isinstance(again, Product | Sum):
-            self.recomputed.append(node)
+            self.recomputed += [node, *own]
         return node, transposed
 
     def _operands(self, value: Value, step: Product, transposed: bool) -> _Operands:

@@ -214,8 +214,21 @@ class GraphReader(Expander):
         self.cuts.clear()
         for node in graph.nodes:
             self.classify(node)
-        self.roots = [node for node in self.cuts if not self._is_interior(node)]
-        self.stops = set(self.roots)
+        self.stops = set()
+        for node in reversed(self.cuts):
+            if not self._is_interior(node) or self._is_seen(node):
+                self.stops.add(node)
+        self.roots = [node for node in self.cuts if node in self.stops]
+
+    def _is_seen(self, node: fx.Node) -> bool:
+        """Whether a root shows the node as it is, in another shape or dtype, and others use it.
+
+        It is there anyway: what they would otherwise expand, they would compute a second time.
+        """
+        return len(node.users) > 1 and any(
+            user in self.stops and isinstance(self.forms[user], Reshape | Permute)
+            for user in node.users
+        )
 
     def _is_interior(self, node: fx.Node) -> bool:
         """Whether all users take the node as the matrix that it is made as."""
