@@ -179,12 +179,18 @@ class GraphReader(Expander):
                 return self._sum_cut(form, shape_of(node))
             case Scale(source):
                 return self.cuts.get(source)
+            case Copy(source) if self._is_only_added(node):
+                return self.cuts.get(source)
             case Reshape(source) if source in self.cuts:
                 return recut(shape_of(source), self.cuts[source], shape_of(node))
             case Permute(source, dims) if source in self.cuts:
                 seen = permuted_cut(shape_of(source), self.cuts[source], dims)
                 return seen and seen[0]
         return None
+
+    def _is_only_added(self, node: fx.Node) -> bool:
+        """Whether every user adds the node to something: nobody relies on its memory."""
+        return all(isinstance(self._dialect.read(user), Sum) for user in node.users)
 
     def _sum_cut(self, form: Sum, shape: Shape) -> Cut | None:
         cut = None
