@@ -43,7 +43,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("passes.forms", "passes.reuse"),
     ("passes.dialects", "passes.dialects.*", "passes.values", "passes.modes", "passes.mutation"),
     ("passes.opaque", "passes.expand", "passes.dims", "passes.read"),
-    ("passes.phases", "passes.region"),
+    ("passes.phases", "passes.region", "passes.fused", "passes.dequantised"),
+    ("passes.gathers",),
     ("passes.dynamic", "passes.analysis", "passes.excerpt"),
     # Algebra to graph.
     ("passes.writer", "passes.emit", "passes.verify"),
@@ -53,6 +54,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # The pass, and the ways to it.
     ("passes.pipeline",),
     ("passes.shapes", "passes.lower", "joint_pass"),
+    ("_after_import",),
+    ("_experts",),
     ("backend",),
     ("trace",),
     ("",),  # the package itself
