@@ -148,7 +148,6 @@ QUANTISED: dict[str, Flavour] = {
         tokens,
         compared=trained,
         needs=("torchtune", "torchao"),
-        kernels=True,
     ),
     "QLoRA, torchao NF4": Flavour(
         "PEFT and torchao",
@@ -170,7 +169,6 @@ QUANTISED: dict[str, Flavour] = {
         "examples/flavours/quantised.py",
         partial(quantised_in_the_graph, hqq_lora),
         tokens,
-        kernels=True,
     ),
     "QLoRA, dequantised as GPTQ": Flavour(
         "examples/flavours/quantised.py; arXiv 2210.17323",

@@ -8,7 +8,7 @@ again.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import fx
@@ -49,6 +49,15 @@ class Inserter:
         return made
 
 
+class _Spelled(NamedTuple):
+    """The call that was spelled out, and the node that now reads its first argument."""
+
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    reader: fx.Node
+
+
 class Fused:
     """The fused products of a graph."""
 
@@ -57,19 +66,23 @@ class Fused:
         self._graph = graph
         mode = fake_mode_of(node.meta.get("val") for node in graph.nodes)
         self._insert = Inserter(graph, mode)
-        self._spelled: dict[fx.Node, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {}
+        self._spelled: dict[fx.Node, _Spelled] = {}
         for node in list(graph.nodes):
-            if str(node.target) == "bitsandbytes.gemm_4bit.default" and value_of(node) is not None:
-                self._spell(node)
+            if str(node.target) == "bitsandbytes.gemm_4bit.default":
+                x = value_of(node.args[0])
+                if x is not None and x.is_contiguous():  # its rows are a view
+                    self._spell(node)
 
     def undo(self) -> None:
         """Put back the operators whose products are still there; drop what is left over."""
         alive = set(self._graph.nodes)
-        for product, (target, args, kwargs) in self._spelled.items():
-            if product not in alive:
+        for product, spelled in self._spelled.items():
+            if product not in alive or spelled.reader not in alive:
                 continue
+            # What is multiplied may itself have been written anew.
+            args = (spelled.reader.args[0], *spelled.args[1:])
             with self._graph.inserting_before(product):
-                fused = self._graph.call_function(target, args, kwargs)
+                fused = self._graph.call_function(spelled.target, args, spelled.kwargs)
             fused.meta = dict(product.meta)
             product.replace_all_uses_with(fused)
         for node in reversed(self._insert.written):
@@ -78,8 +91,9 @@ class Fused:
 
     def _spell(self, node: fx.Node) -> None:
         self._insert.before(node)
-        product = _gemm_4bit(self._insert, *node.args, **node.kwargs)
-        self._spelled[product] = (node.target, node.args, dict(node.kwargs))
+        args, kwargs = cast(Any, node.args), cast(Any, dict(node.kwargs))
+        reader, product = _gemm_4bit(self._insert, *args, **kwargs)
+        self._spelled[product] = _Spelled(node.target, args, kwargs, reader)
         node.replace_all_uses_with(product)
         self._graph.erase_node(node)
 
@@ -96,31 +110,33 @@ def _gemm_4bit(
     absmax_8bit: fx.Node | None = None,
     absmax_code: fx.Node | None = None,
     absmax_offset: fx.Node | None = None,
-) -> fx.Node:
+) -> tuple[fx.Node, fx.Node]:
     """The product of bitsandbytes with a 4-bit weight, as its default implementation computes it.
 
     The scales of the blocks may themselves be quantised in 8 bits.
     """
     operators = torch.ops.bitsandbytes
-    value, bytes_ = value_of(x), []
+    value, written = value_of(x), len(call.written)
     assert value is not None
     if absmax_8bit is not None:
-        scales = operators.dequantize_blockwise.default
-        absmax = call(scales, absmax_8bit, absmax, absmax_code, 256, torch.float32)
-        bytes_.append(absmax)
+        dequantise = operators.dequantize_blockwise.default
+        absmax = call(dequantise, absmax_8bit, absmax, absmax_code, 256, torch.float32)
         absmax = call(_aten.add.Tensor, absmax, absmax_offset)
-        bytes_.append(absmax)
     dequantise = operators.dequantize_4bit.default
     weight = call(dequantise, packed, absmax, blocksize, kind, shape, value.dtype)
-    for node in (*bytes_, weight):
+    for node in call.written[written:]:
         recompute(node)  # else the partitioner would keep the weight for the backward
-    rows = call(_aten.view.default, x, [-1, value.shape[-1]]) if value.dim() != 2 else x
-    product = call(_aten.mm.default, rows, call(_aten.permute.default, weight, [1, 0]))
+    columns = call(_aten.permute.default, weight, [1, 0])
+    if value.dim() == 2:
+        reader = product = call(_aten.mm.default, x, columns)
+    else:
+        reader = call(_aten.view.default, x, [-1, value.shape[-1]])
+        product = call(_aten.mm.default, reader, columns)
     if bias is not None:
         product = call(_aten.add.Tensor, product, bias)
     if value.dim() != 2:
         product = call(_aten.view.default, product, [*_sizes(x, value, call), shape[0]])
-    return product
+    return reader, product
 
 
 def _sizes(x: fx.Node, value: torch.Tensor, call: Inserter) -> list[int | fx.Node]:

@@ -84,7 +84,8 @@ def split_gathered_weights(graph: fx.Graph) -> int:
 def _merged(node: fx.Node) -> _Merged | None:
     if node.target is not _aten.baddbmm.default or node.kwargs.get("beta", 1) != 1:
         return None
-    base, left, right = node.args[:3]
+    args: Any = node.args
+    base, left, right = args[:3]
     alpha = node.kwargs.get("alpha", 1)
     nodes = all(isinstance(x, fx.Node) for x in (base, left, right))
     if not nodes or len(node.args) > 3 or not isinstance(alpha, int | float):
@@ -120,21 +121,26 @@ def _uses(tensor: fx.Node) -> list[_Use] | None:
                 return None
             found += [use._replace(transposed=not use.transposed) for use in below]
         elif user.target is _aten.bmm.default and user.args[0] is not user.args[1]:
-            is_left = user.args[0] is tensor
-            found.append(_Use(user, user.args[1 if is_left else 0], is_left, False))
+            sides: Any = user.args
+            is_left = sides[0] is tensor
+            found.append(_Use(user, sides[1 if is_left else 0], is_left, False))
         else:
             return None
     return found
 
 
 class _Scatter(NamedTuple):
-    """``zeros.index_put([k], column * row, accumulate)`` and the products that read it."""
+    """``zeros.index_put([k], column * row, accumulate)`` and the products that read it.
+
+    With ``turned`` it is the transpose of ``column * row`` that is summed.
+    """
 
     node: fx.Node
     outer: Any
     indices: fx.Node
     column: fx.Node
     row: fx.Node
+    turned: bool
     uses: list[_Use]
 
 
@@ -151,15 +157,17 @@ def _scattered(graph: fx.Graph, merged: _Merged) -> list[_Scatter]:
         uses, k = _uses(node), _single(indices)
         if uses is None or k is None or _sizes(node) != _sizes(merged.base):
             continue
-        if outer.target not in _OUTER or len(outer.users) != 1:
+        product = _untransposed(outer)
+        needed = {zeros, node, outer}.issuperset((*outer.users, *product.users))
+        if product.target not in _OUTER or not needed:
             continue
-        sides = {tuple(_sizes(x) or ()): x for x in outer.args if isinstance(x, fx.Node)}
-        tokens, rows, columns = _sizes(outer) or (0, 0, 0)
+        sides = {tuple(_sizes(x) or ()): x for x in product.args if isinstance(x, fx.Node)}
+        tokens, rows, columns = _sizes(product) or (0, 0, 0)
         column, row = sides.get((tokens, rows, 1)), sides.get((tokens, 1, columns))
         if column is None or row is None or rows == 1 or columns == 1:
             continue
         if all(_untransposed(use.other) in factors for use in uses):
-            found.append(_Scatter(node, outer.target, k, column, row, uses))
+            found.append(_Scatter(node, product.target, k, column, row, _is_turned(outer), uses))
     return found
 
 
@@ -174,21 +182,31 @@ def _sizes(node: Any) -> tuple[int, int, int] | None:
 
 
 def _is_zero(node: fx.Node) -> bool:
-    is_full = node.target is _aten.full.default and node.args[1] == 0
+    is_full = node.target is _aten.full.default and bool(node.args[1] == 0)
     return is_full or node.target in (_aten.new_zeros.default, _aten.zeros.default)
 
 
 def _is_transpose(node: fx.Node) -> bool:
     """Whether a node is the transpose of each matrix in a batch."""
+    args: Any = node.args
     if node.target is _aten.permute.default:
-        return list(node.args[1]) == [0, 2, 1]
-    return node.target is _aten.transpose.int and {d % 3 for d in node.args[1:]} == {1, 2}
+        return list(args[1]) == [0, 2, 1]
+    return node.target is _aten.transpose.int and {d % 3 for d in args[1:]} == {1, 2}
+
+
+def _is_turned(node: fx.Node) -> bool:
+    """Whether a node is the transpose of what is left without transposes."""
+    return _is_transpose(node) and not _is_turned(_source(node))
 
 
 def _untransposed(node: fx.Node) -> fx.Node:
-    while _is_transpose(node):
-        node = node.args[0]
-    return node
+    return _untransposed(_source(node)) if _is_transpose(node) else node
+
+
+def _source(node: fx.Node) -> fx.Node:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return source
 
 
 def _pays(node: fx.Node, merged: _Merged, picks: list[fx.Node], sums: list[_Scatter]) -> bool:
@@ -235,7 +253,7 @@ def _split_scatter(insert: Inserter, scatter: _Scatter) -> None:
         turned = use.other is not _untransposed(use.other)
         factor = _transpose(insert, factor) if turned else factor
         column, row = scatter.column, scatter.row
-        if use.transposed:
+        if use.transposed != scatter.turned:
             column, row = (_transpose(insert, x) for x in (row, column))
         if use.is_left:
             row = insert(_aten.bmm.default, row, factor)
