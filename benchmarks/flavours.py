@@ -15,8 +15,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))  # before this folder: both have a module `flavours`
 
 from checks import INDUCTOR, RUNLORA  # noqa: E402
-from flavours import FLAVOURS  # noqa: E402
 from flavours_table import TABLE, Row, row, table  # noqa: E402
+from registry import FLAVOURS  # noqa: E402
 from rich.progress import track  # noqa: E402
 from trainings import compiled  # noqa: E402
 

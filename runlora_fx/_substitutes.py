@@ -7,52 +7,23 @@ parameters the answer is known without looking.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
+from functools import cache
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
-_MODULE = "peft.utils.integrations"
+from runlora_fx._after_import import after_import
+
+_PEFT = "peft.utils.integrations"
 _HELPER = "dequantize_module_weight"
 
 
+@cache
 def substitute_untraceable() -> None:
-    """Register the substitutes: now, or as soon as their library is imported."""
-    module = sys.modules.get(_MODULE)
-    if module is None:
-        sys.meta_path.insert(0, _WhenImported())
-    else:
-        _substitute_dequantization(module)
-
-
-class _WhenImported(MetaPathFinder):
-    """Finds nothing itself: it waits for the import of one module."""
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if name != _MODULE:
-            return None
-        sys.meta_path.remove(self)
-        spec = find_spec(name)
-        if spec is not None and spec.loader is not None:
-            # The loader is this module's own.
-            spec.loader.exec_module = _followed(spec.loader.exec_module)  # type: ignore[assignment]
-        return spec
-
-
-def _followed(execute: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:
-    def execute_and_substitute(module: ModuleType) -> None:
-        execute(module)
-        _substitute_dequantization(module)
-
-    return execute_and_substitute
+    """Register the substitutes, whenever their library is imported."""
+    after_import(_PEFT, _substitute_dequantization)
 
 
 def _substitute_dequantization(module: ModuleType) -> None:

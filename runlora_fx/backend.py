@@ -13,6 +13,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor import config as inductor_config
 
 from runlora_fx import history
+from runlora_fx._experts import make_experts_traceable
 from runlora_fx._substitutes import substitute_untraceable
 from runlora_fx._torch_compat import inductor_compiler
 from runlora_fx.joint_pass import RunloraPass, run
@@ -148,4 +149,5 @@ def _reset() -> None:
 runlora.reset = _reset  # type: ignore[attr-defined]
 
 # A backend's module is loaded when `torch.compile` is called, before anything is traced.
+make_experts_traceable()
 substitute_untraceable()

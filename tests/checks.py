@@ -4,7 +4,7 @@ Costs are counted, never timed: matmul FLOPs in the graphs that Inductor is abou
 for, and the bytes a compiled forward keeps for its backward.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -16,6 +16,7 @@ import torch._inductor.config as inductor_config
 from market import MODELS, Batch
 from torch import Tensor, fx, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 import runlora_fx
@@ -181,7 +182,7 @@ def saved_bytes(forward: Callable[[], Any], given: Sequence[Tensor]) -> int:
         forward: Runs the forward pass.
         given: Tensors that live anyway: parameters, buffers and inputs.
     """
-    known = {x.untyped_storage().data_ptr() for x in given}
+    known = {x.untyped_storage().data_ptr() for x in inner_tensors(given)}
     saved: dict[int, Tensor] = {}  # holds the tensors, or a freed address could come again
 
     def keep(x: Tensor) -> Tensor:
@@ -193,6 +194,16 @@ def saved_bytes(forward: Callable[[], Any], given: Sequence[Tensor]) -> int:
     total = sum(x.untyped_storage().nbytes() for at, x in saved.items() if at not in known)
     del outputs
     return total
+
+
+def inner_tensors(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The plain tensors, and those that tensor subclasses (quantised weights) are made of."""
+    for tensor in tensors:
+        if is_traceable_wrapper_subclass(tensor):
+            names, _ = tensor.__tensor_flatten__()
+            yield from inner_tensors(getattr(tensor, name) for name in names)
+        else:
+            yield tensor
 
 
 @dataclass(frozen=True)

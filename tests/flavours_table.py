@@ -5,7 +5,7 @@ from pathlib import Path
 
 import peft
 import torch
-from flavours import FLAVOURS
+from registry import FLAVOURS
 from trainings import STEPS, Trained
 
 TABLE = Path(__file__).parent.parent / "docs" / "flavours.md"

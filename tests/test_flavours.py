@@ -6,8 +6,9 @@ from importlib.util import find_spec
 import pytest
 import torch
 from checks import INDUCTOR, RUNLORA, RUNLORA_EAGER, assert_same_values, ours, relative_error
-from flavours import FLAVOURS, CopraLinear, copra, draw, peft, tokens
+from flavours import CopraLinear, copra, draw, peft, tokens
 from flavours_table import TABLE, VERSIONS, parse, row
+from registry import FLAVOURS
 from trainings import Trained, compiled, eager
 
 import runlora_fx

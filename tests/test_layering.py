@@ -44,7 +44,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("passes.dialects", "passes.dialects.*", "passes.values", "passes.modes", "passes.mutation"),
     ("passes.tangents",),
     ("passes.opaque", "passes.expand", "passes.dims", "passes.read"),
-    ("passes.phases", "passes.region"),
+    ("passes.phases", "passes.region", "passes.fused", "passes.dequantised"),
+    ("passes.gathers",),
     ("passes.dynamic", "passes.analysis", "passes.excerpt"),
     # Algebra to graph.
     ("passes.writer", "passes.emit", "passes.verify", "passes.reductions"),
@@ -53,7 +54,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("passes.origin", "passes.describe"),
     # The pass, and the ways to it.
     ("passes.pipeline",),
-    ("passes.shapes", "passes.lower", "joint_pass", "_substitutes"),
+    ("passes.shapes", "passes.lower", "joint_pass"),
+    ("_after_import",),
+    ("_experts", "_substitutes"),
     ("backend",),
     ("trace",),
     ("",),  # the package itself

@@ -143,6 +143,11 @@ class Polynomial:
         return all(f.diagonal for word, _ in self.terms for f in word.factors)
 
     @property
+    def shown(self) -> Factors:
+        """The factors of the first word that has some: they show the polynomial's extents."""
+        return next((w.factors for w in self.words if w.factors), ())
+
+    @property
     def leaf(self) -> Factor | None:
         """The factor that it is, if it is a single leaf up to a scalar."""
         if len(self.terms) == 1 and len(self.terms[0][0].factors) == 1:

@@ -9,6 +9,7 @@ from torch import fx
 from runlora_fx.passes import forms
 from runlora_fx.passes.algebra import IDENTITY, normalise
 from runlora_fx.passes.analysis import Analysis
+from runlora_fx.passes.dequantised import recompute_dequantised
 from runlora_fx.passes.emit import Emitter
 from runlora_fx.passes.expand import sources
 from runlora_fx.passes.phases import recompute
@@ -62,6 +63,12 @@ def apply(analysis: Analysis, plans: Mapping[int, Plan], lasting: Collection[fx.
         lasting,
     )
     _replace(analysis.graph, reader, writer, emitter, roots)
+    if analysis.phases.is_joint:
+        leaves = (
+            reader.leaves.matrices[leaf] for i in plans for leaf in analysis.posed[i].matrices
+        )
+        for node in dict.fromkeys(leaf.node for leaf in leaves if leaf.node is not None):
+            recompute_dequantised(node)
 
 
 def _whole_plan(analysis: Analysis, plans: Mapping[int, Plan]) -> Plan:

@@ -33,9 +33,12 @@ class DimClasses:
             if leaf.diagonal:
                 self._join((i, 0), (i, 1))
         for p in polynomials:
-            first = p.terms[0][0].factors
+            first = p.shown
             for word in p.words:
                 factors = word.factors
+                if not factors:  # the identity: what it is added to is square
+                    self._join(_start(first[0]), _end(first[-1]))
+                    continue
                 for left, right in pairwise(factors):
                     self._join(_end(left), _start(right))
                 self._join(_start(factors[0]), _start(first[0]))

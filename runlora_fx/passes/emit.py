@@ -15,8 +15,16 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
-from runlora_fx.passes.algebra import ONE, Factor, Normalised, Polynomial, Scalar, normalise
-from runlora_fx.passes.forms import Dim, Permute, Reshape, numel, shape_of, value_of
+from runlora_fx.passes.algebra import (
+    IDENTITY,
+    ONE,
+    Factor,
+    Normalised,
+    Polynomial,
+    Scalar,
+    normalise,
+)
+from runlora_fx.passes.forms import Dim, Identity, Permute, Reshape, numel, shape_of, value_of
 from runlora_fx.passes.phases import Phases
 from runlora_fx.passes.plan import Keep, Plan, Product, Step, Sum, Value
 from runlora_fx.passes.read import GraphReader
@@ -139,7 +147,7 @@ class Emitter:
         A product is accumulated onto a bias, and outside roots onto a leaf (the base weight), by
         one ``addmm``. A root's other addends stay plain additions: they fuse with its readers.
         """
-        order = {"row": 0, "leaf": 1, "product": 2}
+        order = {"row": 0, "leaf": 1, "product": 2, "identity": 3}
         kinds = [self._kind(part) for part in parts]
         total: fx.Node | None = None
         takes_product = False
@@ -150,6 +158,10 @@ class Emitter:
                 node, scalar = self._row(part, flip, backward)
                 takes_product = total is None and scalar.is_one
                 total = self._add(total, node, scalar)
+                continue
+            if kind == "identity":
+                assert total is not None, "the identity is only ever added to something"
+                total = self._add(total, self._identity_like(total), scalar)
                 continue
             fused = kind == "product" and (total is None or takes_product)
             operands = self._operands_if_unshared(value, turned) if fused else None
@@ -184,9 +196,23 @@ class Emitter:
     def _kind(self, part: Normalised) -> str:
         if part.core.leaf is not None:
             return "leaf"
-        factors = part.core.terms[0][0].factors
+        if part.core == IDENTITY:
+            return "identity"
+        factors = part.core.shown
         end = factors[-1] if part.transposed else factors[0]
         return "row" if len(part.core) == 1 and self._is_ones(end) else "product"
+
+    def _identity_like(self, total: fx.Node) -> fx.Node:
+        """The identity matrix of the graph that can be added to a square matrix."""
+        shape, dtype = shape_of(total), _dtype_of(total)
+        for node, form in self._reader.forms.items():
+            fits = isinstance(form, Identity) and (shape_of(node), _dtype_of(node)) == (
+                shape,
+                dtype,
+            )
+            if fits and self._writer.is_before(node):
+                return node
+        raise EmissionError(f"no identity matrix of shape {shape} stands before {total.name}")
 
     def _row(self, part: Normalised, flip: bool, backward: bool) -> tuple[fx.Node, Scalar]:
         """The row that a broadcast part repeats, ready to be added; a column if flipped."""
@@ -285,7 +311,7 @@ class Emitter:
             return None
         if step.left.is_diagonal or step.right.is_diagonal:
             return None
-        batch = self._leaves.matrices[value.core.terms[0][0].factors[0].leaf].batched
+        batch = self._leaves.matrices[value.core.shown[0].leaf].batched
         return None if batch else self._operands(value, step, transposed)
 
     def _operand(self, p: Polynomial, backward: bool) -> tuple[fx.Node, Scalar]:

@@ -115,7 +115,7 @@ class Copy:
     """The same values in new memory: dropout in evaluation, ``clone``, ``contiguous``.
 
     Read through where the values are an operand. What is copied stays a root, for whoever asked for
-    the copy relies on its layout.
+    the copy may rely on its layout; unless the copy is only added to something.
     """
 
     source: fx.Node

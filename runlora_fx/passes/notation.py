@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import sympy
 
-from runlora_fx.passes.algebra import Factor, Polynomial, Scalar, normalise
+from runlora_fx.passes.algebra import IDENTITY, Factor, Polynomial, Scalar, normalise
 from runlora_fx.passes.plan import Keep, Plan, Problem, Product, Step, Sum, Value
 
 
@@ -92,7 +92,7 @@ class Names:
     def polynomial(self, p: Polynomial) -> str:
         """A polynomial in normal form."""
         return _added(
-            f"{scalar(Scalar(c, w.scalars))}{' '.join(map(self.factor, w.factors))}"
+            f"{scalar(Scalar(c, w.scalars))}{' '.join(map(self.factor, w.factors)) or 'I'}"
             for w, c in p.terms
         )
 
@@ -215,16 +215,19 @@ class _Printer:
     def _operand(self, p: Polynomial, backward: bool, *, inner: bool) -> str:
         """An operand: a leaf, a label, or how it is made; in brackets where it must be."""
         s, transposed, core = normalise(p)
-        front = scalar(s)
+        front, text = scalar(s), ""
         if core.leaf is not None:
             text = self._names.factor(core.leaf.T if transposed else core.leaf)
+        elif core == IDENTITY:
+            text = "I"
+        if text:
             return f"({front}{text})" if front and inner else front + text
         value = Value(core, backward or self._tangent(core))
         if core not in self._labels:
             if any(core == demand.core for demand in self._problem.demands):
                 self._demand(value)
             elif self._uses[core] > 1:
-                self._label(value, core.terms[0][0].factors[0].transposed)
+                self._label(value, core.shown[0].transposed)
         if core in self._labels:
             name, turned = self._labels[core]
             text = name if turned == transposed else f"{name}'"

@@ -17,6 +17,8 @@ from runlora_fx.passes.decide import Decision
 from runlora_fx.passes.describe import describe
 from runlora_fx.passes.dialects.base import Dialect
 from runlora_fx.passes.dynamic import decide_all
+from runlora_fx.passes.fused import Fused
+from runlora_fx.passes.gathers import split_gathered_weights
 from runlora_fx.passes.origin import unmatched
 from runlora_fx.passes.phases import recompute_dropout_masks
 from runlora_fx.passes.pricing import Pricing, may_measure
@@ -59,11 +61,17 @@ def rewrite_graph(
     pricing = Pricing(options, known, device_of(graph))
     lasting = _lasting(graph, parameters) if options.reuse else []
     share_reductions(graph, dialect)
+    if options.numerics != "strict":
+        split_gathered_weights(graph)
+    fused = Fused(graph)
     while True:
         try:
-            return _attempt(graph, dialect, options, pricing, refused, may_guard, lasting)
+            report = _attempt(graph, dialect, options, pricing, refused, may_guard, lasting)
+            fused.undo()
+            return report
         except NotAppliedError as failure:
             if options.strict:
+                fused.undo()
                 raise failure.cause from None
             name = failure.root.node.name
             _log.warning("runlora left %s as it came; please report this: %s", name, failure)

@@ -129,7 +129,7 @@ class Problem:
 
     def shape(self, p: Polynomial) -> tuple[int | None, int, int]:
         """The dimensions of a polynomial: indices of batch, rows and columns."""
-        factors = p.terms[0][0].factors
+        factors = p.shown
         batch = self.leaves[factors[0].leaf].batch
         return batch, self.extent(factors[0])[0], self.extent(factors[-1])[1]
 

@@ -199,6 +199,8 @@ class GraphReader(Expander):
                 return self.cuts.get(source)
             case Stretch():
                 return self._stretch_cut(node, form)
+            case Copy(source) if self._is_only_added(node):
+                return self.cuts.get(source)
             case Reshape(source) if source in self.cuts:
                 return recut(shape_of(source), self.cuts[source], shape_of(node))
             case Permute(source, dims) if source in self.cuts:
@@ -222,6 +224,10 @@ class GraphReader(Expander):
         is_forward = source in self.cuts and node not in self._tangent
         readable = is_forward and all(self._dialect.read(user) for user in source.users)
         return cut if readable else None
+
+    def _is_only_added(self, node: fx.Node) -> bool:
+        """Whether every user adds the node to something: nobody relies on its memory."""
+        return all(isinstance(self._dialect.read(user), Sum) for user in node.users)
 
     def _sum_cut(self, form: Sum, shape: Shape) -> Cut | None:
         cut = None

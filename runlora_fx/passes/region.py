@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import torch
 from torch import fx
@@ -231,8 +231,7 @@ class Regions:
         for p in [part for root in self.roots for part in root.parts] + [
             made.polynomial for made in incoming
         ]:
-            first, *others = _pairs(p)
-            for other in others:
+            for first, other in pairwise(_pairs(p)):
                 self._above[self._find(other)] = self._find(first)
         regions: dict[Hashable, Region] = defaultdict(Region)
         for root in self.roots:
@@ -332,4 +331,4 @@ def _sorted(cores: Iterable[Polynomial]) -> list[Polynomial]:
 def _pairs(p: Polynomial) -> list[Hashable]:
     """The pairs of leaves in a polynomial; a lone leaf is paired with itself."""
     leaves = sorted(p.leaves)
-    return list(combinations(leaves, 2)) or [(leaves[0], leaves[0])]
+    return list(combinations(leaves, 2)) or [(leaf, leaf) for leaf in leaves]

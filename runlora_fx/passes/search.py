@@ -19,6 +19,7 @@ from itertools import combinations, count
 from runlora_fx.cost_model.objective import Objective, Price
 from runlora_fx.cost_model.ops import GemmShape, MatMul
 from runlora_fx.passes.algebra import (
+    IDENTITY,
     Polynomial,
     Word,
     components,
@@ -183,7 +184,9 @@ class Ways:
         return (value.core.size, value.backward, value.core.terms)
 
     def is_given(self, value: Value) -> bool:
-        """Whether the value is a leaf that needs no step."""
+        """Whether the value is the identity, or a leaf that needs no step."""
+        if value.core == IDENTITY:
+            return True
         factor = value.core.leaf
         return factor is not None and (not value.backward or self.problem.leaves[factor.leaf].held)
 
