@@ -23,6 +23,7 @@ from recipes import (
     trainable,
 )
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from transformers import CompileConfig, Trainer, TrainingArguments
 
 DATASET = [{"input_ids": row, "labels": row} for row in tokens(6)]
@@ -74,20 +75,38 @@ def test_trainer_trains_the_same_adapter(tmp_path: Path) -> None:
     assert_all_found(ours, models[RUNLORA])
 
 
-@pytest.mark.parametrize("when", ("before the trainer is made", "after"))
-def test_trainer_calls_what_was_compiled(tmp_path: Path, when: str) -> None:
+def test_a_model_compiled_after_the_trainer_is_made(tmp_path: Path) -> None:
     def run(backend: str) -> dict[str, Tensor]:
         model = adapted(tiny_llama())
-        if when != "after":
-            model.compile(backend=backend)
         trainer = Trainer(model=model, args=_arguments(tmp_path), train_dataset=DATASET)
-        if when == "after":
-            model.compile(backend=backend)
+        model.compile(backend=backend)
         trainer.train()
         return trainable(model)
 
     ours, _ = check(run, backends=FAST)
     assert ours.work.graphs > 0
+
+
+def test_trainers_checkpointing_breaks_the_graph_as_under_every_backend(tmp_path: Path) -> None:
+    why = {}
+
+    def run(backend: str) -> dict[str, Tensor]:
+        model = adapted(tiny_llama())
+        model.compile(backend=backend)
+        arguments = _arguments(
+            tmp_path,
+            gradient_checkpointing=True,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+        )
+        Trainer(model=model, args=arguments, train_dataset=DATASET).train()
+        why[backend] = set(counters["graph_break"])
+        return trainable(model)
+
+    ours, _ = check(run, backends=FAST)
+    assert ours.work.breaks > 0
+    ours_why, other_why = (why[backend] for backend in FAST)
+    assert ours_why == other_why
+    assert any("requires_grad_()" in reason for reason in ours_why)
 
 
 def test_trainers_own_flag_does_not_know_the_backend(tmp_path: Path) -> None:
