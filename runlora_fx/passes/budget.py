@@ -7,7 +7,7 @@ a byte held saves, until the budget is spent.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from runlora_fx.cost_model.objective import Objective
@@ -62,7 +62,8 @@ def spend(
             held = (
                 int(freer.after.saved) - int(settled.after.saved) + _lasting_bytes(problem, freer)
             )
-            before, after = (price_of(d, problem, objective) for d in (settled, freer))
+            before = price_of(settled, replace(problem, lasting=frozenset()), objective)
+            after = price_of(freer, problem, objective)
             offers.append(_Offer(i, freer, float(before - after), max(held, 0)))
     chosen = list(decisions)
     for offer in sorted(offers, key=lambda offer: -offer.saving / (offer.held or 1)):

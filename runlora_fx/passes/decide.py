@@ -123,7 +123,8 @@ def holding_more(problem: Problem, objective: Objective) -> Decision | None:
     The forward may keep whatever it computes for the backward, and what is made of
     :attr:`Problem.lasting` is kept from call to call.
     """
-    settled = decide(replace(problem, lasting=frozenset()), objective)
+    plain = replace(problem, lasting=frozenset())
+    settled = decide(plain, objective)
     plans = [a.plan for a in settled.alternatives] + ([settled.plan] if settled.plan else [])
     computed = {
         value.core
@@ -134,7 +135,7 @@ def holding_more(problem: Problem, objective: Objective) -> Decision | None:
     freer = decide(replace(problem, kept=problem.kept | computed), objective)
     if freer.plan is None or not freer.changed:
         return None
-    is_cheaper = price_of(freer, problem, objective) < price_of(settled, problem, objective)
+    is_cheaper = price_of(freer, problem, objective) < price_of(settled, plain, objective)
     return freer if is_cheaper else None
 
 

@@ -244,7 +244,9 @@ class Ways:
         if core.leaf is not None:
             return  # a forward leaf that the backward does not hold
         yield from self._incoming.get(value, ())
-        if value.backward and core in self.problem.kept:
+        # What lasts from call to call need not be kept besides.
+        lasts = core.leaves <= self.problem.lasting
+        if value.backward and core in self.problem.kept and not lasts:
             yield Keep()
         for left, right in factorisations(core):
             # Biases are broadcast one by one, as the reader adds them: nothing is gained otherwise.
