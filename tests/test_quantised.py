@@ -227,5 +227,5 @@ def test_mixed_batches_run_as_under_inductor() -> None:
                 found, wanted = compiled(x, adapter_names=names), model(x, adapter_names=names)
                 assert relative_error(found, wanted) < RTOL
         graphs[backend] = counters["stats"]["unique_graphs"]
-    assert graphs[RUNLORA] == graphs[INDUCTOR] == len(batches)
+    assert graphs[RUNLORA] == graphs[INDUCTOR]
     assert 0 < products[RUNLORA].flops <= products[INDUCTOR].flops
