@@ -423,3 +423,20 @@ def test_convolutions_and_embeddings_run_as_they_came(layer: str) -> None:
     rewritten = runlora_fx.rewrite(gm, (x,), strict=True)
     assert calls(rewritten) == calls(gm)
     torch.testing.assert_close(rewritten(x), module(x))
+
+
+def test_biases_of_layers_in_a_row_are_added_up_as_rows() -> None:
+    """``(X W' + 2 X A' B' + ones b) V + ones c``: the biases sum to one row, ``b V + c``."""
+
+    def fn(
+        x: Tensor, w: Tensor, a: Tensor, b: Tensor, bias: Tensor, v: Tensor, c: Tensor
+    ) -> Tensor:
+        return (F.linear(x, w, bias) + 2 * (x @ a.T @ b.T)) @ v + c
+
+    inputs = [*tensors(lambda x, w, a, b, bias, v: x), torch.ones(3, dtype=torch.float64)]
+    gm = make_fx(fn)(*inputs)
+    rewritten = runlora_fx.rewrite(gm, inputs, strict=True)
+    report = runlora_fx.last_report()
+    assert report is not None
+    assert report.flops_after < report.flops_before
+    torch.testing.assert_close(rewritten(*inputs), fn(*inputs), rtol=1e-12, atol=1e-12)

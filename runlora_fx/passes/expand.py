@@ -220,7 +220,10 @@ class Expander(ABC):
         broadcast = broadcast_cut(shape_of(term), shape, cut)
         if broadcast is None:
             return self.operand(term, cut)
-        ones = self.leaves.ones(cut.extents(shape)[1])
+        rows = cut.extents(shape)[1]
+        if rows == 1:  # added to a row, nothing is repeated
+            return self.operand(term, broadcast)
+        ones = self.leaves.ones(rows)
         return tuple(ones @ p for p in self.operand(term, broadcast))
 
     def _scalar(self, form: Scale) -> Scalar:
