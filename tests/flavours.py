@@ -15,7 +15,7 @@ from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from market import MODELS, randomise_lora_b
@@ -457,12 +457,19 @@ FLAVOURS: dict[str, Flavour] = {
         compared=geolora_weights,
         rtol=5e-4,  # gradients are divided by small singular values
     ),
-    **{
-        f"ResLoRA, {shortcut} shortcut": Flavour(
-            "examples/flavours/reslora.py; arXiv 2402.18039", partial(reslora, shortcut), tokens
-        )
-        for shortcut in get_args(Shortcut)
-    },
+    "ResLoRA, input shortcut": Flavour(
+        "examples/flavours/reslora.py; arXiv 2402.18039", partial(reslora, "input"), tokens
+    ),
+    "ResLoRA, block shortcut": Flavour(
+        "examples/flavours/reslora.py; arXiv 2402.18039", partial(reslora, "block"), tokens
+    ),
+    "ResLoRA, middle shortcut": Flavour(
+        "examples/flavours/reslora.py; arXiv 2402.18039",
+        partial(reslora, "middle"),
+        tokens,
+        expects="gap",
+        why="where layers add up X A' and its gradients, these are taken as leaves",
+    ),
     "XGBLoRA": Flavour(
         "examples/flavours/relora.py; arXiv 2410.19778",
         lambda: peft(rank=1),

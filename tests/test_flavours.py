@@ -63,7 +63,9 @@ def test_costs_are_as_the_entry_says(name: str) -> None:
         assert found.matched[0] > 0
     else:
         assert found.products == inductor.products
-    assert found.saved <= inductor.saved + int(str(flavour.options.get("memory_budget", 0)))
+    budget = flavour.options.get("memory_budget", 0)
+    assert isinstance(budget, int)
+    assert found.saved <= inductor.saved + budget
 
 
 @every_flavour
@@ -125,6 +127,4 @@ def test_drops_as_flags_need_two_graphs_for_a_layer() -> None:
     for step in range(8):
         draw(model, 0.5, torch.Generator().manual_seed(step))
         model(batch).square().mean().backward()
-    kinds = {(layer.base.in_features, layer.base.out_features) for layer in layers}
-    with_first = len(kinds) + 1  # the first layer's input needs no gradient
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2 * with_first
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2 * len(layers)
