@@ -103,14 +103,15 @@ every_way = pytest.mark.parametrize("how", ("dynamic=True", "mark_dynamic"))
 @scalar_kernels
 @without_graph_caches
 @every_way
-def test_one_graph_trains_at_every_sequence_length(how: str) -> None:
+def test_two_plans_train_at_every_sequence_length(how: str) -> None:
+    """One for each side of the break-even; coming back compiles nothing."""
     model = model_of()
     compiled = compile_dynamic(model, how, RUNLORA)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for length in LENGTHS:
-            assert_same_outputs_and_grads(model, compiled, [activation(length)], RTOL)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    assert {site.changed for site in report().sites} == {True}
+    for again in (False, True):
+        with torch._dynamo.config.patch(error_on_recompile=again):
+            for length in LENGTHS:
+                assert_same_outputs_and_grads(model, compiled, [activation(length)], RTOL)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
 @every_way
@@ -163,14 +164,14 @@ def test_the_plan_changes_at_the_break_even_and_the_report_says_where(first: int
 
 
 def test_sizes_that_change_become_symbols_by_themselves() -> None:
-    """Without a word about dynamic shapes: a second graph at the second length, and no third."""
+    """Without a word about dynamic shapes: a static graph, and one for each side of the border."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = model_of()
     compiled = compile_whole(model, RUNLORA_EAGER)
     for length in LENGTHS:
         assert_same_outputs_and_grads(model, compiled, [activation(length)], RTOL)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
 
 
 # --- autocast
