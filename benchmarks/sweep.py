@@ -125,19 +125,25 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
     device = torch.device(given.device)
-    results = [
-        measured(layer, device, given.rounds)
-        for layer in track(list(sample(given.layers, device)), "timing plans")
-    ]
     given.out.mkdir(parents=True, exist_ok=True)
+    results: list[Result] = []
+    for layer in track(list(sample(given.layers, device)), "timing plans"):
+        results.append(measured(layer, device, given.rounds))
+        # After every layer: a sweep that is cut short leaves what it has.
+        table = written(results, device, given.out)
+    print(table)
+
+
+def written(results: list[Result], device: torch.device, to: Path) -> str:
+    """Write the measurements and their summary to a folder; the summary."""
     content = {
         "machine": [key_of(device, dtype)._asdict() for dtype in DTYPES],
         "results": [asdict(result) for result in results],
     }
-    (given.out / "sweep.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (to / "sweep.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     table = summary(results, key_of(device, "float32").device)
-    (given.out / "sweep.md").write_text(table, encoding="utf-8")
-    print(table)
+    (to / "sweep.md").write_text(table, encoding="utf-8")
+    return table
 
 
 def sample(count: int, device: torch.device) -> Iterator[Layer]:

@@ -30,7 +30,7 @@ import runlora_fx
 from runlora_fx._demo_data import batches, corpus
 from runlora_fx.cost_model.machine import key_of
 
-BATCH, SEQUENCE, RANK = 4, 96, 32
+BATCH, SEQUENCE, RANK = 2, 64, 32
 EVAL_EVERY, EVAL_BATCHES = 50, 8
 
 #: By precision, the variants that may differ: in fp32 the policies plan alike.
@@ -45,8 +45,8 @@ CURVES = dict[str, dict[str, list[dict[str, list[float]]]]]
 def main() -> None:
     """Train all variants and write what was seen."""
     parser = argparse.ArgumentParser(description="Training curves under the numerics policies.")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     given = parser.parse_args()
     tokens = corpus()

@@ -354,8 +354,8 @@ FLAVOURS: dict[str, Flavour] = {
         "PEFT; arXiv 2310.11454",
         vera,
         tokens,
-        expects="gap",
-        why="products with the vectors lambda_b and lambda_d are not read",
+        expects="alone",
+        why="the gradients of lambda_b and lambda_d need the products that merging would save",
     ),
     "AdaLoRA": Flavour(
         "PEFT, with its regularisation and rank updates; arXiv 2303.10512",
@@ -363,15 +363,10 @@ FLAVOURS: dict[str, Flavour] = {
         lambda: {"input": tokens()["input"], "labels": tokens()["target"]},
         loss=own_loss,
         after=update_ranks,
-        expects="gap",
-        why="the division by ranknum, a tensor of shape [1], is not read: X W' stands apart",
     ),
-    "DoRA": Flavour(
-        "PEFT; arXiv 2402.09353",
-        lambda: peft(blocks=1, use_dora=True),
-        tokens,
-        expects="gap",
-        why="PEFT breaks the graph in every layer, and products with magnitudes are not read",
+    "DoRA": Flavour("PEFT; arXiv 2402.09353", lambda: peft(use_dora=True), tokens),
+    "DoRA with dropout": Flavour(
+        "PEFT", lambda: peft(use_dora=True, lora_dropout=0.1), tokens, kernels=True
     ),
     "X-LoRA": Flavour(
         "PEFT; arXiv 2402.07148",
@@ -419,8 +414,6 @@ FLAVOURS: dict[str, Flavour] = {
         "torchtune; arXiv 2402.09353",
         partial(torchtune_linear, "DoRALinear"),
         tokens,
-        expects="gap",
-        why="products with magnitudes are not read",
         needs=("torchtune",),
     ),
     # --- dtypes

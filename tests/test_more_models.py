@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from checks import RUNLORA_EAGER, assert_same_values, compile_whole
+from checks import RUNLORA_EAGER, assert_same_values, compile_whole, ours
 from market import lora_layers, randomise_lora_b
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import runlora_fx
 
@@ -132,3 +133,36 @@ def test_found_whole_equal_and_never_dearer(name: str) -> None:
     assert lora_layers(model).keys() <= named
     assert report.flops_after < report.flops_before
     assert not report.refusals
+
+
+class Residual(nn.Module):
+    """A residual block without a norm: sums are both multiplied and added to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 96), nn.Linear(96, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(nn.functional.gelu(self.up(x)))
+
+
+def test_a_residual_stream_without_norms_is_planned_layer_by_layer() -> None:
+    """Its polynomial would grow with every block, and the search with it."""
+    model = get_peft_model(
+        nn.Sequential(*(Residual() for _ in range(3))),
+        LoraConfig(r=8, lora_alpha=16, target_modules=["up", "down"]),
+    )
+    x = torch.randn(200, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    runs = {}
+    for backend in ("aot_eager", RUNLORA_EAGER):
+        torch._dynamo.reset()
+        options: Any = ours(objective="flops") if backend == RUNLORA_EAGER else None
+        compiled = torch.compile(model, backend=backend, fullgraph=True, options=options)
+        compiled(x)
+        with FlopCounterMode(display=False) as counter:
+            compiled(x).sum().backward()
+        runs[backend] = counter.get_total_flops()
+    report = runlora_fx.last_report()
+    assert report is not None
+    assert [site.changed for site in report.sites] == [True] * 6
+    assert runs[RUNLORA_EAGER] == report.flops_after < runs["aot_eager"]

@@ -88,7 +88,12 @@ def alternatives(problem: Problem, objective: Objective) -> tuple[Alternative, .
     ways = Ways(problem, objective).of(problem.demands[0])
     if len(ways) < 2:
         return ()
-    plans = [(way[0], cheapest(problem, objective, way[0])) for way in ways]
+    plans = []
+    for step, *_ in ways:
+        try:
+            plans.append((step, cheapest(problem, objective, step)))
+        except SearchLimitError:
+            continue
     plans.sort(key=lambda pair: objective.total(pair[1].operations(problem)))
     return tuple(Alternative(step, plan, plan.cost(problem)) for step, plan in plans)
 

@@ -227,9 +227,12 @@ class Expander(ABC):
         return tuple(ones @ p for p in self.operand(term, broadcast))
 
     def _scalar(self, form: Scale) -> Scalar:
-        if isinstance(form.by, fx.Node):
-            return self.leaves.scalar(self.values, form.by, inverse=form.divides)
-        return Scalar(form.by)
+        by = form.by
+        if not isinstance(by, fx.Node):
+            return Scalar(by)
+        while isinstance(view := self.forms.get(by), Reshape):
+            by = view.source
+        return self.leaves.scalar(self.values, by, inverse=form.divides)
 
 
 def total(addends: Addends) -> Polynomial:

@@ -259,7 +259,7 @@ class GraphReader(Expander):
             self.classify(node)
         self.stops = set()
         for node in reversed(self.cuts):
-            if not self._is_interior(node) or self._is_seen(node):
+            if not self._is_interior(node) or self._is_seen(node) or self._is_stream(node):
                 self.stops.add(node)
         self.roots = [node for node in self.cuts if node in self.stops]
 
@@ -272,6 +272,28 @@ class GraphReader(Expander):
             user in self.stops and isinstance(self.forms[user], Reshape | Permute)
             for user in node.users
         )
+
+    def _is_stream(self, node: fx.Node) -> bool:
+        """Whether a sum is both multiplied and added to, as a residual stream without norms is.
+
+        Its polynomial would grow from layer to layer, and so would that of every product with it.
+        """
+        if not isinstance(self.forms[node], Sum) or len(node.users) < 2:
+            return False
+        is_added = any(isinstance(self.forms.get(user), Sum) for user in node.users)
+        return is_added and self._is_multiplied(node)
+
+    def _is_multiplied(self, node: fx.Node) -> bool:
+        """Whether a product takes a node, or another view of it."""
+        for user in node.users:
+            form = self.forms.get(user)
+            if form is None:
+                continue
+            if isinstance(form, Reshape | Permute) and self._is_multiplied(user):
+                return True
+            if any(node in (p.left.node, p.right.node) for p in products(form)):
+                return True
+        return False
 
     def _is_interior(self, node: fx.Node) -> bool:
         """Whether all users take the node as the matrix that it is made as."""

@@ -42,8 +42,9 @@ from runlora_fx.passes.plan import (
 #: Up to this many words every way to split a sum in two is tried; beyond, common factors only.
 _ALL_SPLITS = 6
 
-#: Frontiers to visit before the search gives up; real models need some hundreds.
-_FRONTIERS = 200_000
+#: Frontiers to visit before the search gives up, after some ten seconds; real models need some
+#: hundreds.
+_FRONTIERS = 8_000
 
 #: From this element width on, reassociation is as exact as what it replaces [B].
 _EXACT_ITEMSIZE = 4
