@@ -160,8 +160,6 @@ QUANTISED: dict[str, Flavour] = {
         "PEFT and torchao",
         partial(quantised_by_torchao, "int8"),
         tokens,
-        expects="gap",
-        why="the columns of the base product are scaled after it: a diagonal factor",
         compared=trained,
         needs=("torchao",),
     ),
