@@ -87,6 +87,7 @@ def rows(
     case: str, dropout: float, tokens: int, trains: bool, policies: dict[str, Options], rounds: int
 ) -> list[str]:
     """The lines of one case."""
+    torch._dynamo.reset()  # the variants of all cases are more than Dynamo keeps of one function
     x = torch.randn(tokens, WIDTH, requires_grad=trains)
     steps: dict[str, Callable[[], None]] = {}
     held, peak = {}, {}
