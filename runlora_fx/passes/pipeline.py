@@ -64,18 +64,18 @@ def rewrite_graph(
     if options.numerics != "strict":
         split_gathered_weights(graph)
     fused = Fused(graph)
-    while True:
-        try:
-            report = _attempt(graph, dialect, options, pricing, refused, may_guard, lasting)
-            fused.undo()
-            return report
-        except NotAppliedError as failure:
-            if options.strict:
-                fused.undo()
-                raise failure.cause from None
-            name = failure.root.node.name
-            _log.warning("runlora left %s as it came; please report this: %s", name, failure)
-            refused[name] = Refusal(f"could not be rewritten ({failure})", (name,))
+    try:
+        while True:
+            try:
+                return _attempt(graph, dialect, options, pricing, refused, may_guard, lasting)
+            except NotAppliedError as failure:
+                if options.strict:
+                    raise failure.cause from None
+                name = failure.root.node.name
+                _log.warning("runlora left %s as it came; please report this: %s", name, failure)
+                refused[name] = Refusal(f"could not be rewritten ({failure})", (name,))
+    finally:
+        fused.undo()  # also where something else failed: the graph then runs as it came
 
 
 def _attempt(
