@@ -9,8 +9,8 @@ products are the very calls that Inductor makes, elementwise additions are not f
     python -m runlora_fx calibrate
     python benchmarks/sweep.py
 
-takes about 15 seconds for each layer on 2 CPU cores (``--layers``). It writes ``sweep.json`` and
-``sweep.md`` after every layer, so that it can be cut short.
+takes about 12 seconds for each layer on 2 CPU cores (``--layers``). It writes ``sweep.json`` and
+``sweep.md`` after every layer, so that it can be cut short. Nothing else should run meanwhile.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
 from statistics import median
+from time import monotonic
 from typing import Any
 
 import torch
@@ -49,11 +50,15 @@ WIDTHS = ((256, 256), (768, 768), (640, 1720), (1024, 4096), (4096, 1024), (4096
 RANKS = (1, 8, 32, 128, 512)
 DTYPES = ("float32", "bfloat16")
 
-#: Layers whose base product takes longer are left out, to keep the sweep short [s].
-MAX_SECONDS = 0.07
+#: Layers whose base products take longer are left out, to keep the sweep short [s].
+MAX_SECONDS = 0.05
 
-#: How the operands of ``X W'`` lie.
+#: How long all plans of a layer are timed, if that allows more rounds than were asked for [s].
+BUDGET_SECONDS = 8.0
+
+#: How the operands of ``X W'`` and of ``dY W`` lie.
 NT = (False, True)
+NN = (False, False)
 
 AS_IT_CAME = "as it came"
 
@@ -157,15 +162,18 @@ def sample(count: int, device: torch.device) -> Iterator[Layer]:
     ]
     random.Random(0).shuffle(layers)
     for layer in layers:
-        base = MatMul(1, layer.tokens, layer.inputs, layer.outputs, itemsize(layer.dtype), NT)
-        if count and machine.profile(device, layer.dtype).seconds(base) <= MAX_SECONDS:
+        profile = machine.profile(device, layer.dtype)
+        if count and sum(map(profile.seconds, base_products(layer))) <= MAX_SECONDS:
             count -= 1
             yield layer
 
 
-def itemsize(dtype: str) -> int:
-    """Width of an element [B]."""
-    return int(getattr(torch, dtype).itemsize)
+def base_products(layer: Layer) -> list[MatMul]:
+    """The products with the frozen weight: ``X W'`` and, with a backward, ``dY W``."""
+    n, i, o = layer.tokens, layer.inputs, layer.outputs
+    itemsize = getattr(torch, layer.dtype).itemsize
+    forward, backward = MatMul(1, n, i, o, itemsize, NT), MatMul(1, n, o, i, itemsize, NN)
+    return [forward, backward] if layer.backward else [forward]
 
 
 def measured(layer: Layer, device: torch.device, rounds: int) -> Result:
@@ -178,9 +186,13 @@ def measured(layer: Layer, device: torch.device, rounds: int) -> Result:
     runs = {name: runnable(gm, plan, layer.backward) for name, plan in plans.items()}
     again = runnable(gm, None, layer.backward)
     times: dict[str, list[float]] = {name: [] for name in (*runs, "again")}
+    turns = [*runs.items(), ("again", again)]
+    started = monotonic()
     with undisturbed(device):
-        for _ in range(rounds):
-            for name, run in (*runs.items(), ("again", again)):
+        while len(times["again"]) < rounds or monotonic() - started < BUDGET_SECONDS:
+            # What ran before leaves the caches as it likes them.
+            random.shuffle(turns)
+            for name, run in turns:
                 times[name].append(seconds(run, repeats=1))
     least = {name: min(measured) for name, measured in times.items()}
     result = Result(layer, {name: least[name] for name in plans}, least["again"])

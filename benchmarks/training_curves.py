@@ -47,6 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Training curves under the numerics policies.")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--precisions", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     given = parser.parse_args()
     tokens = corpus()
@@ -54,9 +55,10 @@ def main() -> None:
     curves: CURVES = {}
     changed: dict[str, bool] = {}
     with Progress() as progress:
-        runs = sum(map(len, VARIANTS.values())) * given.seeds
+        chosen = {precision: VARIANTS[precision] for precision in given.precisions}
+        runs = sum(map(len, chosen.values())) * given.seeds
         task = progress.add_task("training", total=runs)
-        for precision, variants in VARIANTS.items():
+        for precision, variants in chosen.items():
             curves[precision] = {}
             for variant in variants:
                 model = model_of(precision)

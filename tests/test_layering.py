@@ -44,11 +44,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("passes.dialects", "passes.dialects.*", "passes.values", "passes.modes", "passes.mutation"),
     ("passes.tangents",),
     ("passes.opaque", "passes.expand", "passes.dims", "passes.read"),
-    ("passes.phases", "passes.region", "passes.fused", "passes.dequantised"),
+    ("passes.phases", "passes.region", "passes.insert", "passes.fused", "passes.dequantised", "passes.dots"),
     ("passes.gathers",),
     ("passes.dynamic", "passes.analysis", "passes.excerpt"),
     # Algebra to graph.
-    ("passes.writer", "passes.emit", "passes.verify", "passes.reductions"),
+    ("passes.writer", "passes.emit", "passes.verify"),
     ("passes.apply",),
     ("passes.trial",),
     ("passes.origin", "passes.describe"),

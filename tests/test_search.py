@@ -510,9 +510,9 @@ def test_the_graph_as_it_came_is_always_a_candidate() -> None:
 
 
 def test_the_search_gives_up_loudly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search, "_FRONTIERS", 3)
+    monkeypatch.setattr(search, "_EFFORT", 30)
     problem = lora_layer((511, 257, 129, 7))
-    with pytest.raises(SearchLimitError, match="more than 3 frontiers"):
+    with pytest.raises(SearchLimitError, match="too many plans"):
         cheapest(problem, FLOPS)
     decision = decide(problem, FLOPS)
     assert not decision.changed

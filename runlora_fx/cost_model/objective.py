@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from runlora_fx.cost_model.cost import Cost
 from runlora_fx.cost_model.ops import Operation
 from runlora_fx.cost_model.profile import DEFAULT_PROFILE, MachineProfile
 
@@ -27,7 +28,7 @@ class Objective:
 
     Attributes:
         name: ``"time"`` ranks by the seconds that the machine profile predicts; ``"flops"`` by the
-            FLOPs of contractions, and breaks ties by bytes moved.
+            FLOPs of contractions, and breaks ties by bytes moved and held.
         margin: The share of the incoming graph's price that a plan must save to replace it.
         profile: The machine that ``"time"`` is predicted for.
         flops_per_saved_byte: What it may cost to compute a byte again in the backward rather than
@@ -47,12 +48,17 @@ class Objective:
         cost = operation.cost
         held = int(cost.saved) * self.flops_per_saved_byte
         if self.name == "flops":
-            return (int(cost.flops) + held) * _BYTES + int(cost.bytes)
+            return (int(cost.flops) + held) * _BYTES + int(cost.bytes) + int(cost.saved)
         return float(self.profile.seconds(operation)) + held / self.profile.flops_per_s
 
     def total(self, operations: Iterable[Operation]) -> Price:
         """The price of a plan."""
         return sum(map(self.price, operations))
+
+    def holds_less(self, before: Cost, after: Cost) -> bool:
+        """Whether a plan that ties in FLOPs holds less from the forward to the backward."""
+        is_tie = self.name == "flops" and not self.margin and before.flops == after.flops
+        return is_tie and after.saved < before.saved and after.bytes <= before.bytes
 
     def worthwhile(self, before: Price, after: Price) -> bool:
         """Whether a plan saves enough. Equal FLOPs alone never justify a change."""

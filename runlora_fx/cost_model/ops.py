@@ -138,6 +138,26 @@ class Stretch:
 
 
 @dataclass(frozen=True)
+class Dots:
+    """The dot products of the m rows of two matrices (m, k), by one reduction.
+
+    Attributes:
+        m: Rows [elements].
+        k: Columns [elements].
+        itemsize: Element width [B].
+    """
+
+    m: Amount
+    k: Amount
+    itemsize: int
+
+    @property
+    def cost(self) -> Cost:
+        """Flops = 0; bytes = 2 m k itemsize [B]; kernels = 0, for it is fused as sums are."""
+        return Cost(0, 2 * self.m * self.k * self.itemsize, 0)
+
+
+@dataclass(frozen=True)
 class Hold:
     """A matrix (b, m, n) held from the forward to the backward.
 
@@ -159,4 +179,4 @@ class Hold:
         return Cost(saved=self.b * self.m * self.n * self.itemsize)
 
 
-Operation: TypeAlias = MatMul | Add | Stretch | Hold
+Operation: TypeAlias = MatMul | Add | Stretch | Dots | Hold

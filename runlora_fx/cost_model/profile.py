@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 import sympy
 
-from runlora_fx.cost_model.ops import Add, GemmShape, Hold, MatMul, Operation, Stretch
+from runlora_fx.cost_model.ops import Add, Dots, GemmShape, Hold, MatMul, Operation, Stretch
 
 #: Seconds: a number, or an expression in the graph's symbols.
 Seconds: TypeAlias = float | sympy.Expr
@@ -68,7 +68,7 @@ class MachineProfile:
                     + operation.written / self.write_bytes_per_s
                     + self.launch_s
                 )
-            case Add() | Stretch():
+            case Add() | Stretch() | Dots():
                 return operation.cost.bytes / self.add_bytes_per_s
             case Hold():
                 return 0.0

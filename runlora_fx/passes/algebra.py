@@ -7,6 +7,11 @@ coefficients. A coefficient is a number times a monomial of *scalar leaves*
 pushed to the leaves and like words are added, so two expressions denote the same function of their
 leaves if and only if their polynomials are equal.
 
+The gradient of a vector that scales rows or columns is no product of matrices but the *dots* of
+two: the vector ``sum(L * R', 1)`` of the dot products of the rows of L with the columns of R, which
+is the diagonal of ``L R``. It is a word of its own kind; what it is the diagonal of can be cut
+anywhere: ``dots(dY' (X A' B')) = dots((dY' X A') B')``.
+
 This module knows nothing of torch, shapes or costs: leaves are integers.
 """
 
@@ -45,18 +50,30 @@ Factors = tuple[Factor, ...]
 
 
 class Word(NamedTuple):
-    """A product of scalar leaves and of matrix factors, in order."""
+    """A product of scalar leaves and of matrix factors, in order.
+
+    Attributes:
+        factors: The matrices.
+        scalars: The scalars.
+        dots: Whether the word stands for the diagonal of that product, a vector.
+    """
 
     factors: Factors
     scalars: tuple[int, ...] = ()
+    dots: bool = False
 
     @property
     def T(self) -> Word:
-        """(U V)' = V' U'."""
+        """(U V)' = V' U'; a vector of dots is no matrix, and stays what it is."""
+        return self if self.dots else self.mirrored
+
+    @property
+    def mirrored(self) -> Word:
+        """V' U' for U V, whose diagonal is the same."""
         factors: Factors = ()
         for factor in reversed(self.factors):
             factors = _joined(factors, (factor.T,))
-        return Word(factors, self.scalars)
+        return self._replace(factors=factors)
 
     def __matmul__(self, other: Word) -> Word:
         """The two words behind one another."""
@@ -67,9 +84,9 @@ class Word(NamedTuple):
         """The factors that are no diagonal matrices."""
         return tuple(f for f in self.factors if not f.diagonal)
 
-    def sort_key(self) -> tuple[int, Factors, tuple[int, ...]]:
+    def sort_key(self) -> tuple[int, Factors, tuple[int, ...], bool]:
         """Shortest first: the base weight leads W + s B A, and keeps the coefficient 1."""
-        return (len(self.factors), self.factors, self.scalars)
+        return (len(self.factors), self.factors, self.scalars, self.dots)
 
 
 class Scalar(NamedTuple):
@@ -143,6 +160,28 @@ class Polynomial:
         return all(f.diagonal for word, _ in self.terms for f in word.factors)
 
     @property
+    def is_dots(self) -> bool:
+        """Whether it is the diagonal of a sum of products, as a vector."""
+        return bool(self.terms) and all(word.dots for word in self.words)
+
+    @cached_property
+    def dots(self) -> Polynomial:
+        """The vector that is its diagonal."""
+        return polynomial((word._replace(dots=True), c) for word, c in self.terms)
+
+    @cached_property
+    def matrix(self) -> Polynomial:
+        """The matrix whose diagonal it is."""
+        return polynomial((word._replace(dots=False), c) for word, c in self.terms)
+
+    @property
+    def unmirrored(self) -> Polynomial:
+        """The same with one spelling for every vector: dots of L R are dots of R' L'."""
+        return polynomial(
+            (min(word, word.mirrored) if word.dots else word, c) for word, c in self.terms
+        )
+
+    @property
     def shown(self) -> Factors:
         """The factors of the first word that has some: they show the polynomial's extents."""
         return next((w.factors for w in self.words if w.factors), ())
@@ -150,7 +189,7 @@ class Polynomial:
     @property
     def leaf(self) -> Factor | None:
         """The factor that it is, if it is a single leaf up to a scalar."""
-        if len(self.terms) == 1 and len(self.terms[0][0].factors) == 1:
+        if len(self.terms) == 1 and len(self.terms[0][0].factors) == 1 and not self.is_dots:
             return self.terms[0][0].factors[0]
         return None
 
@@ -168,7 +207,7 @@ class Polynomial:
         if by.is_one:
             return self
         return polynomial(
-            (Word(word.factors, _merge(word.scalars, by.leaves)), c * by.number)
+            (word._replace(scalars=_merge(word.scalars, by.leaves)), c * by.number)
             for word, c in self.terms
         )
 
@@ -210,7 +249,7 @@ def divided(p: Polynomial, by: Scalar) -> Polynomial:
     common = Counter(by.leaves)
     return polynomial(
         (
-            Word(w.factors, tuple(sorted((Counter(w.scalars) - common).elements()))),
+            w._replace(scalars=tuple(sorted((Counter(w.scalars) - common).elements()))),
             _rounded(c / by.number),
         )
         for w, c in p.terms
@@ -283,10 +322,14 @@ def components(p: Polynomial) -> list[Polynomial]:
 def factorisations(p: Polynomial) -> Iterator[tuple[Polynomial, Polynomial]]:
     """All (L, R) of at least one factor each, with ``L @ R == p``, the leading number in R.
 
+    Of a vector of dots it is the matrix that is cut: ``dots(L @ R) == p``.
+
     Some words of p can be cut in several places, as in ``X A + X B A``, which is ``X (A + B A)``
     and ``(X + X B) A``. Beyond a fixed number of combinations only the shortest and the longest L
     are tried.
     """
+    if p.is_dots:
+        p = p.matrix
     if len(p) == 1:
         (word, c) = p.terms[0]
         for i in range(1, len(word.factors)):
@@ -317,6 +360,7 @@ def substitute(p: Polynomial, leaves: Mapping[int, int], scalars: Mapping[int, i
             Word(
                 _renamed(w.factors, leaves),
                 tuple(sorted(scalars[s] for s in w.scalars)),
+                w.dots,
             ),
             c,
         )

@@ -13,7 +13,7 @@ from runlora_fx.passes.dialects.base import Dialect
 from runlora_fx.passes.forms import Dim, value_of
 from runlora_fx.passes.opaque import opaque_nodes
 from runlora_fx.passes.phases import Phases
-from runlora_fx.passes.read import GraphReader
+from runlora_fx.passes.read import Casts, GraphReader
 from runlora_fx.passes.region import Regions
 
 #: Assumed size of a dimension that only the run knows (unbacked symbols) [elements].
@@ -32,20 +32,18 @@ class Analysis:
         posed: The problem of each region.
     """
 
-    def __init__(self, graph: fx.Graph, dialect: Dialect, *, cross_casts: bool = False) -> None:
+    def __init__(self, graph: fx.Graph, dialect: Dialect, *, casts: Casts = "joined") -> None:
         """Read a graph.
 
         Args:
             graph: Every tensor node has an example tensor in ``meta["val"]``.
             dialect: The level of the graph.
-            cross_casts: Whether casts between floats change nothing.
+            casts: What casts between floats are taken for.
         """
         self.graph = graph
         self.dialect = dialect
         self._mode = fake_mode_of(node.meta.get("val") for node in graph.nodes)
-        self.reader = GraphReader(
-            graph, dialect, opaque_nodes(graph, dialect), cross_casts=cross_casts
-        )
+        self.reader = GraphReader(graph, dialect, opaque_nodes(graph, dialect), casts=casts)
         self.phases = Phases(graph)
         self.regions = Regions(self.reader, self.phases, self.hint)
         self.posed = [self.regions.pose(region) for region in self.regions.regions]

@@ -59,6 +59,7 @@ def apply(analysis: Analysis, plans: Mapping[int, Plan], lasting: Collection[fx.
         _whole_plan(analysis, plans),
         roots,
         _existing(regions, reader),
+        _incoming(analysis),
         analysis.hint,
         lasting,
     )
@@ -83,6 +84,15 @@ def _whole_plan(analysis: Analysis, plans: Mapping[int, Plan]) -> Plan:
             own = Plan(first)
         steps.update(posed.in_graph(own).steps)
     return Plan(steps)
+
+
+def _incoming(analysis: Analysis) -> set[tuple[Value, Step]]:
+    """Every step of the graph as it came, in its own leaves."""
+    found: set[tuple[Value, Step]] = set()
+    for posed in analysis.posed:
+        steps = [Plan({value: step}) for value, step in posed.problem.incoming]
+        found |= {pair for plan in steps for pair in posed.in_graph(plan).steps.items()}
+    return found
 
 
 def _existing(

@@ -16,6 +16,9 @@ from runlora_fx.passes.plan import (
 )
 from runlora_fx.passes.search import SearchLimitError, Ways, cheapest
 
+#: Of the effort of the search, what may be spent on each alternative: they are mostly to be shown.
+_SHARE = 0.1
+
 
 @dataclass(frozen=True)
 class Alternative:
@@ -70,7 +73,8 @@ def judge(
     ran, runs = incoming_operations(problem), plan.operations(problem)
     before, after = total_cost(ran), total_cost(runs)
     price_before, price_after = objective.total(ran), objective.total(runs)
-    if objective.worthwhile(price_before, price_after):
+    is_worth = objective.worthwhile(price_before, price_after)
+    if is_worth or objective.holds_less(before, after):
         reason = f"changed: {saving(objective, problem, plan)}"
         return Decision(plan, True, before, after, reason, considered, problem.lasting)
     if replace(objective, margin=0.0).worthwhile(price_before, price_after):
@@ -91,7 +95,7 @@ def alternatives(problem: Problem, objective: Objective) -> tuple[Alternative, .
     plans = []
     for step, *_ in ways:
         try:
-            plans.append((step, cheapest(problem, objective, step)))
+            plans.append((step, cheapest(problem, objective, step, _SHARE)))
         except SearchLimitError:
             continue
     plans.sort(key=lambda pair: objective.total(pair[1].operations(problem)))

@@ -29,7 +29,8 @@ def describe(
 ) -> Site | None:
     """A region as a site, or None where there is nothing low-rank about it."""
     problem = posed.problem
-    if max(len(w.without_diagonals) for d in problem.demands for w in d.core.words) < 3:
+    matrices = [d.core for d in problem.demands if not d.core.is_dots]
+    if max((len(w.without_diagonals) for core in matrices for w in core.words), default=0) < 3:
         return None
     names = Names(problem)
     parts = [normalise(posed.own(part)) for _, part in region.demands]

@@ -26,7 +26,7 @@ from runlora_fx.passes.algebra import (
 )
 from runlora_fx.passes.forms import Dim, Identity, Permute, Reshape, numel, shape_of, value_of
 from runlora_fx.passes.phases import Phases
-from runlora_fx.passes.plan import Keep, Plan, Product, Step, Sum, Value
+from runlora_fx.passes.plan import Keep, Plan, Product, Step, Sum, Value, step_operands
 from runlora_fx.passes.read import GraphReader
 from runlora_fx.passes.region import Root
 from runlora_fx.passes.writer import EmissionError, Writer
@@ -55,6 +55,7 @@ class Emitter:
         plan: Plan,
         roots: Iterable[Root],
         existing: Mapping[tuple[Value, Step], tuple[fx.Node, bool]],
+        came: Collection[tuple[Value, Step]],
         hint: Callable[[Dim], int],
         lasting: Collection[fx.Node] = (),
     ) -> None:
@@ -68,6 +69,7 @@ class Emitter:
             roots: All roots that are going to be emitted.
             existing: Nodes of the incoming graph that compute a value by a step, and whether they
                 hold its transpose.
+            came: Every step of the incoming graph.
             hint: The size of a symbolic dimension.
             lasting: Inputs that are the same tensors in every call, and of which merged weights are
                 to be kept.
@@ -78,6 +80,7 @@ class Emitter:
         self._writer = writer
         self._steps = plan.steps
         self._existing = existing
+        self._came = came
         self._hint = hint
         self._lasting = set(lasting)
         self._made: dict[Value, tuple[fx.Node, bool]] = {}
@@ -198,6 +201,8 @@ class Emitter:
             return "leaf"
         if part.core == IDENTITY:
             return "identity"
+        if part.core.is_dots:
+            return "product"
         factors = part.core.shown
         end = factors[-1] if part.transposed else factors[0]
         return "row" if len(part.core) == 1 and self._is_ones(end) else "product"
@@ -237,14 +242,18 @@ class Emitter:
 
     def _matrix(self, value: Value, transposed: bool, prefer: bool | None = None) -> fx.Node:
         """A value or its transpose as a matrix; ``prefer`` says how to compute it if it is new."""
-        if value not in self._made:
-            self._made[value] = self._make(value, self._lies(value) if prefer is None else prefer)
-        node, lies = self._made[value]
+        node, lies = self._as_made(value, prefer)
         if lies == transposed:
             return node
         if value.core.leaf is not None and len(shape_of(node)) > 2:
             node = self._flat(value.core.leaf.leaf, node)
         return self._writer.transpose(node)
+
+    def _as_made(self, value: Value, prefer: bool | None = None) -> tuple[fx.Node, bool]:
+        """The node that holds a value, and whether it holds its transpose."""
+        if value not in self._made:
+            self._made[value] = self._make(value, self._lies(value) if prefer is None else prefer)
+        return self._made[value]
 
     def _make(self, value: Value, transposed: bool) -> tuple[fx.Node, bool]:
         if value.core.leaf is not None:
@@ -263,6 +272,7 @@ class Emitter:
             known is not None
             and self._writer.is_before(known[0])
             and _dtype_of(known[0]) == self._dtype(value)
+            and self._came_so(value, step)
         ):
             if isinstance(again, Product | Sum):
                 self.recomputed.append(known[0])
@@ -273,6 +283,8 @@ class Emitter:
             parts = [normalise(part) for part in step.parts]
             node = self._accumulate(parts, transposed, value.backward, is_root=False)
             node = self._writer.cast(node, self._dtype(value))
+        elif value.core.is_dots:
+            node = self._dots(value, step)
         elif step.left.is_diagonal or step.right.is_diagonal:
             node = self._stretched(value, step, transposed)
         else:
@@ -284,12 +296,43 @@ class Emitter:
             self.recomputed += [node, *own]
         return node, transposed
 
+    def _came_so(self, value: Value, step: Step) -> bool:
+        """Whether the incoming graph makes all that a step reads as the plan does.
+
+        Otherwise the node that takes the step there would drag along another way to its operands.
+        """
+        for p in step_operands(step):
+            below = self._value(normalise(p).core, value.backward)
+            planned = self._steps.get(below)
+            if isinstance(planned, Keep):
+                below = Value(below.core, False)
+                planned = self._steps.get(below)
+            if planned is not None and not (
+                (below, planned) in self._came and self._came_so(below, planned)
+            ):
+                return False
+        return True
+
     def _operands(self, value: Value, step: Product, transposed: bool) -> _Operands:
         left, right = (step.right.T, step.left.T) if transposed else (step.left, step.right)
         a, by_a = self._operand(left, value.backward)
         b, by_b = self._operand(right, value.backward)
         dtype = self._dtype(value)
         return _Operands(self._writer.cast(a, dtype), self._writer.cast(b, dtype), by_a * by_b)
+
+    def _dots(self, value: Value, step: Product) -> fx.Node:
+        """The diagonal of a product: dots of rows or of columns, as the left operand lies."""
+        _, transposed, core = normalise(step.left)
+        _, lies = self._as_made(self._value(core, value.backward))
+        rows = lies == transposed
+        left, right = (step.left, step.right.T) if rows else (step.left.T, step.right)
+        a, by_a = self._operand(left, value.backward)
+        b, by_b = self._operand(right, value.backward)
+        dtype = self._dtype(value)
+        node = self._writer.dots(
+            self._writer.cast(a, dtype), self._writer.cast(b, dtype), rows=rows
+        )
+        return self._scaled(node, by_a * by_b)
 
     def _stretched(self, value: Value, step: Product, transposed: bool) -> fx.Node:
         """A product with a diagonal matrix: rows or columns scaled by its vector."""
@@ -308,6 +351,8 @@ class Emitter:
         """The operands of a product that nothing else reads; None if it must stand on its own."""
         step = self._steps.get(value)
         if value in self._made or self._uses[value] != 1 or not isinstance(step, Product):
+            return None
+        if value.core.is_dots:
             return None
         if step.left.is_diagonal or step.right.is_diagonal:
             return None
@@ -395,12 +440,9 @@ class Emitter:
             match step:
                 case Keep():
                     uses[Value(value.core, False)] += 1
-                case Sum(parts):
-                    operands = parts
-                case Product(left, right):
-                    operands = (left, right)
-            if not isinstance(step, Keep):
-                uses.update(self._value(normalise(p).core, value.backward) for p in operands)
+                case _:
+                    operands = (normalise(p).core for p in step_operands(step))
+                    uses.update(self._value(core, value.backward) for core in operands)
         return uses
 
 

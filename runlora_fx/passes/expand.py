@@ -14,11 +14,13 @@ from torch import fx
 
 from runlora_fx.passes import algebra
 from runlora_fx.passes.algebra import Factor, Polynomial, Scalar
+from runlora_fx.passes.dialects.base import Dialect
 from runlora_fx.passes.forms import (
     Cast,
     Copy,
     Cut,
     Dim,
+    Dots,
     Form,
     Identity,
     Permute,
@@ -32,10 +34,14 @@ from runlora_fx.passes.forms import (
     inverse,
     numel,
     permuted_cut,
+    products,
     recut,
     shape_of,
 )
 from runlora_fx.passes.values import ValueNumbers
+
+#: How many nodes :func:`is_made_of_product` looks through.
+_DEPTH = 6
 
 #: What the graph adds up to a value: one polynomial for each product or leaf.
 Addends: TypeAlias = tuple[Polynomial, ...]
@@ -157,6 +163,9 @@ class Expander(ABC):
                 return (algebra.IDENTITY,)
             case Product() as form if form.out.extents(shape) == cut.extents(shape):
                 return self.product(form)
+            case Dots() as form:  # a vector: as a row or as a column, all the same
+                left, right = self.factors(form)
+                return ((total(left) @ total(right)).dots,)
             case Sum(terms):
                 scaled = (_scaled(self._term(shape, cut, term), Scalar(c)) for term, c in terms)
                 return tuple(p for addends in scaled for p in addends)
@@ -177,7 +186,7 @@ class Expander(ABC):
                 return self._stretched(form, shape, cut)
         return None
 
-    def factors(self, form: Product) -> tuple[Addends, Addends]:
+    def factors(self, form: Product | Dots) -> tuple[Addends, Addends]:
         """The operands of a product, as the graph adds them up."""
         left, right = (
             _transposed(self.operand(o.node, o.cut))
@@ -256,7 +265,7 @@ def without_cancelled(addends: Addends) -> Addends:
 def sources(form: Form) -> list[fx.Node]:
     """The nodes that a form reads."""
     match form:
-        case Product(left, right):
+        case Product(left, right) | Dots(left, right):
             return [left.node, right.node]
         case Sum(terms):
             nested = (sources(t) if isinstance(t, Product) else [t] for t, _ in terms)
@@ -270,6 +279,16 @@ def sources(form: Form) -> list[fx.Node]:
         case Reshape(source) | Copy(source) | Permute(source, _) | Cast(source):
             return [source]
     return []
+
+
+def is_made_of_product(dialect: Dialect, node: fx.Node, depth: int = _DEPTH) -> bool:
+    """Whether a product of matrices is added up, scaled, viewed or cast to a node."""
+    form = dialect.read(node)
+    if form is None or depth == 0:
+        return False
+    return bool(products(form)) or any(
+        is_made_of_product(dialect, source, depth - 1) for source in sources(form)
+    )
 
 
 def broadcast_cut(term: Shape, shape: Shape, cut: Cut) -> Cut | None:

@@ -59,6 +59,15 @@ class Product:
 
 
 @dataclass(frozen=True)
+class Dots:
+    """The diagonal of ``left @ right``: the dot products of rows and columns, as a vector."""
+
+    left: Operand
+    right: Operand
+    out: Cut
+
+
+@dataclass(frozen=True)
 class Sum:
     """``sum(c * term)``; terms may be of lower rank and broadcast."""
 
@@ -142,7 +151,7 @@ class Cast:
 
 
 Form: TypeAlias = (
-    Product | Sum | Scale | Stretch | Shift | Reshape | Copy | Permute | Identity | Cast
+    Product | Dots | Sum | Scale | Stretch | Shift | Reshape | Copy | Permute | Identity | Cast
 )
 
 

@@ -13,40 +13,11 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import fx
 
-from runlora_fx._torch_compat import COPIED_META, fake_mode_of, in_fake_mode
 from runlora_fx.passes.forms import value_of
+from runlora_fx.passes.insert import Inserter
 from runlora_fx.passes.phases import recompute
 
 _aten = torch.ops.aten
-
-
-class Inserter:
-    """Writes operator calls in front of a node, which lends them its metadata."""
-
-    def __init__(self, graph: fx.Graph, mode: Any) -> None:
-        """Write into a graph whose example tensors live in a fake mode."""
-        self._graph = graph
-        self._mode = mode
-        self._anchor: fx.Node | None = None
-        self.written: list[fx.Node] = []
-
-    def before(self, anchor: fx.Node) -> None:
-        """Write in front of this node from now on."""
-        self._anchor = anchor
-
-    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """Write one call, with its example value."""
-        anchor = self._anchor
-        assert anchor is not None, "before() comes first"
-        with in_fake_mode(self._mode), torch.no_grad():
-            values = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-            value = target(*values[0], **values[1])
-        with self._graph.inserting_before(anchor):
-            made = self._graph.call_function(target, args, kwargs)
-        made.meta = {name: anchor.meta[name] for name in COPIED_META if name in anchor.meta}
-        made.meta["val"] = value
-        self.written.append(made)
-        return made
 
 
 class _Spelled(NamedTuple):
@@ -64,8 +35,7 @@ class Fused:
     def __init__(self, graph: fx.Graph) -> None:
         """Spell out every fused product, in place."""
         self._graph = graph
-        mode = fake_mode_of(node.meta.get("val") for node in graph.nodes)
-        self._insert = Inserter(graph, mode)
+        self._insert = Inserter(graph)
         self._spelled: dict[fx.Node, _Spelled] = {}
         for node in list(graph.nodes):
             if str(node.target) == "bitsandbytes.gemm_4bit.default":
@@ -90,7 +60,7 @@ class Fused:
                 self._graph.erase_node(node)
 
     def _spell(self, node: fx.Node) -> None:
-        self._insert.before(node)
+        self._insert.move_to(node)
         args, kwargs = cast(Any, node.args), cast(Any, dict(node.kwargs))
         reader, product = _gemm_4bit(self._insert, *args, **kwargs)
         self._spelled[product] = _Spelled(node.target, args, kwargs, reader)

@@ -19,9 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from runlora_fx._torch_compat import fake_mode_of
 from runlora_fx.passes.forms import value_of
-from runlora_fx.passes.fused import Inserter
+from runlora_fx.passes.insert import Inserter
 from runlora_fx.passes.phases import recompute
 
 _aten = torch.ops.aten
@@ -57,7 +56,7 @@ def split_gathered_weights(graph: fx.Graph) -> int:
     Returns:
         The number of products that were split.
     """
-    insert = Inserter(graph, fake_mode_of(node.meta.get("val") for node in graph.nodes))
+    insert = Inserter(graph)
     found = 0
     for node in list(graph.nodes):
         merged = _merged(node)
@@ -225,12 +224,12 @@ def _pays(node: fx.Node, merged: _Merged, picks: list[fx.Node], sums: list[_Scat
 
 def _split_pick(insert: Inserter, merged: _Merged, pick: fx.Node, uses: list[_Use]) -> None:
     indices = pick.args[1]
-    insert.before(pick)
+    insert.move_to(pick)
     parts = [insert(_aten.index.Tensor, x, indices) for x in merged[:3]]
     for part in parts:
         recompute(part)  # as cheap as any view, and as large as everything that is picked
     for use in uses:
-        insert.before(use.product)
+        insert.move_to(use.product)
         base, left, right = parts
         if use.transposed:
             base, left, right = (_transpose(insert, x) for x in (base, right, left))
@@ -248,7 +247,7 @@ def _split_scatter(insert: Inserter, scatter: _Scatter) -> None:
     experts = value_of(scatter.node)
     assert experts is not None
     for use in scatter.uses:
-        insert.before(use.product)
+        insert.move_to(use.product)
         factor = insert(_aten.index.Tensor, _untransposed(use.other), [scatter.indices])
         turned = use.other is not _untransposed(use.other)
         factor = _transpose(insert, factor) if turned else factor

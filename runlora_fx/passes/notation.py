@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 
 import sympy
 
-from runlora_fx.passes.algebra import IDENTITY, Factor, Polynomial, Scalar, normalise
-from runlora_fx.passes.plan import Keep, Plan, Problem, Product, Step, Sum, Value
+from runlora_fx.passes.algebra import IDENTITY, Factor, Polynomial, Scalar, Word, normalise
+from runlora_fx.passes.plan import Keep, Plan, Problem, Product, Step, Sum, Value, step_operands
 
 
 class Names:
@@ -84,21 +84,24 @@ class Names:
         if isinstance(step, Keep):
             return "kept from the forward"
         if isinstance(step, Product):
-            return " ".join(
-                f"({p})" if " " in p else p for p in map(self.polynomial, step_operands(step))
-            )
+            left, right = map(self.polynomial, (step.left, _second(value, step)))
+            operands = [f"({p})" if " " in p else p for p in (left, right)]
+            return f"rowsum({' * '.join(operands)})" if value.core.is_dots else " ".join(operands)
         return _added(f"({self.polynomial(p)})" for p in step_operands(step))
 
     def polynomial(self, p: Polynomial) -> str:
         """A polynomial in normal form."""
-        return _added(
-            f"{scalar(Scalar(c, w.scalars))}{' '.join(map(self.factor, w.factors)) or 'I'}"
-            for w, c in p.terms
-        )
+        return _added(scalar(Scalar(c, w.scalars)) + self._word(w) for w, c in p.terms)
+
+    def _word(self, word: Word) -> str:
+        text = " ".join(map(self.factor, word.factors)) or "I"
+        return f"diagonal({text})" if word.dots else text
 
     def demand(self, value: Value) -> tuple[str, bool]:
         """What a demand is called, and whether it is shown transposed."""
         _, rows, cols = self._problem.shape(value.core)
+        if value.core.is_dots:
+            return "dg", False
         if not value.backward:
             return "Y", self._dims[cols] == "N"
         for i, spec in enumerate(self._problem.leaves):
@@ -129,9 +132,9 @@ def _longest(core: Polynomial) -> int:
     return max(len(word.without_diagonals) for word in core.words)
 
 
-def step_operands(step: Product | Sum) -> tuple[Polynomial, ...]:
-    """The operands of a step."""
-    return step.parts if isinstance(step, Sum) else (step.left, step.right)
+def _second(value: Value, step: Product) -> Polynomial:
+    """The right operand of a product as it is shown: dots multiply the rows of both."""
+    return step.right.T if value.core.is_dots else step.right
 
 
 def scalar(s: Scalar) -> str:
@@ -204,6 +207,10 @@ class _Printer:
         step = self._step(value)
         if step is None or isinstance(step, Keep):
             return self._names.polynomial(value.core.T if turned else value.core)
+        if value.core.is_dots and isinstance(step, Product):
+            shown = (step.left, _second(value, step))
+            both = " * ".join(self._operand(p, value.backward, inner=True) for p in shown)
+            return f"rowsum({both})"
         operands = [p.T if turned else p for p in step_operands(step)]
         if isinstance(step, Product):
             if turned:

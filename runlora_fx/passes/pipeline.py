@@ -16,15 +16,19 @@ from runlora_fx.passes.budget import spend
 from runlora_fx.passes.decide import Decision
 from runlora_fx.passes.describe import describe
 from runlora_fx.passes.dialects.base import Dialect
+from runlora_fx.passes.dots import GatheredDots
 from runlora_fx.passes.dynamic import decide_all
 from runlora_fx.passes.fused import Fused
 from runlora_fx.passes.gathers import split_gathered_weights
 from runlora_fx.passes.origin import unmatched
 from runlora_fx.passes.phases import recompute_dropout_masks
 from runlora_fx.passes.pricing import Pricing, may_measure
-from runlora_fx.passes.reductions import share_reductions
+from runlora_fx.passes.read import Casts
 from runlora_fx.passes.trial import try_out
 from runlora_fx.report import Refusal, Report
+
+#: What the policies take casts for.
+_CASTS: dict[str, Casts] = {"strict": "kept", "default": "joined", "relaxed": "crossed"}
 
 _log = logging.getLogger("runlora_fx")
 
@@ -60,10 +64,9 @@ def rewrite_graph(
     known = Machine(use_stored=options.tune != "off") if machine is None else machine
     pricing = Pricing(options, known, device_of(graph))
     lasting = _lasting(graph, parameters) if options.reuse else []
-    share_reductions(graph, dialect)
     if options.numerics != "strict":
         split_gathered_weights(graph)
-    fused = Fused(graph)
+    fused, dots = Fused(graph), GatheredDots(graph, dialect)
     try:
         while True:
             try:
@@ -75,7 +78,9 @@ def rewrite_graph(
                 _log.warning("runlora left %s as it came; please report this: %s", name, failure)
                 refused[name] = Refusal(f"could not be rewritten ({failure})", (name,))
     finally:
-        fused.undo()  # also where something else failed: the graph then runs as it came
+        # Also where something else failed: the graph then runs as it came.
+        dots.undo()
+        fused.undo()
 
 
 def _attempt(
@@ -87,7 +92,7 @@ def _attempt(
     may_guard: bool,
     lasting: Collection[fx.Node],
 ) -> Report:
-    analysis = Analysis(graph, dialect, cross_casts=options.numerics == "relaxed")
+    analysis = Analysis(graph, dialect, casts=_CASTS[options.numerics])
     decisions = _decisions(analysis, options, pricing, may_guard, lasting)
     is_refused = [
         any(root.node.name in refused for root, _ in region.demands)

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import sympy
 
 from runlora_fx.cost_model.cost import FREE, Cost
-from runlora_fx.cost_model.ops import Add, Hold, MatMul, Operation, Stretch
+from runlora_fx.cost_model.ops import Add, Dots, Hold, MatMul, Operation, Stretch
 from runlora_fx.passes.algebra import (
     Factor,
     Polynomial,
@@ -57,7 +57,7 @@ class Value(NamedTuple):
 
 @dataclass(frozen=True)
 class Product:
-    """``core = left @ right``."""
+    """``core = left @ right``, or the diagonal of that where the core is a vector of dots."""
 
     left: Polynomial
     right: Polynomial
@@ -78,13 +78,24 @@ class Keep:
 Step: TypeAlias = Product | Sum | Keep
 
 
-def product_step(left: Polynomial, right: Polynomial) -> Product:
-    """The product as a step that makes its normalised value."""
-    transposed = normalise(left @ right).transposed
-    if transposed:
+def step_operands(step: Step) -> tuple[Polynomial, ...]:
+    """What a step reads; of the same core, kept, nothing else."""
+    match step:
+        case Keep():
+            return ()
+        case Sum(parts):
+            return parts
+        case Product(left, right):
+            return (left, right)
+
+
+def product_step(left: Polynomial, right: Polynomial, *, dots: bool = False) -> Product:
+    """The product, or its diagonal, as a step that makes its normalised value."""
+    if not dots and normalise(left @ right).transposed:
         left, right = right.T, left.T
     (_, left), (_, right) = without_scalar(left), without_scalar(right)
-    again = normalise(left @ right).scalar.number
+    made = left @ right
+    again = normalise(made.dots if dots else made).scalar.number
     return Product(left, right.scaled(Scalar(1.0 / again)))
 
 
@@ -154,11 +165,15 @@ def step_operation(
     size = problem.dims if dims is None else dims
     batch, rows, cols = problem.shape(core)
     b, m, n = 1 if batch is None else size[batch], size[rows], size[cols]
+    if core.is_dots:
+        n = 1
     match step:
         case Keep():
             return Hold(b, m, n, problem.itemsize)
         case Sum(parts):
             return Add(b, m, n, len(parts), problem.itemsize)
+        case Product(left, _) if core.is_dots:
+            return Dots(m, size[problem.shape(left)[2]], problem.itemsize)
         case Product(left, right):
             if is_broadcast(problem.leaves, left, right):
                 return None  # fused into whatever reads it

@@ -9,6 +9,7 @@ polynomial of the leaves and roots below it.
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Literal, TypeAlias
 
 import torch
 from torch import fx
@@ -20,6 +21,7 @@ from runlora_fx.passes.expand import (
     Expander,
     Leaves,
     broadcast_cut,
+    is_made_of_product,
     sources,
     stretches,
     total,
@@ -29,7 +31,9 @@ from runlora_fx.passes.forms import (
     Cast,
     Copy,
     Cut,
+    Dots,
     Form,
+    Operand,
     Permute,
     Product,
     Reshape,
@@ -47,6 +51,11 @@ from runlora_fx.passes.forms import (
 from runlora_fx.passes.tangents import tangent_nodes
 from runlora_fx.passes.values import ValueNumbers
 
+#: What casts between floats are taken for: borders of a region (``"kept"``), but not where sums of
+#: products are widened (``"joined"``), or nothing (``"crossed"``): of a leaf to a wider dtype, and
+#: of what is linear to any.
+Casts: TypeAlias = Literal["kept", "joined", "crossed"]
+
 #: The dtypes between which casts may be crossed.
 _CROSSED = frozenset([torch.float32, torch.bfloat16, torch.float16])
 
@@ -62,8 +71,9 @@ class GraphReader(Expander):
         cuts: The cut through which each linear node shows its matrix.
         roots: Linear nodes that something outside the linear region needs, in graph order.
         stops: The same as a set: their consumers take them as leaves.
+        vectors: Linear nodes that are dots, or sums of such.
         leaves: The leaves of all polynomials.
-        cross_casts: Whether casts between floats change nothing.
+        casts: What casts between floats are taken for.
     """
 
     def __init__(
@@ -72,7 +82,7 @@ class GraphReader(Expander):
         dialect: Dialect,
         opaque: Collection[fx.Node] = (),
         *,
-        cross_casts: bool = False,
+        casts: Casts = "joined",
     ) -> None:
         """Find the linear nodes and the roots, and expand them.
 
@@ -80,13 +90,14 @@ class GraphReader(Expander):
             graph: Every tensor node has an example tensor in ``meta["val"]``.
             dialect: The level of the graph.
             opaque: Never read, never moved, equal to nothing else.
-            cross_casts: Whether casts between floats change nothing: of a leaf to a wider dtype,
-                and of what is linear to any.
+            casts: What casts between floats are taken for.
         """
         super().__init__(ValueNumbers(graph, dialect.readers, opaque), Leaves(), {})
         self._dialect = dialect
         self._unread = set(opaque)
-        self.cross_casts = cross_casts
+        self.casts = casts
+        # Casts of products to a wider dtype, and the sums that they are only made for.
+        self._widened: set[fx.Node] = set()
         self._addends: dict[fx.Node, Addends] = {}
         self._tangent = tangent_nodes(graph)
         # The vectors that are read as diagonal matrices, as leaves; None until they are known.
@@ -94,6 +105,7 @@ class GraphReader(Expander):
         self.cuts: dict[fx.Node, Cut] = {}
         self.roots: list[fx.Node] = []
         self.stops: set[fx.Node] = set()
+        self.vectors: set[fx.Node] = set()
         self._find_roots(graph)
         while not self._expand_all():
             self._addends.clear()
@@ -125,6 +137,8 @@ class GraphReader(Expander):
             source = self.operand(form.source, self.cuts[node])
             diagonal = (self.diagonal(form.by),)
             return [(diagonal, source) if form.rows else (source, diagonal)]
+        if isinstance(form, Dots):
+            return [self.factors(form)]
         return [self.factors(product) for product in products(form)]
 
     def classify(self, node: fx.Node) -> None:
@@ -138,12 +152,26 @@ class GraphReader(Expander):
             return  # e.g. made contiguous: whoever flattens it next wants the copy
         if form is None or not self._keeps_dtype(node, form):
             return
+        if isinstance(form, Dots):
+            form = self._tangent_first(form)
         self.forms[node] = form
         cut = self._natural_cut(node, form)
         if cut is not None:
             self.cuts[node] = cut
+            if self._is_vector(form):
+                self.vectors.add(node)
+            if isinstance(form, Sum) and not self._widened.isdisjoint(sources(form)):
+                self._widened.add(node)
 
     # -- what is linear ------------------------------------------------------------------------
+
+    def _tangent_first(self, form: Dots) -> Dots:
+        """The same dots with the tangent on the left, so that like ones share their factors."""
+        left, right = form.left, form.right
+        if left.node in self._tangent or right.node not in self._tangent:
+            return form
+        left, right = (Operand(o.node, o.cut, not o.transposed) for o in (right, left))
+        return Dots(left, right, form.out)
 
     def _resolve_cast(self, node: fx.Node, form: Cast) -> Form | None:
         """A cast to the same dtype, or back from a wider one, changes nothing."""
@@ -152,19 +180,12 @@ class GraphReader(Expander):
             return None
         if here.dtype == source.dtype:
             return Reshape(form.source)
-        middle = form.source
-        while isinstance(view := self.forms.get(middle), Reshape):
-            middle = view.source
-        outer = self._dialect.read(middle)
-        origin = value_of(outer.source) if isinstance(outer, Cast) else None
-        if (
-            isinstance(outer, Cast)
-            and origin is not None
-            and origin.dtype == here.dtype
-            and origin.device == here.device
-            and torch.promote_types(origin.dtype, source.dtype) == source.dtype
-        ):
-            return Reshape(outer.source)
+        origin = self._cast_back(form.source, here, source.dtype)
+        if origin is not None:
+            return Reshape(origin)
+        if self._is_widened_addend(node, form):
+            self._widened.add(node)
+            return Reshape(form.source)
         if self._may_cross(here.dtype, source.dtype):
             widens = torch.promote_types(here.dtype, source.dtype) == here.dtype
             # A weight cast down is another, rounded weight: only what is computed may be.
@@ -172,9 +193,63 @@ class GraphReader(Expander):
                 return Reshape(form.source)
         return None
 
+    def _cast_back(self, node: fx.Node, to: torch.Tensor, via: torch.dtype) -> fx.Node | None:
+        """What a node, or what it is a view of, was cast from, if a cast back loses nothing."""
+        while True:
+            outer = self._dialect.read(node)
+            origin = value_of(outer.source) if isinstance(outer, Cast) else None
+            if (
+                isinstance(outer, Cast)
+                and origin is not None
+                and (origin.dtype, origin.device) == (to.dtype, to.device)
+                and torch.promote_types(origin.dtype, via) == via
+            ):
+                return outer.source
+            view = self.forms.get(node)
+            if not isinstance(view, Reshape):
+                return None
+            node = view.source
+
+    def _is_widened_addend(self, node: fx.Node, form: Cast) -> bool:
+        """Whether products are cast to a wider dtype only to be added up.
+
+        Autocast adds the gradients of an activation up so. Each was rounded to the narrower dtype,
+        and so may their sum be.
+        """
+        return (
+            self.casts != "kept"
+            and form.source in self.cuts
+            and self._widens(node)
+            and bool(node.users)
+            and all(map(self._adds_widened, node.users))
+        )
+
+    def _widens(self, node: fx.Node) -> bool:
+        """Whether a node casts what is made of a product to a wider dtype."""
+        form, here = self._dialect.read(node), value_of(node)
+        source = value_of(form.source) if isinstance(form, Cast) else None
+        return (
+            isinstance(form, Cast)
+            and here is not None
+            and source is not None
+            and _CROSSED.issuperset([here.dtype, source.dtype])
+            and source.dtype != here.dtype == torch.promote_types(source.dtype, here.dtype)
+            and is_made_of_product(self._dialect, form.source)
+        )
+
+    def _adds_widened(self, node: fx.Node) -> bool:
+        """Whether a node adds up nothing but what was widened."""
+        form = self._dialect.read(node)
+        return isinstance(form, Sum) and all(
+            isinstance(term, fx.Node) and (self._widens(term) or self._adds_widened(term))
+            for term, _ in form.terms
+        )
+
     def _keeps_dtype(self, node: fx.Node, form: Form) -> bool:
         """Whether all operands have the node's own dtype: no hidden promotion."""
         here = value_of(node)
+        if node in self._widened:
+            return True
         return here is not None and all(
             (val := value_of(source)) is None
             or (isinstance(form, Scale) and source is form.by)
@@ -187,11 +262,11 @@ class GraphReader(Expander):
         )
 
     def _may_cross(self, *dtypes: torch.dtype) -> bool:
-        return self.cross_casts and _CROSSED.issuperset(dtypes)
+        return self.casts == "crossed" and _CROSSED.issuperset(dtypes)
 
     def _natural_cut(self, node: fx.Node, form: Form) -> Cut | None:
         match form:
-            case Product():
+            case Product() | Dots():
                 return form.out
             case Sum():
                 return self._sum_cut(form, shape_of(node))
@@ -208,12 +283,25 @@ class GraphReader(Expander):
                 return seen and seen[0]
         return None
 
+    def _is_vector(self, form: Form) -> bool:
+        """Whether a form makes dots, or only scales, views or adds up such."""
+        match form:
+            case Dots():
+                return True
+            case Scale(source) | Reshape(source):
+                return source in self.vectors
+            case Sum(terms):
+                nodes = sources(form)
+                is_same = len({shape_of(node) for node in nodes}) == 1
+                return is_same and len(nodes) == len(terms) and self.vectors.issuperset(nodes)
+        return False
+
     def _stretch_cut(self, node: fx.Node, form: Stretch) -> Cut | None:
         """Read as a product with a diagonal matrix what is scaled by a vector, if that may help.
 
-        It may if the forward scales a product by the vector; then so are the tangents that the
-        backward scales by it. Otherwise what is scaled is a leaf: no norm's weight is ever folded
-        into the layer behind it.
+        It may if the forward scales a product by the vector, or the rows of a leaf that is also
+        multiplied as it is; then so are the tangents that the backward scales by it. Otherwise what
+        is scaled is a leaf: no norm's weight is ever folded into the layer behind it.
         """
         shape, source = shape_of(node), form.source
         cut = self.cuts.get(source, last_dim_cut(len(shape)))
@@ -221,9 +309,21 @@ class GraphReader(Expander):
             return None
         if self._diagonals is not None:
             return cut if self.diagonal(form.by).leaves <= self._diagonals else None
-        is_forward = source in self.cuts and node not in self._tangent
-        readable = is_forward and all(self._dialect.read(user) for user in source.users)
-        return cut if readable else None
+        if node in self._tangent:
+            return None
+        if source not in self.cuts:
+            return cut if form.rows and self._meets_product(source) else None
+        return cut if all(self._dialect.read(user) for user in source.users) else None
+
+    def _meets_product(self, node: fx.Node) -> bool:
+        """Whether a product of the forward takes a node as it is, or a view of it."""
+        for user in node.users:
+            form = None if user in self._tangent else self._dialect.read(user)
+            if isinstance(form, Reshape) and self._meets_product(user):
+                return True
+            if form is not None and products(form):
+                return True
+        return False
 
     def _is_only_added(self, node: fx.Node) -> bool:
         """Whether every user adds the node to something: nobody relies on its memory."""
@@ -255,6 +355,8 @@ class GraphReader(Expander):
     def _find_roots(self, graph: fx.Graph) -> None:
         self.forms.clear()
         self.cuts.clear()
+        self.vectors.clear()
+        self._widened.clear()
         for node in graph.nodes:
             self.classify(node)
         self.stops = set()
@@ -298,11 +400,17 @@ class GraphReader(Expander):
     def _is_interior(self, node: fx.Node) -> bool:
         """Whether all users take the node as the matrix that it is made as."""
         return bool(node.users) and all(
-            user in self.cuts and self._takes(user, node) for user in node.users
+            user in self.cuts
+            and self._takes(user, node)
+            # No matrix is made of dots: whatever else reads them takes them as a leaf.
+            and (node not in self.vectors or user in self.vectors)
+            # What was added up in a wider dtype is multiplied in it.
+            and (node not in self._widened or user in self._widened)
+            for user in node.users
         )
 
     def _takes(self, user: fx.Node, node: fx.Node) -> bool:
-        def fits(product: Product) -> bool:
+        def fits(product: Product | Dots) -> bool:
             return all(
                 operand.node is not node or self._shows(node, operand.cut)
                 for operand in (product.left, product.right)
@@ -311,7 +419,7 @@ class GraphReader(Expander):
         match self.forms[user]:
             case Scale(source, by):
                 return source is node and by is not node
-            case Product() as product:
+            case Product() | Dots() as product:
                 return fits(product)
             case Stretch(source, by):
                 return source is node and by is not node and self._shows(node, self.cuts[user])
@@ -338,7 +446,8 @@ class GraphReader(Expander):
         for node, cut in self.cuts.items():
             addends = self.expand(node, cut)
             assert addends is not None, f"{node.name} is linear but shows no matrix"
-            is_large = products(self.forms[node]) and max(map(len, addends)) > _MAX_WORDS
+            multiplies = products(self.forms[node]) or isinstance(self.forms[node], Dots)
+            is_large = multiplies and max(map(len, addends)) > _MAX_WORDS
             if is_large and self._stop_operands(node):
                 return False
             if self._cancels(node, addends):
@@ -355,7 +464,8 @@ class GraphReader(Expander):
             form = self.forms[node]
             if isinstance(form, Stretch) and node not in self._tangent:
                 scaled = total(self.operand(form.source, cut))
-                if any(len(word.without_diagonals) > 1 for word in scaled.words):
+                is_leaf = form.source not in self.cuts
+                if is_leaf or any(len(word.without_diagonals) > 1 for word in scaled.words):
                     needed |= self.diagonal(form.by).leaves
         if needed == (self._diagonals or set()):
             self._diagonals = needed

@@ -1,8 +1,9 @@
 """Regions: the polynomials of a graph, grouped into problems that can be planned apart.
 
 A root is a sum of parts between which nothing can be shared. Two parts, of the same root or of
-others, belong to one problem if some value other than a leaf could serve both; a value needs two
-leaves, so parts with no pair of leaves in common are independent and their costs add up.
+others, belong to one problem if some value other than a leaf could serve both; a value shows two
+leaves next to each other, so parts with no such pair in common are independent and their costs add
+up.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from torch import fx
 
 from runlora_fx.passes.algebra import (
     Polynomial,
+    Scalar,
     components,
     normalise,
     substitute,
+    without_scalar,
 )
 from runlora_fx.passes.dims import DimClasses
 from runlora_fx.passes.expand import Addends, total
-from runlora_fx.passes.forms import Dim, value_of
+from runlora_fx.passes.forms import Dim, Dots, value_of
 from runlora_fx.passes.phases import Phases, recomputed
 from runlora_fx.passes.plan import (
     Keep,
@@ -60,19 +63,28 @@ class Root:
 
 @dataclass(frozen=True)
 class Made:
-    """One computation of the incoming graph: ``left @ right``, or a sum of addends."""
+    """One computation of the incoming graph: ``left @ right``, or a sum of addends.
+
+    Attributes:
+        operands: What it reads.
+        is_product: Whether they are multiplied.
+        backward: The phase it runs in.
+        node: Where.
+        dots: Whether only the diagonal of the product is computed.
+    """
 
     operands: Addends
     is_product: bool
     backward: bool
     node: fx.Node
+    dots: bool = False
 
     @cached_property
     def polynomial(self) -> Polynomial:
         """What it computes."""
         if self.is_product:
             left, right = self.operands
-            return left @ right
+            return (left @ right).dots if self.dots else left @ right
         return total(self.operands)
 
 
@@ -122,7 +134,8 @@ class PosedProblem:
         for value, step in plan.steps.items():
             match step:
                 case Product(left, right):
-                    step = product_step(renamed(left), renamed(right))
+                    dots = value.core.is_dots
+                    step = product_step(renamed(left), renamed(right), dots=dots)
                 case Sum(parts):
                     step = sum_step([renamed(p) for p in parts])
             steps[Value(normalise(renamed(value.core)).core, value.backward)] = step
@@ -151,6 +164,7 @@ class Regions:
         self._kept: set[Polynomial] = set()
         self._keepable: set[Polynomial] = set()
         self._read_backward: set[int] = set()
+        self._dots: dict[Polynomial, Made] = {}
         self._above: dict[Hashable, Hashable] = {}
         self.roots = [self._root(node) for node in reader.roots]
         self.regions = self._grouped(list(self._incoming()))
@@ -177,6 +191,8 @@ class Regions:
             for made in self._made_at(node):
                 core = normalise(made.polynomial).core
                 yield made
+                if made.dots:
+                    self._dots[core] = made
                 if made.backward:
                     self._read_backward |= {p.leaf.leaf for p in made.operands if p.leaf}
                     yield from self._fetched(made, forward)
@@ -190,7 +206,8 @@ class Regions:
             for operand in (left, right):
                 if len(operand) > 1:
                     yield Made(operand, False, backward and self._in_backward(operand), node)
-            product = Made((total(left), total(right)), True, backward, node)
+            dots = isinstance(self._reader.forms[node], Dots)
+            product = Made((total(left), total(right)), True, backward, node, dots)
             if _is_step(product):
                 yield product
         if node in self._reader.stops:
@@ -220,10 +237,32 @@ class Regions:
                 self._kept.add(core)
 
     def _may_keep(self, made: Made) -> None:
-        """Let the backward keep a sum in the stead of the addends that it keeps for it."""
-        cores = [normalise(p).core for p in made.operands]
-        if not made.is_product and self._kept.issuperset(cores):
-            self._keepable.add(normalise(made.polynomial).core)
+        """Let the backward keep a sum in the stead of the addends that it keeps for it.
+
+        Also one that it would add up if it took the dots with a common factor at once: for
+        ``dots(L P) + dots(L Q)`` the sum ``P + Q``.
+        """
+        if made.is_product:
+            return
+        addends = made.operands
+        if made.polynomial.is_dots:
+            addends = self._behind_common_factor(made.operands)
+        cores = [normalise(p).core for p in addends]
+        if len(cores) > 1 and self._kept.issuperset(cores):
+            self._keepable.add(normalise(total(addends)).core)
+
+    def _behind_common_factor(self, sums: Addends) -> Addends:
+        """P and Q for ``dots(L P)`` and ``dots(L Q)``, as the graph computes these two."""
+        found, lefts = [], set()
+        for p in sums:
+            made = self._dots.get(normalise(p).core)
+            if made is None:
+                return ()
+            (by, left), right = without_scalar(made.operands[0]), made.operands[1]
+            lefts.add(left)
+            front = normalise(p).scalar.number / normalise(made.polynomial).scalar.number
+            found.append(right.scaled(by).scaled(Scalar(front)))
+        return tuple(found) if len(lefts) == 1 else ()
 
     # -- grouping ------------------------------------------------------------------------------
 
@@ -275,16 +314,19 @@ class Regions:
 
         def step(made: Made) -> Step:
             operands = tuple(own(p) for p in made.operands)
-            return product_step(*operands) if made.is_product else sum_step(operands)
+            if made.is_product:
+                left, right = operands
+                return product_step(left, right, dots=made.dots)
+            return sum_step(operands)
 
-        def among(cores: set[Polynomial]) -> frozenset[Polynomial]:
-            return frozenset(
-                normalise(own(made.polynomial)).core
-                for made in region.incoming
-                if normalise(made.polynomial).core in cores
-            )
-
-        kept = among(self._kept)
+        kept = frozenset(
+            normalise(own(made.polynomial)).core
+            for made in region.incoming
+            if normalise(made.polynomial).core in self._kept
+        )
+        keepable = frozenset(
+            normalise(own(core)).core for core in self._keepable if core.leaves <= matrices.keys()
+        )
         problem = Problem(
             leaves=specs,
             dims=tuple(self._hint(size) for size in dims.sizes),
@@ -295,7 +337,7 @@ class Regions:
                 *((value(own(m.polynomial), m.backward), step(m)) for m in region.incoming),
                 *((Value(core, True), Keep()) for core in _sorted(kept)),
             ),
-            kept=kept | among(self._keepable),
+            kept=kept | keepable,
             itemsize=int(dtype.itemsize),
             dtype=str(dtype).removeprefix("torch."),
         )
@@ -329,6 +371,25 @@ def _sorted(cores: Iterable[Polynomial]) -> list[Polynomial]:
 
 
 def _pairs(p: Polynomial) -> list[Hashable]:
-    """The pairs of leaves in a polynomial; a lone leaf is paired with itself."""
-    leaves = sorted(p.leaves)
-    return list(combinations(leaves, 2)) or [(leaf, leaf) for leaf in leaves]
+    """What two polynomials must have in common to share a value other than a leaf.
+
+    That is a product, which shows two leaves next to each other in some word; or a sum of leaves,
+    that is of such as stand in the same place of words that are otherwise alike. A lone leaf is
+    paired with itself.
+    """
+    found: dict[Hashable, None] = {}
+    places: dict[Hashable, list[int]] = defaultdict(list)
+    for word in p.words:
+        factors = word.factors
+        for left, right in pairwise(factors):
+            found[_pair(left.leaf, right.leaf)] = None
+        for i, factor in enumerate(factors):
+            places[factors[:i], factors[i + 1 :]].append(factor.leaf)
+    for leaves in places.values():
+        for one, other in combinations(leaves, 2):
+            found[_pair(one, other)] = None
+    return list(found) or [(leaf, leaf) for leaf in sorted(p.leaves)]
+
+
+def _pair(one: int, other: int) -> tuple[int, int]:
+    return (min(one, other), max(one, other))

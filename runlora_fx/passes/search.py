@@ -42,9 +42,9 @@ from runlora_fx.passes.plan import (
 #: Up to this many words every way to split a sum in two is tried; beyond, common factors only.
 _ALL_SPLITS = 6
 
-#: Frontiers to visit before the search gives up, after some ten seconds; real models need some
-#: hundreds.
-_FRONTIERS = 8_000
+#: Values in the frontiers that are looked at before the search gives up, after some ten seconds.
+#: Real models need some thousands; counted, for a plan must not depend on the machine's load.
+_EFFORT = 2_000_000
 
 #: From this element width on, reassociation is as exact as what it replaces [B].
 _EXACT_ITEMSIZE = 4
@@ -57,7 +57,9 @@ class SearchLimitError(RuntimeError):
     """The search gave up: the problem has too many plans."""
 
 
-def cheapest(problem: Problem, objective: Objective, first: Step | None = None) -> Plan:
+def cheapest(
+    problem: Problem, objective: Objective, first: Step | None = None, share: float = 1.0
+) -> Plan:
     """The plan with the least price among all ways that :class:`Ways` knows.
 
     Args:
@@ -65,9 +67,10 @@ def cheapest(problem: Problem, objective: Objective, first: Step | None = None) 
         objective: How steps are priced.
         first: If given, the step that the first demand has to take: a question of the form
             "what if the weight were merged?".
+        share: Of the effort after which the search gives up, what may be spent.
 
     Raises:
-        SearchLimitError: If more than a fixed number of frontiers was visited.
+        SearchLimitError: If more than a fixed effort was spent.
         ValueError: If no plan exists.
     """
     ways = Ways(problem, objective)
@@ -78,22 +81,22 @@ def cheapest(problem: Problem, objective: Objective, first: Step | None = None) 
         (0, next(tie), 0, start, None)
     ]
     best: dict[frozenset[Value], Price] = {start: 0}
-    visited = 0
+    effort = 0
     while queue:
         _, _, paid, frontier, path = heapq.heappop(queue)
         if not frontier:
             return Plan(_flattened(problem, ways, dict(path.walk()) if path else {}))
         if paid > best[frontier]:
             continue
-        visited += 1
-        if visited > _FRONTIERS:
-            raise SearchLimitError(f"more than {_FRONTIERS} frontiers for {problem.demands}")
         value = max(frontier, key=ways.rank)
         rest = frontier - {value}
         for step, price, operands in ways.of(value):
             if value in forced and step not in forced[value]:
                 continue
             state, total = rest | operands, paid + price
+            effort += len(state)
+            if effort > _EFFORT * share:
+                raise SearchLimitError("the search gave up: the problem has too many plans")
             bound = ways.bound(state)
             if bound is not None and total < best.get(state, total + 1):
                 best[state] = total
@@ -170,6 +173,7 @@ class Ways:
     problem: Problem
     objective: Objective
     _known: dict[Value, list[Way]] = field(default_factory=dict)
+    _least: dict[Value, Price] = field(default_factory=dict)
     _incoming: Mapping[Value, list[Step]] = field(init=False)
     _materialised: set[Polynomial] = field(init=False)
 
@@ -195,11 +199,16 @@ class Ways:
         """A lower bound of the price of what a frontier still needs; None if it cannot be met."""
         total: Price = 0
         for value in frontier:
-            ways = self.of(value)
-            if not ways:
+            if not self.of(value):
                 return None
-            total += min(price for _, price, _ in ways)
+            total += self.least(value)
         return total
+
+    def least(self, value: Value) -> Price:
+        """The price of the cheapest step that makes a value."""
+        if value not in self._least:
+            self._least[value] = min((price for _, price, _ in self.of(value)), default=0)
+        return self._least[value]
 
     def of(self, value: Value) -> list[Way]:
         """All ways to make a value: (step, its price, the operands that need a step)."""

@@ -21,6 +21,7 @@ from runlora_fx.cost_model.store import Record
 from runlora_fx.passes.analysis import Analysis
 from runlora_fx.passes.apply import NotAppliedError, apply
 from runlora_fx.passes.decide import Decision, alternatives, judge
+from runlora_fx.passes.dots import spell_out
 from runlora_fx.passes.excerpt import Excerpt, excerpt
 from runlora_fx.passes.forms import value_of
 from runlora_fx.passes.plan import Plan, Problem
@@ -160,13 +161,14 @@ def _planned(
     copied.output(output)
     module = fx.GraphModule({}, copied)
     if plan is not None:
-        own = Analysis(copied, analysis.dialect, cross_casts=analysis.reader.cross_casts)
+        own = Analysis(copied, analysis.dialect, casts=analysis.reader.casts)
         index = next(i for i, posed in enumerate(own.posed) if posed.problem == problem)
         try:
             apply(own, {index: plan})
         except NotAppliedError as failure:
             raise failure.cause from None
-        module.recompile()
+    spell_out(copied, analysis.dialect)
+    module.recompile()
     return module
 
 

@@ -8,9 +8,10 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from runlora_fx._torch_compat import COPIED_META, fake_mode_of, in_fake_mode, is_sym_int
+from runlora_fx._torch_compat import in_fake_mode, is_sym_int
 from runlora_fx.passes.dialects.base import Dialect
 from runlora_fx.passes.forms import Dim, Reshape, Shape, shape_of, value_of
+from runlora_fx.passes.insert import Inserter, values_of
 from runlora_fx.passes.read import GraphReader
 
 
@@ -19,25 +20,23 @@ class EmissionError(RuntimeError):
 
 
 class Writer:
-    """Writes nodes in front of an anchor, which lends them its metadata.
-
-    Attributes:
-        written: The nodes made so far, in order.
-    """
+    """Writes nodes in front of an anchor, which lends them its metadata."""
 
     def __init__(self, graph: fx.Graph, reader: GraphReader, dialect: Dialect) -> None:
         """Write into the graph that the reader has read."""
-        self._graph = graph
+        self._insert = Inserter(graph)
         self._reader = reader
         self._calls = dialect.calls
         self._position = {node: i for i, node in enumerate(graph.nodes)}
-        self._mode = fake_mode_of(node.meta.get("val") for node in graph.nodes)
-        self._anchor: fx.Node | None = None
-        self.written: list[fx.Node] = []
 
     def move_to(self, anchor: fx.Node) -> None:
         """Write in front of this node from now on."""
-        self._anchor = anchor
+        self._insert.move_to(anchor)
+
+    @property
+    def written(self) -> list[fx.Node]:
+        """The nodes made so far, in order."""
+        return self._insert.written
 
     @property
     def flattens(self) -> bool:
@@ -46,8 +45,7 @@ class Writer:
 
     def is_before(self, node: fx.Node) -> bool:
         """Whether a node stands before what is written now."""
-        assert self._anchor is not None
-        return self._position[node] < self._position[self._anchor]
+        return self._position[node] < self._position[self._insert.anchor]
 
     # -- calls ---------------------------------------------------------------------------------
 
@@ -105,46 +103,34 @@ class Writer:
         val, sizes = value_of(a), self._sizes(shape)
         assert val is not None
         try:
-            with in_fake_mode(self._mode), torch.no_grad():
-                val.view(_values(sizes))
+            with in_fake_mode(self._insert.mode), torch.no_grad():
+                val.view(values_of(sizes))
         except (RuntimeError, ValueError):  # its strides do not allow a view
             return self._call(self._calls.reshape, a, sizes)
         return self._call(self._calls.view, a, sizes)
 
-    def again(self, call: fx.Node, first: fx.Node) -> fx.Node:
-        """The call of another node, with another first argument."""
-        assert callable(call.target)
-        return self._call(call.target, first, *call.args[1:], **call.kwargs)
+    def dots(self, a: fx.Node, b: fx.Node, *, rows: bool) -> fx.Node:
+        """The dot products of the rows of two matrices, or those of their columns."""
+        if self._calls.einsum is None:
+            raise EmissionError("this level of graphs has no dots")
+        return self._call(self._calls.einsum, f"ab,ab->{'a' if rows else 'b'}", [a, b])
 
     # -- nodes ---------------------------------------------------------------------------------
 
     def _call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        anchor = self._anchor
-        assert anchor is not None, "move_to() comes first"
         known = self._reader.values.find(target, args, kwargs)
         if known is not None and self.is_before(known):
             return known
-        # Computed before the node is made: a call that fails leaves nothing in the graph.
-        with in_fake_mode(self._mode), torch.no_grad():
-            value = target(*_values(args), **_values(kwargs))
-        with self._graph.inserting_before(anchor):
-            node = self._graph.call_function(target, args, kwargs)
-        for name in COPIED_META:
-            if name in anchor.meta:
-                node.meta[name] = anchor.meta[name]
-        node.meta["val"] = value
+        node = self._insert(target, *args, **kwargs)
         # After the anchor's operands and before the anchor: as early as anything written here.
-        self._position[node] = self._position[anchor] - 1
+        self._position[node] = self._position[self._insert.anchor] - 1
         self._reader.values.of(node)
         self._reader.classify(node)
-        self.written.append(node)
         return node
 
     def erase(self) -> None:
         """Take back everything that was written."""
-        for node in reversed(self.written):
-            self._graph.erase_node(node)
-        self.written = []
+        self._insert.erase()
 
     # -- sizes ---------------------------------------------------------------------------------
 
@@ -158,8 +144,7 @@ class Writer:
 
     def _size(self, size: Dim) -> fx.Node:
         """A node that holds a symbolic size, from the graph or from a tensor that has it."""
-        assert self._anchor is not None
-        limit = self._position[self._anchor]
+        limit = self._position[self._insert.anchor]
         tensors: list[tuple[fx.Node, int]] = []
         for node, position in self._position.items():
             if position >= limit:
@@ -169,13 +154,8 @@ class Writer:
             if value_of(node) is not None and size in shape_of(node):
                 tensors.append((node, shape_of(node).index(size)))
         if not tensors:
-            raise EmissionError(f"no tensor before {self._anchor.name} has the size {size}")
+            raise EmissionError(f"no tensor before {self._insert.anchor.name} has the size {size}")
         return self._call(self._calls.size, *tensors[0])
-
-
-def _values(x: Any) -> Any:
-    """Arguments with the nodes' example values in their places."""
-    return fx.node.map_arg(x, lambda node: node.meta["val"])
 
 
 def _number(x: float) -> int | float:

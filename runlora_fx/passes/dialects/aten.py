@@ -28,8 +28,16 @@ def _merged(base: Any, left: Any, right: Any, alpha: Any) -> Form | None:
     return builders.addmm(base, left, right, 1, alpha)
 
 
+def _copy(into: Any, source: Any, *_: Any) -> Form | None:
+    """What autograd makes of an update of a view in place."""
+    here, there = value_of(into), value_of(source)
+    if here is None or there is None or (here.shape, here.dtype) != (there.shape, there.dtype):
+        return None
+    return builders.copy(source)
+
+
 def _einsum(equation: str, operands: Any, path: Any = None) -> Form | None:
-    return builders.einsum(equation, operands)
+    return builders.einsum(equation, operands) or builders.dots(equation, operands)
 
 
 def _eye(n: Any, m: Any = None, **_: Any) -> Form | None:
@@ -120,6 +128,7 @@ ATEN = Dialect(
         _aten.squeeze.dims: builders.same,
         _aten.expand.default: _expand,
         _aten.clone.default: builders.copy,
+        _aten.copy.default: _copy,
         _aten.contiguous.default: builders.copy,
         _aten.dropout.default: builders.dropout,
         _aten.alias.default: builders.same,
@@ -144,6 +153,7 @@ ATEN = Dialect(
         reshape=_aten.reshape.default,
         size=_aten.sym_size.int,
         cast=torch.ops.prims.convert_element_type.default,
+        einsum=_aten.einsum.default,
         merged=torch.ops.runlora.merged.default,
     ),
 )

@@ -19,6 +19,7 @@ class Calls:
     """The call targets that emission writes.
 
     Attributes:
+        einsum: Reduces elementwise products, where the level has gradients of vectors.
         stacked: Multiplies a tensor of any rank by a matrix, where the level has such a call.
             Graphs traced at that level hold for any batch shape, so activations are not flattened.
         merged: Adds a product onto a weight and keeps the result from call to call, where the graph
@@ -36,6 +37,7 @@ class Calls:
     reshape: Callable[..., Any]
     size: Callable[..., Any]
     cast: Callable[..., Any]
+    einsum: Callable[..., Any] | None = None
     stacked: Callable[..., Any] | None = None
     merged: Callable[..., Any] | None = None
 

@@ -11,6 +11,7 @@ from runlora_fx.passes.forms import (
     Cast,
     Copy,
     Cut,
+    Dots,
     Form,
     Operand,
     Permute,
@@ -114,6 +115,25 @@ def einsum(equation: str, operands: Any) -> Form | None:
         left_t, right_t = (Operand(o.node, o.cut, not o.transposed) for o in (b, a))
         return Product(left_t, right_t, Cut(0, len(free_right)))
     return None
+
+
+def dots(equation: str, operands: Any) -> Dots | None:
+    """An einsum that multiplies two tensors elementwise and sums up rows or columns."""
+    inputs, _, out = equation.replace(" ", "").partition("->")
+    letters, _, again = inputs.partition(",")
+    n = len(letters)
+    if letters != again or len(set(letters)) != n or n < 2 or len(operands) != 2:
+        return None
+    if out not in (letters[:-1], letters[-1]) or any(ndim(node) != n for node in operands):
+        return None
+    if shape_of(operands[0]) != shape_of(operands[1]):
+        return None
+    rows, cut = out == letters[:-1], last_dim_cut(n)
+    a, b = (
+        Operand(node, cut, transposed=turned)
+        for node, turned in zip(operands, (not rows, rows), strict=True)
+    )
+    return Dots(a, b, Cut(0, n - 1) if rows else Cut(0, 0))
 
 
 def add(a: Any, b: Any, alpha: Any = 1, sign: float = 1.0) -> Form | None:
