@@ -44,7 +44,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("passes.dialects", "passes.dialects.*", "passes.values", "passes.modes", "passes.mutation"),
     ("passes.tangents",),
     ("passes.opaque", "passes.expand", "passes.dims", "passes.read"),
-    ("passes.phases", "passes.region", "passes.insert", "passes.fused", "passes.dequantised", "passes.dots"),
+    (
+        "passes.phases",
+        "passes.region",
+        "passes.insert",
+        "passes.fused",
+        "passes.dequantised",
+        "passes.dots",
+    ),
     ("passes.gathers",),
     ("passes.dynamic", "passes.analysis", "passes.excerpt"),
     # Algebra to graph.

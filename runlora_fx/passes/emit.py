@@ -338,14 +338,26 @@ class Emitter:
         """A product with a diagonal matrix: rows or columns scaled by its vector."""
         left, right = (step.right.T, step.left.T) if transposed else (step.left, step.right)
         diagonal, scaled = (left, right) if left.is_diagonal else (right, left)
-        by, _, core = normalise(diagonal)
-        assert core.leaf is not None, "search makes no diagonal matrices"
         node, scalar = self._operand(scaled, value.backward)
-        vector = self._leaf_node(core.leaf)
+        vector, by = self._vector(diagonal)
         size = numel(shape_of(vector))
         shape = (*shape_of(node)[:-1], 1) if left is diagonal else (size,)
         vector = self._writer.reshape(vector, shape)
         return self._scaled(self._writer.scale(node, vector), scalar * by)
+
+    def _vector(self, diagonal: Polynomial) -> tuple[fx.Node, Scalar]:
+        """The vector of a diagonal matrix: a leaf, or a leaf ``g`` in ``c (I + a diag(g))``."""
+        by, _, core = normalise(diagonal)
+        vector, shift = None, 0.0
+        for word, c in core.terms:
+            if word.factors and not word.scalars and vector is None and len(word.factors) == 1:
+                vector = self._writer.scale(self._leaf_node(word.factors[0]), c)
+            elif not word.factors and not word.scalars:
+                shift = c
+            else:
+                raise EmissionError("a plan makes a diagonal matrix of several vectors")
+        assert vector is not None, "the identity is no step"
+        return self._writer.shift(vector, shift), by
 
     def _operands_if_unshared(self, value: Value, transposed: bool) -> _Operands | None:
         """The operands of a product that nothing else reads; None if it must stand on its own."""

@@ -357,7 +357,7 @@ class Regions:
 
 def _is_step(made: Made) -> bool:
     """Whether a product computes anything: multiplying by the identity does not."""
-    return all(p.terms and all(word.factors for word in p.words) for p in made.operands)
+    return all(any(word.factors for word in p.words) for p in made.operands)
 
 
 def _dtype(region: Region) -> torch.dtype:

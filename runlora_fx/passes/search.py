@@ -19,7 +19,6 @@ from itertools import combinations, count
 from runlora_fx.cost_model.objective import Objective, Price
 from runlora_fx.cost_model.ops import GemmShape, MatMul
 from runlora_fx.passes.algebra import (
-    IDENTITY,
     Polynomial,
     Word,
     components,
@@ -189,8 +188,8 @@ class Ways:
         return (value.core.size, value.backward, value.core.terms)
 
     def is_given(self, value: Value) -> bool:
-        """Whether the value is the identity, or a leaf that needs no step."""
-        if value.core == IDENTITY:
+        """Whether the value is a diagonal matrix, or a leaf that needs no step."""
+        if value.core.is_diagonal:  # a vector, or the identity
             return True
         factor = value.core.leaf
         return factor is not None and (not value.backward or self.problem.leaves[factor.leaf].held)
@@ -218,8 +217,6 @@ class Ways:
                 for step in dict.fromkeys(self._steps(value))
                 for operands in [self.operands(value, step)]
                 if self._rounds_as_before(operands)
-                # A diagonal matrix is a vector that exists; none is made.
-                if not any(operand.core.is_diagonal for operand in operands)
                 # The incoming graph may add a value to itself: X A + X A.
                 if all(self.rank(operand) < self.rank(value) for operand in operands)
             ]
@@ -259,6 +256,9 @@ class Ways:
         if value.backward and core in self.problem.kept and not lasts:
             yield Keep()
         for left, right in factorisations(core):
+            # A diagonal matrix is a vector that exists; none is made.
+            if any(p.is_diagonal and p.leaf is None for p in (left, right)):
+                continue
             # Biases are broadcast one by one, as the reader adds them: nothing is gained otherwise.
             if len(core) == 1 or not is_broadcast(self.problem.leaves, left, right):
                 yield Product(left, right)

@@ -76,6 +76,10 @@ class Writer:
         """``a * by``."""
         return a if by == 1.0 else self._call(self._calls.mul, a, by)
 
+    def shift(self, a: fx.Node, by: float) -> fx.Node:
+        """``a + by`` for a number."""
+        return a if by == 0.0 else self._call(self._calls.add, a, by)
+
     def divide(self, a: fx.Node, by: fx.Node) -> fx.Node:
         """``a / by``."""
         return self._call(self._calls.div, a, by)
