@@ -354,8 +354,6 @@ FLAVOURS: dict[str, Flavour] = {
         "PEFT; arXiv 2310.11454",
         vera,
         tokens,
-        expects="alone",
-        why="the gradients of lambda_b and lambda_d need the products that merging would save",
     ),
     "AdaLoRA": Flavour(
         "PEFT, with its regularisation and rank updates; arXiv 2303.10512",
@@ -373,8 +371,8 @@ FLAVOURS: dict[str, Flavour] = {
         xlora,
         MODELS["llama"].batch,
         loss=own_loss,
-        expects="gap",
-        why="gates scale X before A: no fewer FLOPs, but g X is kept where g (X A') would do",
+        expects="bytes",
+        why="X A' and X for g X",
     ),
     "IA3": Flavour(
         "PEFT; arXiv 2205.05638",
@@ -460,8 +458,8 @@ FLAVOURS: dict[str, Flavour] = {
         "examples/flavours/reslora.py; arXiv 2402.18039",
         partial(reslora, "middle"),
         tokens,
-        expects="gap",
-        why="where layers add up X A' and its gradients, these are taken as leaves",
+        expects="alone",
+        why="the sums of X A' over layers exist, and are multiplied by B as one",
     ),
     "XGBLoRA": Flavour(
         "examples/flavours/relora.py; arXiv 2410.19778",
@@ -493,7 +491,7 @@ FLAVOURS: dict[str, Flavour] = {
         "examples/flavours/molora.py; arXiv 2309.05444",
         molora,
         tokens,
-        expects="gap",
-        why="gates scale B A X: no fewer FLOPs, but it is kept where A X would do",
+        expects="bytes",
+        why="X A' for X A' B'",
     ),
 }

@@ -86,5 +86,5 @@ def _result(name: str, before: int, after: int) -> str:
     flavour = FLAVOURS[name]
     if flavour.expects == "gain":
         return f"fewer FLOPs: {(after - before) / before:+.1%}"
-    kind = {"alone": "left alone", "gap": "not gained yet"}[flavour.expects]
+    kind = {"bytes": "fewer bytes held", "alone": "left alone"}[flavour.expects]
     return f"{kind}: {flavour.why}"

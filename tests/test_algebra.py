@@ -124,6 +124,41 @@ def test_zero_has_no_leading_word() -> None:
         normalise(ZERO)
 
 
+# -- dots: diagonals of products ---------------------------------------------------------------
+
+
+@often
+@given(polynomials(least=1), polynomials(least=1), scalars)
+def test_dots_are_linear_and_keep_what_they_are_of(p: Polynomial, q: Polynomial, s: Scalar) -> None:
+    assert (p + q).dots == p.dots + q.dots
+    assert p.scaled(s).dots == p.dots.scaled(s)
+    assert p.dots.matrix == p
+    assert p.dots.is_dots
+    assert not p.is_dots
+    assert p.dots != p
+    assert p.dots.leaf is None
+
+
+@often
+@given(polynomials(least=1), polynomials(least=1))
+def test_dots_of_a_product_are_those_of_its_mirror_image(p: Polynomial, q: Polynomial) -> None:
+    assert (p @ q).dots.unmirrored == (q.T @ p.T).dots.unmirrored
+    assert (p @ q).dots.T == (p @ q).dots
+    assert normalise((p @ q).dots).transposed is False
+
+
+@often
+@given(polynomials(least=1), polynomials(least=1))
+def test_dots_are_factored_as_what_they_are_of(p: Polynomial, q: Polynomial) -> None:
+    product = p @ q
+    if not product.terms:
+        return
+    pairs = list(factorisations(product.dots))
+    assert pairs == list(factorisations(product))
+    for left, right in pairs:
+        assert (left @ right).dots.close_to(product.dots)
+
+
 # -- values: polynomials up to scalar and transpose --------------------------------------------
 
 

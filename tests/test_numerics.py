@@ -103,6 +103,27 @@ def test_only_relaxed_crosses_casts(policy: str) -> None:
         assert relative_error(values[name], wanted[name]) <= (4 * u if policy == "relaxed" else u)
 
 
+@pytest.mark.parametrize("policy", ("strict", "default"))
+def test_gradients_that_autocast_widens_are_joined(policy: str) -> None:
+    """Autocast adds up ``fp32(dY W) + fp32(dZ A)``; the default merges, as in the forward.
+
+    Weights and activation are bf16 numbers here, so that only the products round, and dY.
+    """
+    layer = Layer(torch.bfloat16, torch.bfloat16).float()
+    layer.w.requires_grad_(False)
+    x = activation(torch.bfloat16).detach().float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        values, report = run(layer, x, policy)
+    assert ("dX = dY M" in report.sites[0].after) == (policy == "default")
+    wanted, u = exact(layer, x), UNIT_ROUNDOFF[torch.bfloat16]
+    dy = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(1)).double().abs()
+    w, a, b = (t.detach().double().abs() for t in (layer.w, layer.a, layer.b))
+    scale = dy @ w + SCALING * (dy @ b @ a)
+    error = (values["gradient of input 0"].double() - wanted["gradient of input 0"]).abs()
+    assert values["gradient of input 0"].dtype == torch.float32
+    assert (error <= (5 * u + (WIDTH + RANK) * 2.0**-24) * scale).all()
+
+
 def test_a_merged_update_is_rounded_with_the_weight() -> None:
     """What the default gives up in bf16: an update of less than half an ulp of W is lost in Y.
 

@@ -30,7 +30,7 @@ from runlora_fx.report import Report
 STEPS = 3
 
 Batch = Mapping[str, Tensor]
-Expects = Literal["gain", "alone", "gap", "breaks"]
+Expects = Literal["gain", "bytes", "alone", "breaks"]
 
 
 def squared_distance(output: Any, batch: Batch) -> Tensor:
@@ -66,10 +66,10 @@ class Flavour:
         source: The library that it comes from, or the paper with what is implemented of it.
         build: Makes the model, in training mode, from torch's global seed.
         batch: Makes the batch: arguments of the model, and a "target" for `loss`.
-        expects: "gain": the matrix products must get fewer FLOPs. "alone": there is nothing to
-            gain. "gap": there is something to gain that is not gained yet. "breaks": it does not
+        expects: "gain": the matrix products must get fewer FLOPs. "bytes": as many, but less must
+            be held for the backward. "alone": there is nothing to gain. "breaks": it does not
             compile under Inductor either.
-        why: The reason, where it is not "gain".
+        why: The reason, where it is not "gain"; under "bytes", what is held in the stead of what.
         loss: The loss of the model's output.
         optimizer: Makes the optimizer; None where `after` updates the weights.
         before: Called with model and step before the forward.
