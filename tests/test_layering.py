@@ -52,7 +52,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "passes.dequantised",
         "passes.dots",
     ),
-    ("passes.gathers",),
+    ("passes.stacks",),
+    ("passes.gathers", "passes.grouped"),
     ("passes.dynamic", "passes.analysis", "passes.excerpt"),
     # Algebra to graph.
     ("passes.writer", "passes.emit", "passes.verify"),

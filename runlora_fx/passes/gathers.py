@@ -22,20 +22,20 @@ from torch import fx
 from runlora_fx.passes.forms import value_of
 from runlora_fx.passes.insert import Inserter
 from runlora_fx.passes.phases import recompute
+from runlora_fx.passes.stacks import (
+    Merged,
+    is_transpose,
+    is_turned,
+    merged_stack,
+    sizes,
+    transpose,
+    untransposed,
+)
 
 _aten = torch.ops.aten
 
 #: What multiplies a column by a row.
 _OUTER = (_aten.mul.Tensor, _aten.bmm.default)
-
-
-class _Merged(NamedTuple):
-    """``base + alpha * (left @ right)``, a matrix for each expert."""
-
-    base: fx.Node
-    left: fx.Node
-    right: fx.Node
-    alpha: float
 
 
 class _Use(NamedTuple):
@@ -59,7 +59,7 @@ def split_gathered_weights(graph: fx.Graph) -> int:
     insert = Inserter(graph)
     found = 0
     for node in list(graph.nodes):
-        merged = _merged(node)
+        merged = merged_stack(node)
         if merged is None:
             continue
         picks = list(node.users)
@@ -80,26 +80,12 @@ def split_gathered_weights(graph: fx.Graph) -> int:
 # --- what is looked for
 
 
-def _merged(node: fx.Node) -> _Merged | None:
-    if node.target is not _aten.baddbmm.default or node.kwargs.get("beta", 1) != 1:
-        return None
-    args: Any = node.args
-    base, left, right = args[:3]
-    alpha = node.kwargs.get("alpha", 1)
-    nodes = all(isinstance(x, fx.Node) for x in (base, left, right))
-    if not nodes or len(node.args) > 3 or not isinstance(alpha, int | float):
-        return None
-    if _sizes(node) is None or _sizes(base) != _sizes(node) or _sizes(left) is None:
-        return None
-    return _Merged(base, left, right, float(alpha))
-
-
-def _indices(pick: fx.Node, source: fx.Node) -> fx.Node | None:
+def _indices(pick: fx.Node, stack: fx.Node) -> fx.Node | None:
     """The indices by which a node picks from the first dimension of another."""
-    if pick.target is not _aten.index.Tensor or pick.args[0] is not source:
+    if pick.target is not _aten.index.Tensor or pick.args[0] is not stack:
         return None
     indices = pick.args[1]
-    return _single(indices) if _sizes(pick) is not None else None
+    return _single(indices) if sizes(pick) is not None else None
 
 
 def _single(indices: Any) -> fx.Node | None:
@@ -114,7 +100,7 @@ def _uses(tensor: fx.Node) -> list[_Use] | None:
     """The batched products that read a tensor or its transpose; None if anything else does."""
     found = []
     for user in tensor.users:
-        if _is_transpose(user):
+        if is_transpose(user):
             below = _uses(user)
             if below is None:
                 return None
@@ -143,7 +129,7 @@ class _Scatter(NamedTuple):
     uses: list[_Use]
 
 
-def _scattered(graph: fx.Graph, merged: _Merged) -> list[_Scatter]:
+def _scattered(graph: fx.Graph, merged: Merged) -> list[_Scatter]:
     """The gradients of a merged stack that only the gradients of its factors are made of."""
     factors = {merged.left, merged.right}
     found = []
@@ -154,30 +140,20 @@ def _scattered(graph: fx.Graph, merged: _Merged) -> list[_Scatter]:
         if not _is_zero(zeros):
             continue
         uses, k = _uses(node), _single(indices)
-        if uses is None or k is None or _sizes(node) != _sizes(merged.base):
+        if uses is None or k is None or sizes(node) != sizes(merged.base):
             continue
-        product = _untransposed(outer)
+        product = untransposed(outer)
         needed = {zeros, node, outer}.issuperset((*outer.users, *product.users))
         if product.target not in _OUTER or not needed:
             continue
-        sides = {tuple(_sizes(x) or ()): x for x in product.args if isinstance(x, fx.Node)}
-        tokens, rows, columns = _sizes(product) or (0, 0, 0)
+        sides = {tuple(sizes(x) or ()): x for x in product.args if isinstance(x, fx.Node)}
+        tokens, rows, columns = sizes(product) or (0, 0, 0)
         column, row = sides.get((tokens, rows, 1)), sides.get((tokens, 1, columns))
         if column is None or row is None or rows == 1 or columns == 1:
             continue
-        if all(_untransposed(use.other) in factors for use in uses):
-            found.append(_Scatter(node, product.target, k, column, row, _is_turned(outer), uses))
+        if all(untransposed(use.other) in factors for use in uses):
+            found.append(_Scatter(node, product.target, k, column, row, is_turned(outer), uses))
     return found
-
-
-def _sizes(node: Any) -> tuple[int, int, int] | None:
-    """The sizes of a floating tensor with three dimensions, none of them symbolic."""
-    val = value_of(node)
-    if val is None or val.dim() != 3 or not val.dtype.is_floating_point:
-        return None
-    a, b, c = val.shape
-    known = isinstance(a, int) and isinstance(b, int) and isinstance(c, int)
-    return (a, b, c) if known else None
 
 
 def _is_zero(node: fx.Node) -> bool:
@@ -185,44 +161,21 @@ def _is_zero(node: fx.Node) -> bool:
     return is_full or node.target in (_aten.new_zeros.default, _aten.zeros.default)
 
 
-def _is_transpose(node: fx.Node) -> bool:
-    """Whether a node is the transpose of each matrix in a batch."""
-    args: Any = node.args
-    if node.target is _aten.permute.default:
-        return list(args[1]) == [0, 2, 1]
-    return node.target is _aten.transpose.int and {d % 3 for d in args[1:]} == {1, 2}
-
-
-def _is_turned(node: fx.Node) -> bool:
-    """Whether a node is the transpose of what is left without transposes."""
-    return _is_transpose(node) and not _is_turned(_source(node))
-
-
-def _untransposed(node: fx.Node) -> fx.Node:
-    return _untransposed(_source(node)) if _is_transpose(node) else node
-
-
-def _source(node: fx.Node) -> fx.Node:
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    return source
-
-
-def _pays(node: fx.Node, merged: _Merged, picks: list[fx.Node], sums: list[_Scatter]) -> bool:
+def _pays(node: fx.Node, merged: Merged, picks: list[fx.Node], sums: list[_Scatter]) -> bool:
     """Whether the split products cost less; both over 2 * rank."""
-    (experts, rows, columns), picked = _sizes(node) or (0, 0, 0), 0
+    (experts, rows, columns), picked = sizes(node) or (0, 0, 0), 0
     for pick in picks:
-        picked += (_sizes(pick) or (0, 0, 0))[0] * len(_uses(pick) or [])
+        picked += (sizes(pick) or (0, 0, 0))[0] * len(_uses(pick) or [])
     merges = 1 + sum(len(scatter.uses) for scatter in sums)
     for scatter in sums:
-        picked += (_sizes(scatter.row) or (0, 0, 0))[0]
+        picked += (sizes(scatter.row) or (0, 0, 0))[0]
     return picked * (rows + columns) < merges * experts * rows * columns
 
 
 # --- what is written
 
 
-def _split_pick(insert: Inserter, merged: _Merged, pick: fx.Node, uses: list[_Use]) -> None:
+def _split_pick(insert: Inserter, merged: Merged, pick: fx.Node, uses: list[_Use]) -> None:
     indices = pick.args[1]
     insert.move_to(pick)
     parts = [insert(_aten.index.Tensor, x, indices) for x in merged[:3]]
@@ -232,7 +185,7 @@ def _split_pick(insert: Inserter, merged: _Merged, pick: fx.Node, uses: list[_Us
         insert.move_to(use.product)
         base, left, right = parts
         if use.transposed:
-            base, left, right = (_transpose(insert, x) for x in (base, right, left))
+            base, left, right = (transpose(insert, x) for x in (base, right, left))
         if use.is_left:
             low = insert(_aten.bmm.default, left, insert(_aten.bmm.default, right, use.other))
             first = insert(_aten.bmm.default, base, use.other)
@@ -248,12 +201,12 @@ def _split_scatter(insert: Inserter, scatter: _Scatter) -> None:
     assert experts is not None
     for use in scatter.uses:
         insert.move_to(use.product)
-        factor = insert(_aten.index.Tensor, _untransposed(use.other), [scatter.indices])
-        turned = use.other is not _untransposed(use.other)
-        factor = _transpose(insert, factor) if turned else factor
+        factor = insert(_aten.index.Tensor, untransposed(use.other), [scatter.indices])
+        turned = use.other is not untransposed(use.other)
+        factor = transpose(insert, factor) if turned else factor
         column, row = scatter.column, scatter.row
         if use.transposed != scatter.turned:
-            column, row = (_transpose(insert, x) for x in (row, column))
+            column, row = (transpose(insert, x) for x in (row, column))
         if use.is_left:
             row = insert(_aten.bmm.default, row, factor)
         else:
@@ -261,11 +214,7 @@ def _split_scatter(insert: Inserter, scatter: _Scatter) -> None:
         outer = insert(scatter.outer, column, row)
         val = value_of(outer)
         assert val is not None
-        sizes = [len(experts), *val.shape[1:]]
-        empty = insert(_aten.full.default, sizes, 0, dtype=val.dtype, device=val.device)
+        shape = [len(experts), *val.shape[1:]]
+        empty = insert(_aten.full.default, shape, 0, dtype=val.dtype, device=val.device)
         summed = insert(_aten.index_put.default, empty, [scatter.indices], outer, True)
         use.product.replace_all_uses_with(summed)
-
-
-def _transpose(insert: Inserter, node: fx.Node) -> fx.Node:
-    return insert(_aten.permute.default, node, [0, 2, 1])

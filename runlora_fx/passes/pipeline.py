@@ -20,6 +20,7 @@ from runlora_fx.passes.dots import GatheredDots
 from runlora_fx.passes.dynamic import decide_all
 from runlora_fx.passes.fused import Fused
 from runlora_fx.passes.gathers import split_gathered_weights
+from runlora_fx.passes.grouped import split_grouped_products
 from runlora_fx.passes.origin import unmatched
 from runlora_fx.passes.phases import recompute_dropout_masks
 from runlora_fx.passes.pricing import Pricing, may_measure
@@ -66,6 +67,7 @@ def rewrite_graph(
     lasting = _lasting(graph, parameters) if options.reuse else []
     if options.numerics != "strict":
         split_gathered_weights(graph)
+        split_grouped_products(graph)
     fused, dots = Fused(graph), GatheredDots(graph, dialect)
     try:
         while True:

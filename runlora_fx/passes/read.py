@@ -98,6 +98,8 @@ class GraphReader(Expander):
         self.casts = casts
         # Casts of products to a wider dtype, and the sums that they are only made for.
         self._widened: set[fx.Node] = set()
+        # Casts that are undone at once.
+        self._transient: set[fx.Node] = set()
         self._addends: dict[fx.Node, Addends] = {}
         self._tangent = tangent_nodes(graph)
         # The vectors that are read as diagonal matrices, as leaves; None until they are known.
@@ -183,6 +185,9 @@ class GraphReader(Expander):
         origin = self._cast_back(form.source, here, source.dtype)
         if origin is not None:
             return Reshape(origin)
+        if self._is_cast_back(node, source.dtype):
+            self._transient.add(node)
+            return Reshape(form.source)
         if self._is_widened_addend(node, form):
             self._widened.add(node)
             return Reshape(form.source)
@@ -209,6 +214,21 @@ class GraphReader(Expander):
             if not isinstance(view, Reshape):
                 return None
             node = view.source
+
+    def _is_cast_back(self, node: fx.Node, source: torch.dtype) -> bool:
+        """Whether a cast to a wider dtype is undone by all that read it."""
+        here = value_of(node)
+        return (
+            here is not None
+            and torch.promote_types(source, here.dtype) == here.dtype
+            and bool(node.users)
+            and all(
+                isinstance(self._dialect.read(user), Cast)
+                and (val := value_of(user)) is not None
+                and (val.dtype, val.device) == (source, here.device)
+                for user in node.users
+            )
+        )
 
     def _is_widened_addend(self, node: fx.Node, form: Cast) -> bool:
         """Whether products are cast to a wider dtype only to be added up.
@@ -248,7 +268,7 @@ class GraphReader(Expander):
     def _keeps_dtype(self, node: fx.Node, form: Form) -> bool:
         """Whether all operands have the node's own dtype: no hidden promotion."""
         here = value_of(node)
-        if node in self._widened:
+        if node in self._widened or node in self._transient:
             return True
         return here is not None and all(
             (val := value_of(source)) is None
@@ -357,6 +377,7 @@ class GraphReader(Expander):
         self.cuts.clear()
         self.vectors.clear()
         self._widened.clear()
+        self._transient.clear()
         for node in graph.nodes:
             self.classify(node)
         self.stops = set()

@@ -1,0 +1,80 @@
+"""Stacks of merged expert weights: what PEFT makes of adapters on parameters of experts.
+
+``W + s L R`` of shape (experts, out, in), by one ``baddbmm`` in every forward.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+from runlora_fx.passes.forms import value_of
+from runlora_fx.passes.insert import Inserter
+
+_aten = torch.ops.aten
+
+
+class Merged(NamedTuple):
+    """``base + alpha * (left @ right)``, a matrix for each expert."""
+
+    base: fx.Node
+    left: fx.Node
+    right: fx.Node
+    alpha: float
+
+
+def merged_stack(node: fx.Node) -> Merged | None:
+    """A node as a stack of merged weights."""
+    if node.target is not _aten.baddbmm.default or node.kwargs.get("beta", 1) != 1:
+        return None
+    args: Any = node.args
+    base, left, right = args[:3]
+    alpha = node.kwargs.get("alpha", 1)
+    nodes = all(isinstance(x, fx.Node) for x in (base, left, right))
+    if not nodes or len(node.args) > 3 or not isinstance(alpha, int | float):
+        return None
+    if sizes(node) is None or sizes(base) != sizes(node) or sizes(left) is None:
+        return None
+    return Merged(base, left, right, float(alpha))
+
+
+def sizes(node: Any) -> tuple[int, int, int] | None:
+    """The sizes of a floating tensor with three dimensions, none of them symbolic."""
+    val = value_of(node)
+    if val is None or val.dim() != 3 or not val.dtype.is_floating_point:
+        return None
+    a, b, c = val.shape
+    known = isinstance(a, int) and isinstance(b, int) and isinstance(c, int)
+    return (a, b, c) if known else None
+
+
+def is_transpose(node: fx.Node) -> bool:
+    """Whether a node is the transpose of each matrix in a batch."""
+    args: Any = node.args
+    if node.target is _aten.permute.default:
+        return list(args[1]) == [0, 2, 1]
+    return node.target is _aten.transpose.int and {d % 3 for d in args[1:]} == {1, 2}
+
+
+def is_turned(node: fx.Node) -> bool:
+    """Whether a node is the transpose of what is left without transposes."""
+    return is_transpose(node) and not is_turned(source(node))
+
+
+def untransposed(node: fx.Node) -> fx.Node:
+    """What a node is the transpose of, or the transpose of the transpose."""
+    return untransposed(source(node)) if is_transpose(node) else node
+
+
+def source(node: fx.Node) -> fx.Node:
+    """The first argument of a node."""
+    first = node.args[0]
+    assert isinstance(first, fx.Node)
+    return first
+
+
+def transpose(insert: Inserter, node: fx.Node) -> fx.Node:
+    """The transpose of each matrix in a batch."""
+    return insert(_aten.permute.default, node, [0, 2, 1])
