@@ -136,8 +136,8 @@ class Polynomial:
 
     @cached_property
     def size(self) -> int:
-        """Factors in all words: more than in any operand that a step makes it from."""
-        return sum(len(word.factors) for word, _ in self.terms)
+        """Factors in all words, the identity among them: more than in what a step makes it from."""
+        return sum(len(word.factors) or 1 for word, _ in self.terms)
 
     @cached_property
     def leaves(self) -> frozenset[int]:

@@ -13,10 +13,11 @@ from runlora_fx.cost_model.objective import Objective
 from runlora_fx.passes.algebra import normalise
 from runlora_fx.passes.decide import Decision
 from runlora_fx.passes.notation import Names, algebra
-from runlora_fx.passes.origin import modules_of
+from runlora_fx.passes.origin import modules_of, modules_of_nodes
 from runlora_fx.passes.plan import Plan, Problem, Step, Value, incoming_cost
 from runlora_fx.passes.ranges import Varying, break_even
 from runlora_fx.passes.region import PosedProblem, Region
+from runlora_fx.passes.stacks import Mixture
 from runlora_fx.report import Candidate, Site
 
 
@@ -58,6 +59,33 @@ def describe(
             Candidate(names.step(problem.demands[0], a.step), int(a.cost.flops))
             for a in decision.alternatives
         ),
+    )
+
+
+def describe_mixture(mixture: Mixture) -> Site:
+    """A merged stack of expert weights as a site."""
+    symbols = sympy.symbols("E i o r N", positive=True, integer=True)
+    sizes = (mixture.experts, mixture.rows, mixture.columns, mixture.rank, mixture.multiplied)
+    merged, split = mixture.flops_merged, mixture.flops_split
+    before, reason = "M = W + L R\nY = X M", "left alone: merging costs less for so many tokens"
+    after = "Y = X W + (X L) R"
+    if mixture.readers:
+        before += "\ndL = dM R'\ndR = L' dM"
+        after += "\ndL = X' (dY R')\ndR = (X L)' dY"
+    if mixture.split:
+        reason = f"changed: {1 - split / merged:.1%} fewer FLOPs"
+    return Site(
+        modules=modules_of_nodes([mixture.node]) or (mixture.node.name,),
+        shapes=", ".join(f"{s}={size}" for s, size in zip(symbols, sizes, strict=True)),
+        before=before,
+        after=after if mixture.split else before,
+        flops_before=merged,
+        flops_after=split if mixture.split else merged,
+        flops_before_expr=sympy.Integer(merged),
+        flops_after_expr=sympy.Integer(split if mixture.split else merged),
+        changed=mixture.split,
+        reason=reason,
+        considered=(Candidate(after.split("\n")[0], split), Candidate("Y = X (W + L R)", merged)),
     )
 
 

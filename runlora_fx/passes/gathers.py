@@ -14,6 +14,7 @@ of the size of the factors only, not of all weights.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from runlora_fx.passes.insert import Inserter
 from runlora_fx.passes.phases import recompute
 from runlora_fx.passes.stacks import (
     Merged,
+    Mixture,
     is_transpose,
     is_turned,
     merged_stack,
@@ -47,17 +49,17 @@ class _Use(NamedTuple):
     transposed: bool
 
 
-def split_gathered_weights(graph: fx.Graph) -> int:
+def split_gathered_weights(graph: fx.Graph) -> list[Mixture]:
     """Split products with gathered rows of merged stacks, where that costs less.
 
     Args:
         graph: ATen operators, every tensor node with an example tensor in ``meta["val"]``.
 
     Returns:
-        The number of products that were split.
+        The merged stacks, and whether their products were split.
     """
     insert = Inserter(graph)
-    found = 0
+    found: list[Mixture] = []
     for node in list(graph.nodes):
         merged = merged_stack(node)
         if merged is None:
@@ -65,14 +67,18 @@ def split_gathered_weights(graph: fx.Graph) -> int:
         picks = list(node.users)
         uses = [_uses(pick) if _indices(pick, node) is not None else None for pick in picks]
         sums = _scattered(graph, merged)
-        if None in uses or not picks or not _pays(node, merged, picks, sums):
+        if None in uses or not picks:
             continue
+        mixture = _mixture(node, merged, picks, sums)
+        if mixture.flops_split >= mixture.flops_merged:
+            found.append(mixture)
+            continue
+        found.append(replace(mixture, split=True))
         for pick, products in zip(picks, uses, strict=True):
             _split_pick(insert, merged, pick, products or [])
-            found += len(products or [])
         for scatter in sums:
             _split_scatter(insert, scatter)
-    if found:
+    if any(mixture.split for mixture in found):
         graph.eliminate_dead_code()
     return found
 
@@ -161,15 +167,13 @@ def _is_zero(node: fx.Node) -> bool:
     return is_full or node.target in (_aten.new_zeros.default, _aten.zeros.default)
 
 
-def _pays(node: fx.Node, merged: Merged, picks: list[fx.Node], sums: list[_Scatter]) -> bool:
-    """Whether the split products cost less; both over 2 * rank."""
-    (experts, rows, columns), picked = sizes(node) or (0, 0, 0), 0
-    for pick in picks:
-        picked += (sizes(pick) or (0, 0, 0))[0] * len(_uses(pick) or [])
-    merges = 1 + sum(len(scatter.uses) for scatter in sums)
-    for scatter in sums:
-        picked += (sizes(scatter.row) or (0, 0, 0))[0]
-    return picked * (rows + columns) < merges * experts * rows * columns
+def _mixture(node: fx.Node, merged: Merged, picks: list[fx.Node], sums: list[_Scatter]) -> Mixture:
+    """What a stack costs, merged or split; outer products of single tokens are elementwise."""
+    experts, rows, columns = sizes(node) or (0, 0, 0)
+    picked = sum((sizes(pick) or (0, 0, 0))[0] * len(_uses(pick) or []) for pick in picks)
+    reading = sum((sizes(scatter.row) or (0, 0, 0))[0] * len(scatter.uses) for scatter in sums)
+    rank, readers = (sizes(merged.left) or (0, 0, 0))[2], sum(len(s.uses) for s in sums)
+    return Mixture(node, experts, rows, columns, rank, picked, 0, reading, readers)
 
 
 # --- what is written

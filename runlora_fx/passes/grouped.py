@@ -14,16 +14,18 @@ Two operators are known: ``aten::_grouped_mm``, and what transformers has where 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from operator import getitem
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
-from runlora_fx.passes.forms import value_of
+from runlora_fx.passes.forms import shape_of, value_of
 from runlora_fx.passes.insert import Inserter
 from runlora_fx.passes.stacks import (
     Merged,
+    Mixture,
     is_transpose,
     is_turned,
     merged_stack,
@@ -81,16 +83,16 @@ class _Gradient(NamedTuple):
     readers: tuple[tuple[fx.Node, bool, bool], ...]
 
 
-def split_grouped_products(graph: fx.Graph) -> int:
+def split_grouped_products(graph: fx.Graph) -> list[Mixture]:
     """Split grouped products with merged stacks, where that costs less.
 
     Args:
         graph: ATen operators, every tensor node with an example tensor in ``meta["val"]``.
 
     Returns:
-        The number of products that were split.
+        The merged stacks, and whether their products were split.
     """
-    found = 0
+    found: list[Mixture] = []
     insert = Inserter(graph)
     for node in list(graph.nodes):
         merged = merged_stack(node)
@@ -98,12 +100,16 @@ def split_grouped_products(graph: fx.Graph) -> int:
         if merged is None or not products or not _is_aligned(products, merged):
             continue
         gradients = _gradients(graph, merged, products)
-        if gradients is None or not _pays(node, products, gradients):
+        mixture = None if gradients is None else _mixture(node, merged, products, gradients)
+        if gradients is None or mixture is None:
             continue
+        if mixture.flops_split >= mixture.flops_merged:
+            found.append(mixture)
+            continue
+        found.append(replace(mixture, split=True))
         splitter = _Splitter(insert, merged, str(products[0].node.target) == _GROUPED)
         splitter.split(graph, products, gradients)
-        found += len(products)
-    if found:
+    if any(mixture.split for mixture in found):
         graph.eliminate_dead_code()
     return found
 
@@ -240,17 +246,30 @@ def _factors(merged: Merged, turned: bool) -> tuple[_Stack, _Stack]:
     return (right.T, left.T) if turned else (left, right)
 
 
-def _pays(stack: fx.Node, products: list[_Product], gradients: list[_Gradient]) -> bool:
-    """Whether the split products cost less; both over 2 * rank."""
+def _mixture(
+    stack: fx.Node, merged: Merged, products: list[_Product], gradients: list[_Gradient]
+) -> Mixture | None:
+    """What a stack costs, merged or split; None where the number of tokens is a symbol."""
+
+    def tokens(found: list[fx.Node]) -> int:
+        return sum(int(shape_of(node)[0]) for node in found)
+
+    sides = [product.rows for product in products], [gradient.left for gradient in gradients]
+    if not all(isinstance(shape_of(node)[0], int) for side in sides for node in side):
+        return None
     experts, rows, columns = sizes(stack) or (0, 0, 0)
-    readers = [gradient for gradient in gradients for _ in gradient.readers]
-    split = 0
-    for node in [product.rows for product in products] + [g.left for g in readers]:
-        val = value_of(node)
-        if val is None or not isinstance(val.shape[0], int):
-            return False
-        split += val.shape[0] * (rows + columns)
-    return split < (1 + len(readers)) * experts * rows * columns
+    reading = [gradient.left for gradient in gradients for _ in gradient.readers]
+    return Mixture(
+        stack,
+        experts,
+        rows,
+        columns,
+        rank=(sizes(merged.left) or (0, 0, 0))[2],
+        multiplied=tokens(sides[0]),
+        outer=tokens(sides[1]),
+        reading=tokens(reading),
+        readers=len(reading),
+    )
 
 
 # --- what is written

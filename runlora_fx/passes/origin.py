@@ -20,7 +20,13 @@ _ROOT = "(root)"
 
 def modules_of(region: Region) -> tuple[str, ...]:
     """The modules that a region comes from, adapters by the layer that they adapt."""
-    paths = list(dict.fromkeys(filter(None, (_path(made.node) for made in region.incoming))))
+    found = modules_of_nodes(made.node for made in region.incoming)
+    return found or tuple(dict.fromkeys(root.node.name for root, _ in region.demands))
+
+
+def modules_of_nodes(nodes: Iterable[fx.Node]) -> tuple[str, ...]:
+    """The modules that nodes come from, adapters by the layer that they adapt."""
+    paths = list(dict.fromkeys(filter(None, map(_path, nodes))))
     adapted: list[str] = []
     for path in paths:
         parts = path.split(".")
@@ -31,9 +37,7 @@ def modules_of(region: Region) -> tuple[str, ...]:
         return tuple(dict.fromkeys(adapted))
     levels = zip(*(path.split(".") for path in paths), strict=False)
     common = [level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels)]
-    if common:
-        return (".".join(common),)
-    return tuple(dict.fromkeys(root.node.name for root, _ in region.demands))
+    return (".".join(common),) if common else ()
 
 
 def unmatched(graph: fx.Graph, sites: Iterable[Site]) -> Iterator[Refusal]:

@@ -14,7 +14,7 @@ from runlora_fx.passes.analysis import Analysis, device_of
 from runlora_fx.passes.apply import NotAppliedError, apply
 from runlora_fx.passes.budget import spend
 from runlora_fx.passes.decide import Decision
-from runlora_fx.passes.describe import describe
+from runlora_fx.passes.describe import describe, describe_mixture
 from runlora_fx.passes.dialects.base import Dialect
 from runlora_fx.passes.dots import GatheredDots
 from runlora_fx.passes.dynamic import decide_all
@@ -25,6 +25,7 @@ from runlora_fx.passes.origin import unmatched
 from runlora_fx.passes.phases import recompute_dropout_masks
 from runlora_fx.passes.pricing import Pricing, may_measure
 from runlora_fx.passes.read import Casts
+from runlora_fx.passes.stacks import Mixture
 from runlora_fx.passes.trial import try_out
 from runlora_fx.report import Refusal, Report
 
@@ -65,14 +66,15 @@ def rewrite_graph(
     known = Machine(use_stored=options.tune != "off") if machine is None else machine
     pricing = Pricing(options, known, device_of(graph))
     lasting = _lasting(graph, parameters) if options.reuse else []
+    mixtures: list[Mixture] = []
     if options.numerics != "strict":
-        split_gathered_weights(graph)
-        split_grouped_products(graph)
+        mixtures = [*split_gathered_weights(graph), *split_grouped_products(graph)]
     fused, dots = Fused(graph), GatheredDots(graph, dialect)
     try:
         while True:
             try:
-                return _attempt(graph, dialect, options, pricing, refused, may_guard, lasting)
+                report = _attempt(graph, dialect, options, pricing, refused, may_guard, lasting)
+                return _with_mixtures(report, mixtures)
             except NotAppliedError as failure:
                 if options.strict:
                     raise failure.cause from None
@@ -83,6 +85,17 @@ def rewrite_graph(
         # Also where something else failed: the graph then runs as it came.
         dots.undo()
         fused.undo()
+
+
+def _with_mixtures(report: Report, mixtures: Sequence[Mixture]) -> Report:
+    """The report, with the mixtures of experts that were met before."""
+    sites = tuple(map(describe_mixture, mixtures))
+    return replace(
+        report,
+        sites=(*report.sites, *sites),
+        flops_before=report.flops_before + sum(site.flops_before for site in sites),
+        flops_after=report.flops_after + sum(site.flops_after for site in sites),
+    )
 
 
 def _attempt(

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,47 @@ class Merged(NamedTuple):
     left: fx.Node
     right: fx.Node
     alpha: float
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A merged stack of weights (rows, columns) and the tokens that multiply by it.
+
+    Attributes:
+        node: The stack.
+        experts: Matrices in it.
+        rows: Rows of each.
+        columns: Columns of each.
+        rank: Of the adapter.
+        multiplied: Tokens, summed over the products with the stack.
+        outer: Tokens, summed over the products that make its gradients.
+        reading: Tokens, summed over the gradients of its factors.
+        readers: Gradients of its factors.
+        split: Whether the products are split.
+    """
+
+    node: fx.Node
+    experts: int
+    rows: int
+    columns: int
+    rank: int
+    multiplied: int
+    outer: int
+    reading: int
+    readers: int
+    split: bool = False
+
+    @property
+    def flops_merged(self) -> int:
+        """Of all products as they come [FLOP]."""
+        merges = self.experts * self.rank * (1 + self.readers)
+        return 2 * self.rows * self.columns * (self.multiplied + self.outer + merges)
+
+    @property
+    def flops_split(self) -> int:
+        """Of all products with the factors [FLOP]."""
+        low = self.rank * (self.rows + self.columns) * (self.multiplied + self.reading)
+        return 2 * (self.rows * self.columns * self.multiplied + low)
 
 
 def merged_stack(node: fx.Node) -> Merged | None:
