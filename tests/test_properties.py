@@ -183,7 +183,7 @@ def test_dynamo(program: Program) -> None:
     )
 
 
-@settings(often, max_examples=25)
+@settings(often, max_examples=16)
 @given(programs)
 def test_joint_graphs(program: Program) -> None:
     torch._dynamo.reset()
