@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import mixtures
 import torch
 from market import MODELS, randomise_lora_b
 from peft import (
@@ -486,6 +487,18 @@ FLAVOURS: dict[str, Flavour] = {
         peft,
         tokens,
         around=lambda model, step: perturbed(model, sigma=0.5, seed=step),
+    ),
+    "LoRA on expert weights, batched": Flavour(
+        "PEFT, target_parameters",
+        partial(mixtures.adapted, "qwen3-moe", "batched_mm"),
+        mixtures.batch,
+        loss=own_loss,
+    ),
+    "LoRA on expert weights, grouped": Flavour(
+        "PEFT, target_parameters",
+        partial(mixtures.adapted, "qwen3-moe", "grouped_mm"),
+        mixtures.batch,
+        loss=own_loss,
     ),
     "MoLoRA": Flavour(
         "examples/flavours/molora.py; arXiv 2309.05444",

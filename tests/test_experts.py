@@ -6,7 +6,6 @@ experts, few tokens take the split form instead.
 
 import pytest
 import torch
-import transformers
 from checks import (
     INDUCTOR,
     RUNLORA,
@@ -18,7 +17,7 @@ from checks import (
     run_training,
     saved_bytes,
 )
-from peft import LoraConfig, get_peft_model
+from mixtures import EXPERTS, FFN, HIDDEN, MODELS, RANK, adapted, batch
 from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -26,7 +25,6 @@ from trainings import Products, without_kernels
 
 import runlora_fx
 
-HIDDEN, FFN, EXPERTS, RANK, VOCAB = 64, 128, 4, 4, 96
 RTOL = 1e-5
 STEPS = 3
 
@@ -35,80 +33,6 @@ STEPS = 3
 def _no_memory_of_other_tests() -> None:
     """Dynamo makes a size symbolic that it has seen change; such graphs keep their merges."""
     torch._dynamo.reset()
-
-
-def _mixtral() -> nn.Module:
-    config = transformers.MixtralConfig(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        intermediate_size=FFN,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=EXPERTS,
-        use_cache=False,
-    )
-    return transformers.MixtralForCausalLM(config)
-
-
-def _qwen() -> nn.Module:
-    config = transformers.Qwen3MoeConfig(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        num_experts=EXPERTS,
-        num_experts_per_tok=2,
-        moe_intermediate_size=FFN,
-        use_cache=False,
-    )
-    return transformers.Qwen3MoeForCausalLM(config)
-
-
-def _gpt_oss() -> nn.Module:
-    """Weights as (experts, in, out), with biases."""
-    config = transformers.GptOssConfig(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        intermediate_size=FFN,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        num_local_experts=EXPERTS,
-        num_experts_per_tok=2,
-        pad_token_id=0,
-        eos_token_id=0,
-        use_cache=False,
-    )
-    return transformers.GptOssForCausalLM(config)
-
-
-MODELS = {"mixtral": _mixtral, "qwen3-moe": _qwen, "gpt-oss": _gpt_oss}
-
-
-def adapted(name: str, experts: str) -> nn.Module:
-    torch.manual_seed(0)
-    base = MODELS[name]()
-    base.set_experts_implementation(experts)
-    config = LoraConfig(
-        r=RANK,
-        lora_alpha=2 * RANK,
-        target_modules=[],
-        target_parameters=["experts.gate_up_proj", "experts.down_proj"],
-    )
-    model = get_peft_model(base, config)
-    for parameter, weight in model.named_parameters():
-        if "lora_B" in parameter:
-            nn.init.normal_(weight, std=0.05)
-    return model.train()
-
-
-def batch(tokens: int = 8) -> dict[str, Tensor]:
-    ids = torch.randint(3, VOCAB, (2, tokens), generator=torch.Generator().manual_seed(0))
-    return {"input_ids": ids, "labels": ids}
 
 
 @pytest.mark.parametrize("name", MODELS)

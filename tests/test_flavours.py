@@ -50,8 +50,8 @@ def test_the_steps_are_steps(name: str) -> None:
 def test_graphs_are_no_more_than_under_inductor(name: str) -> None:
     """Graphs, recompilations and graph breaks."""
     found, inductor = trained(name, RUNLORA), trained(name, INDUCTOR)
-    assert found.graphs == inductor.graphs
-    assert found.breaks == inductor.breaks
+    assert all(mine <= theirs for mine, theirs in zip(found.graphs, inductor.graphs, strict=True))
+    assert found.breaks <= inductor.breaks
 
 
 @every_flavour

@@ -15,7 +15,8 @@ from checks import (
     run_training,
     saved_bytes,
 )
-from test_experts import EXPERTS, FFN, HIDDEN, Logits, adapted, batch, merges
+from mixtures import EXPERTS, FFN, HIDDEN, adapted, batch
+from test_experts import Logits, merges
 from torch import Tensor, fx, nn
 
 import runlora_fx

@@ -139,6 +139,13 @@ class Trained:
         return sum(site.changed for site in sites), len(sites)
 
 
+# Grouped products that torch has no formula for: how many products each computes.
+GROUPED = {
+    "transformers.grouped_mm_fallback.default": 1,
+    "transformers.grouped_mm_fallback_backward.default": 2,
+}
+
+
 class Products(TorchDispatchMode):
     """Counts FLOPs of matrix products and convolutions that run inside."""
 
@@ -152,6 +159,9 @@ class Products(TorchDispatchMode):
         count = flop_registry.get(func.overloadpacket)
         if count is not None:
             self.flops += count(*args, **(kwargs or {}), out_val=found)
+        elif (products := GROUPED.get(str(func))) is not None:
+            rows, stack = args[:2]
+            self.flops += products * 2 * rows.numel() * stack.shape[-1]
         return found
 
 

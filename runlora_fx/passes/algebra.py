@@ -129,7 +129,7 @@ class Polynomial:
     def __hash__(self) -> int:
         return self._hash
 
-    @property
+    @cached_property
     def words(self) -> tuple[Word, ...]:
         """The words, without their coefficients."""
         return tuple(word for word, _ in self.terms)
@@ -154,12 +154,12 @@ class Polynomial:
         """The transposed polynomial."""
         return _transposed(self)
 
-    @property
+    @cached_property
     def is_diagonal(self) -> bool:
         """Whether it is a diagonal matrix."""
         return all(f.diagonal for word, _ in self.terms for f in word.factors)
 
-    @property
+    @cached_property
     def is_dots(self) -> bool:
         """Whether it is the diagonal of a sum of products, as a vector."""
         return bool(self.terms) and all(word.dots for word in self.words)
@@ -181,12 +181,12 @@ class Polynomial:
             (min(word, word.mirrored) if word.dots else word, c) for word, c in self.terms
         )
 
-    @property
+    @cached_property
     def shown(self) -> Factors:
         """The factors of the first word that has some: they show the polynomial's extents."""
         return next((w.factors for w in self.words if w.factors), ())
 
-    @property
+    @cached_property
     def leaf(self) -> Factor | None:
         """The factor that it is, if it is a single leaf up to a scalar."""
         if len(self.terms) == 1 and len(self.terms[0][0].factors) == 1 and not self.is_dots:

@@ -6,6 +6,10 @@ evaluated in more than one order. Plain linear layers are not sites.
 
 from __future__ import annotations
 
+from functools import lru_cache
+from math import gcd
+from typing import Any, cast
+
 import sympy
 
 from runlora_fx.cost_model.cost import Amount
@@ -65,7 +69,12 @@ def describe(
 def describe_mixture(mixture: Mixture) -> Site:
     """A merged stack of expert weights as a site."""
     symbols = sympy.symbols("E i o r N", positive=True, integer=True)
-    sizes = (mixture.experts, mixture.rows, mixture.columns, mixture.rank, mixture.multiplied)
+    counts = (mixture.multiplied, mixture.outer, mixture.reading)
+    tokens = gcd(*counts)
+    sizes = (mixture.experts, mixture.rows, mixture.columns, mixture.rank, tokens)
+    e, i, o, r, n = cast(Any, symbols)
+    multiplied, outer, reading = (n * (count // tokens) for count in counts)
+    symbolic = Mixture(mixture.node, e, i, o, r, multiplied, outer, reading, mixture.readers)
     merged, split = mixture.flops_merged, mixture.flops_split
     before, reason = "M = W + L R\nY = X M", "left alone: merging costs less for so many tokens"
     after = "Y = X W + (X L) R"
@@ -81,8 +90,8 @@ def describe_mixture(mixture: Mixture) -> Site:
         after=after if mixture.split else before,
         flops_before=merged,
         flops_after=split if mixture.split else merged,
-        flops_before_expr=sympy.Integer(merged),
-        flops_after_expr=sympy.Integer(split if mixture.split else merged),
+        flops_before_expr=_expr(symbolic.flops_merged),
+        flops_after_expr=_expr(symbolic.flops_split if mixture.split else symbolic.flops_merged),
         changed=mixture.split,
         reason=reason,
         considered=(Candidate(after.split("\n")[0], split), Candidate("Y = X (W + L R)", merged)),
@@ -98,7 +107,13 @@ def _break_even(posed: PosedProblem, names: Names, objective: Objective) -> str:
     is_symbol = not isinstance(tokens, int)
     same = (i for i, size in enumerate(posed.dims) if is_symbol and size == tokens)
     dims = frozenset([index, *same])
-    return break_even(Varying.of(posed.problem, dims, objective), str(tokens) if is_symbol else "N")
+    return _border(posed.problem, dims, objective, str(tokens) if is_symbol else "N")
+
+
+@lru_cache(maxsize=4096)
+def _border(problem: Problem, dims: frozenset[int], objective: Objective, symbol: str) -> str:
+    """The break-even of a problem; equal layers have the same."""
+    return break_even(Varying.of(problem, dims, objective), symbol)
 
 
 def _incoming_plan(problem: Problem) -> Plan:

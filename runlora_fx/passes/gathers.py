@@ -173,7 +173,7 @@ def _mixture(node: fx.Node, merged: Merged, picks: list[fx.Node], sums: list[_Sc
     picked = sum((sizes(pick) or (0, 0, 0))[0] * len(_uses(pick) or []) for pick in picks)
     reading = sum((sizes(scatter.row) or (0, 0, 0))[0] * len(scatter.uses) for scatter in sums)
     rank, readers = (sizes(merged.left) or (0, 0, 0))[2], sum(len(s.uses) for s in sums)
-    return Mixture(node, experts, rows, columns, rank, picked, 0, reading, readers)
+    return Mixture(node, experts, rows, columns, rank, picked, 0, reading, readers, gathered=True)
 
 
 # --- what is written

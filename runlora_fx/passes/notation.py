@@ -138,9 +138,9 @@ def _second(value: Value, step: Product) -> Polynomial:
 
 
 def scalar(s: Scalar) -> str:
-    """A scalar in front of a word; nothing if it is 1."""
+    """A scalar in front of a word; nothing if it is 1. The graph's own symbols are s0, s1, ..."""
     number = {1.0: "", -1.0: "-"}.get(s.number, f"{s.number:.6g} ")
-    return number + "".join(f"s{i} " for i in s.leaves)
+    return number + "".join(f"s_{i + 1} " if i else "s " for i in s.leaves)
 
 
 def _added(addends: Iterable[str]) -> str:

@@ -89,12 +89,12 @@ def rewrite_graph(
 
 def _with_mixtures(report: Report, mixtures: Sequence[Mixture]) -> Report:
     """The report, with the mixtures of experts that were met before."""
-    sites = tuple(map(describe_mixture, mixtures))
+    besides = [mixture.flops_besides for mixture in mixtures]
     return replace(
         report,
-        sites=(*report.sites, *sites),
-        flops_before=report.flops_before + sum(site.flops_before for site in sites),
-        flops_after=report.flops_after + sum(site.flops_after for site in sites),
+        sites=(*report.sites, *map(describe_mixture, mixtures)),
+        flops_before=report.flops_before + sum(before for before, _ in besides),
+        flops_after=report.flops_after + sum(after for _, after in besides),
     )
 
 

@@ -40,6 +40,7 @@ class Mixture:
         outer: Tokens, summed over the products that make its gradients.
         reading: Tokens, summed over the gradients of its factors.
         readers: Gradients of its factors.
+        gathered: Whether tokens pick their weights, for products that are read and planned besides.
         split: Whether the products are split.
     """
 
@@ -52,6 +53,7 @@ class Mixture:
     outer: int
     reading: int
     readers: int
+    gathered: bool = False
     split: bool = False
 
     @property
@@ -59,6 +61,15 @@ class Mixture:
         """Of all products as they come [FLOP]."""
         merges = self.experts * self.rank * (1 + self.readers)
         return 2 * self.rows * self.columns * (self.multiplied + self.outer + merges)
+
+    @property
+    def flops_besides(self) -> tuple[int, int]:
+        """FLOPs before and after, of what is not among the products that are read [FLOP]."""
+        grouped = 2 * self.rows * self.columns * (self.multiplied + self.outer)
+        if not self.split:  # the merges are read
+            return (0, 0) if self.gathered else (grouped, grouped)
+        before, after = self.flops_merged, self.flops_split
+        return (before - after, 0) if self.gathered else (before, after)
 
     @property
     def flops_split(self) -> int:
