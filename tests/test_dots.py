@@ -17,7 +17,7 @@ import runlora_fx
 from runlora_fx.cost_model.machine import Machine
 from runlora_fx.options import Options
 from runlora_fx.passes.dialects.aten import ATEN
-from runlora_fx.passes.dots import GatheredDots
+from runlora_fx.passes.dots import gathered_dots
 from runlora_fx.passes.pipeline import rewrite_graph
 
 IN, OUT, RANK, EXPERTS = 48, 64, 4, 2
@@ -137,17 +137,16 @@ def reducing(tokens: int, dims: list[int], *, keepdim: bool) -> fx.GraphModule:
 def test_what_is_not_rewritten_is_put_back(dims: list[int], keepdim: bool) -> None:
     gm = reducing(MANY, dims, keepdim=keepdim)
     before = gm.code
-    gathered = GatheredDots(gm.graph, ATEN)
-    assert any(node.target is torch.ops.aten.einsum.default for node in gm.graph.nodes)
-    gathered.undo()
+    with gathered_dots(gm.graph, ATEN):
+        assert any(node.target is torch.ops.aten.einsum.default for node in gm.graph.nodes)
     gm.recompile()
     assert gm.code == before
 
 
 def test_what_sums_over_other_dimensions_is_not_gathered() -> None:
     gm = reducing(MANY, [1], keepdim=False)
-    GatheredDots(gm.graph, ATEN)
-    assert not any(node.target is torch.ops.aten.einsum.default for node in gm.graph.nodes)
+    with gathered_dots(gm.graph, ATEN):
+        assert not any(node.target is torch.ops.aten.einsum.default for node in gm.graph.nodes)
 
 
 def test_no_einsum_of_ours_is_left() -> None:

@@ -9,6 +9,7 @@ planned with all else; in the end every such node is spelled out as the compiler
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from string import ascii_lowercase
 from typing import Any, NamedTuple, cast
 
@@ -50,17 +51,34 @@ class _Gathered(NamedTuple):
     result: fx.Node
 
 
-class GatheredDots:
+@contextmanager
+def gathered_dots(graph: fx.Graph, dialect: Dialect) -> Iterator[None]:
+    """A context in which all dots of products in a graph are one node each.
+
+    In the end, whatever ended it, those that are still there are put back as they came, and those
+    that were written meanwhile are spelled out.
+    """
+    gathered = _GatheredDots(graph, dialect)
+    try:
+        gathered.gather()
+        yield
+    finally:
+        gathered.undo()
+
+
+class _GatheredDots:
     """The dots of a graph, each as one node."""
 
     def __init__(self, graph: fx.Graph, dialect: Dialect) -> None:
-        """Gather all dots of products, in place."""
         self._graph = graph
         self._dialect = dialect
         self._own = {node for node in graph.nodes if _is_dots(dialect, node)}
         self._gathered: list[_Gathered] = []
-        insert = Inserter(graph)
-        for node in list(graph.nodes):
+
+    def gather(self) -> None:
+        """Gather all dots of products, in place."""
+        insert = Inserter(self._graph)
+        for node in list(self._graph.nodes):
             operands = self._operands(node)
             if operands is not None:
                 insert.move_to(node)
@@ -136,11 +154,11 @@ def spell_out(graph: fx.Graph, dialect: Dialect, but: set[fx.Node] | None = None
         if node in (but or ()) or not _is_dots(dialect, node):
             continue
         equation, operands = cast(tuple[str, list[fx.Node]], node.args)
-        n, out = len(shape_of(operands[0])), equation.split("->")[1]
+        letters, out = equation.replace(" ", "").split(",")[0], equation.split("->")[1].strip()
+        n = len(letters)
         insert.move_to(node)
         product = insert(_MUL, *operands)
-        is_rows = len(out) == n - 1 and out == ascii_lowercase[: n - 1]
-        dims = [n - 1] if is_rows else list(range(n - 1))
+        dims = [n - 1] if out == letters[:-1] else list(range(n - 1))
         node.replace_all_uses_with(insert(_SUM, product, dims))
         graph.erase_node(node)
 

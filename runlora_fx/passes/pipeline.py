@@ -16,7 +16,7 @@ from runlora_fx.passes.budget import spend
 from runlora_fx.passes.decide import Decision
 from runlora_fx.passes.describe import describe, describe_mixture
 from runlora_fx.passes.dialects.base import Dialect
-from runlora_fx.passes.dots import GatheredDots
+from runlora_fx.passes.dots import gathered_dots
 from runlora_fx.passes.dynamic import decide_all
 from runlora_fx.passes.fused import Fused
 from runlora_fx.passes.gathers import split_gathered_weights
@@ -62,29 +62,40 @@ def rewrite_graph(
         VerificationError: Under ``strict``, if an emitted region is not what it was to be.
         EmissionError: Under ``strict``, if a plan cannot be written into the graph.
     """
-    refused: dict[str, Refusal] = {}
     known = Machine(use_stored=options.tune != "off") if machine is None else machine
     pricing = Pricing(options, known, device_of(graph))
     lasting = _lasting(graph, parameters) if options.reuse else []
     mixtures: list[Mixture] = []
     if options.numerics != "strict":
         mixtures = [*split_gathered_weights(graph), *split_grouped_products(graph)]
-    fused, dots = Fused(graph), GatheredDots(graph, dialect)
+    fused = Fused(graph)
     try:
-        while True:
-            try:
-                report = _attempt(graph, dialect, options, pricing, refused, may_guard, lasting)
-                return _with_mixtures(report, mixtures)
-            except NotAppliedError as failure:
-                if options.strict:
-                    raise failure.cause from None
-                name = failure.root.node.name
-                _log.warning("runlora left %s as it came; please report this: %s", name, failure)
-                refused[name] = Refusal(f"could not be rewritten ({failure})", (name,))
+        with gathered_dots(graph, dialect):
+            report = _applied(graph, dialect, options, pricing, may_guard, lasting)
     finally:
-        # Also where something else failed: the graph then runs as it came.
-        dots.undo()
-        fused.undo()
+        fused.undo()  # also where something else failed: the graph then runs as it came
+    return _with_mixtures(report, mixtures)
+
+
+def _applied(
+    graph: fx.Graph,
+    dialect: Dialect,
+    options: Options,
+    pricing: Pricing,
+    may_guard: bool,
+    lasting: Collection[fx.Node],
+) -> Report:
+    """Rewrite a graph; what cannot be written or proven is left as it came."""
+    refused: dict[str, Refusal] = {}
+    while True:
+        try:
+            return _attempt(graph, dialect, options, pricing, refused, may_guard, lasting)
+        except NotAppliedError as failure:
+            if options.strict:
+                raise failure.cause from None
+            name = failure.root.node.name
+            _log.warning("runlora left %s as it came; please report this: %s", name, failure)
+            refused[name] = Refusal(f"could not be rewritten ({failure})", (name,))
 
 
 def _with_mixtures(report: Report, mixtures: Sequence[Mixture]) -> Report:
