@@ -15,22 +15,27 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))  # before this folder: both have a module `flavours`
 
 from checks import INDUCTOR, RUNLORA  # noqa: E402
-from flavours_table import TABLE, Row, row, table  # noqa: E402
+from flavours_table import TABLE, Row, row, step_table, table  # noqa: E402
 from registry import FLAVOURS  # noqa: E402
 from rich.progress import track  # noqa: E402
 from trainings import compiled  # noqa: E402
 
-BEGIN, END = "<!-- flavours: begin -->\n", "<!-- flavours: end -->\n"
+BEGIN, END = "<!-- {}: begin -->\n", "<!-- {}: end -->\n"
 
 
 def main() -> None:
-    """Measure every flavour and replace the table in the document."""
-    rows = [measured(name) for name in track(FLAVOURS, "training")]
-    text = TABLE.read_text(encoding="utf-8")
-    head, rest = text.split(BEGIN)
-    tail = rest.split(END)[1]
-    TABLE.write_text(head + BEGIN + table(rows) + END + tail, encoding="utf-8")
-    print(table(rows))
+    """Measure every flavour and every step, and replace the tables in the document."""
+    replace("steps", step_table())
+    replace("flavours", table([measured(name) for name in track(FLAVOURS, "training")]))
+
+
+def replace(name: str, by: str) -> None:
+    """Replace a table of the document."""
+    begin, end = BEGIN.format(name), END.format(name)
+    head, rest = TABLE.read_text(encoding="utf-8").split(begin)
+    tail = rest.split(end)[1]
+    TABLE.write_text(head + begin + by + end + tail, encoding="utf-8")
+    print(by)
 
 
 def measured(name: str) -> Row:

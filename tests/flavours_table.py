@@ -5,8 +5,13 @@ from pathlib import Path
 
 import peft
 import torch
+from checks import matmul_flops
+from optimizer_steps import STEPS as OPTIMIZER_STEPS
+from optimizer_steps import traced
 from registry import FLAVOURS
 from trainings import STEPS, Trained
+
+import runlora_fx
 
 TABLE = Path(__file__).parent.parent / "docs" / "flavours.md"
 
@@ -88,3 +93,31 @@ def _result(name: str, before: int, after: int) -> str:
         return f"fewer FLOPs: {(after - before) / before:+.1%}"
     kind = {"bytes": "fewer bytes held", "alone": "left alone"}[flavour.expects]
     return f"{kind}: {flavour.why}"
+
+
+STEP_HEADS = ("step", "from", "products, FLOP", "result")
+
+
+def step_rows() -> list[tuple[str, ...]]:
+    """What `rewrite` makes of the steps of optimizers, in FLOPs of their products."""
+    rows = []
+    for name, step in OPTIMIZER_STEPS.items():
+        gm, inputs = traced(step)
+        before = matmul_flops(gm.graph)
+        after = matmul_flops(runlora_fx.rewrite(gm, inputs, strict=True).graph)
+        less = f"fewer FLOPs: {(after - before) / before:+.1%}"
+        rows.append((name, step.source, _change(before, after), less))
+    return rows
+
+
+def step_table() -> str:
+    """The rows as a Markdown table."""
+    rows = [STEP_HEADS, ("---",) * len(STEP_HEADS), *step_rows()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def parse_steps(text: str) -> list[tuple[str, ...]]:
+    """The rows of a document."""
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    cells = [tuple(cell.strip() for cell in line.strip("| ").split(" | ")) for line in lines]
+    return [row for row in cells if row[0] in OPTIMIZER_STEPS]

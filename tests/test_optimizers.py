@@ -4,10 +4,7 @@ The functions come from `examples/flavours`. Counted is what the rewritten graph
 the large matrices of the written order are not made.
 """
 
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,99 +19,35 @@ from checks import (
     ours,
     scalar_kernels,
 )
+from flavours_table import TABLE, VERSIONS, parse_steps, step_rows
 from market import randomise_lora_b
+from optimizer_steps import (
+    RTOL,
+    SCALING,
+    STEPS,
+    TOKENS,
+    M,
+    N,
+    R,
+    Step,
+    flora,
+    flora_inputs,
+    lora_pro,
+    random,
+    traced,
+)
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves
 
 import runlora_fx
-
-sys.path.append(str(Path(__file__).parent.parent / "examples" / "flavours"))
-
-import flora
-import lora_pro
-
-M, N, R, TOKENS, SCALING = 48, 32, 4, 64, 2.0
-# Equal for two orders of the same sums in double precision.
-RTOL = 1e-12
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(sum(shape) + seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-
-@dataclass(frozen=True)
-class Step:
-    """A step of an optimizer.
-
-    Attributes:
-        run: The function.
-        inputs: Its arguments.
-        flops: FLOPs of its matrix products in the cheapest order [FLOP].
-        avoided: The shape of a product that the written order makes and this order does not.
-    """
-
-    run: Callable[..., Any]
-    inputs: Sequence[Any]
-    flops: int
-    avoided: tuple[int, int]
-
-
-def _flora_inputs() -> list[Any]:
-    weights = {"up": random(M, N), "up_bias": random(M), "down": random(N, M)}
-    kept = {"up": random(M, R), "down": random(N, R, seed=1)}
-    projections = {"up": random(R, N), "down": random(R, M)}
-    return [weights, kept, projections, random(TOKENS, N), random(TOKENS, N, seed=1)]
-
-
-_ADAPTER = [random(R, N), random(M, R), random(R, N, seed=1), random(M, R, seed=1), SCALING]
-# A A' and B'B; (B'B)^-1 gA; gB (A A')^-1; B times the rest: (B'B)^-1 (B' .).
-_CORRECTED = 2 * (R * R * (N + M) + R * R * N + 3 * M * R * R + R**3)
-# What theorem 2.3 adds: gA A', (B'B)^-1 of it; four rotations; X A and B X.
-_SYLVESTER = 2 * (R * R * N + R**3 + 4 * R**3 + R * R * (N + M))
-
-STEPS = {
-    "LoRA-Pro": Step(lora_pro.corrected, _ADAPTER, _CORRECTED, (M, M)),
-    "LoRA-Pro, Sylvester": Step(
-        lora_pro.corrected_by_sylvester, _ADAPTER, _CORRECTED + _SYLVESTER, (M, M)
-    ),
-    "Flora, resampling": Step(
-        flora.resample,
-        [random(M, R), random(R, N), random(R, N, seed=1)],
-        2 * (R * R * N + M * R * R),
-        (M, N),
-    ),
-    "Flora, accumulation": Step(
-        flora.accumulate,
-        _flora_inputs(),
-        # Two layers forward, the inner gradient, and dY' (X P') for both.
-        2 * TOKENS * (2 * M * N + N * M + 2 * R * (M + N)),
-        (M, N),
-    ),
-}
 
 every_step = pytest.mark.parametrize("name", STEPS)
 
 
 def values(outputs: Any) -> dict[str, Tensor]:
     return {f"output {i}": y for i, y in enumerate(tree_leaves(outputs))}
-
-
-def traced(step: Step) -> tuple[fx.GraphModule, list[Tensor]]:
-    """The step as a graph of ATen operators over its tensors."""
-    flat, spec = tree_flatten(list(step.inputs))
-    at = [i for i, x in enumerate(flat) if isinstance(x, Tensor)]
-
-    def run(*tensors: Tensor) -> Any:
-        arguments = list(flat)
-        for i, tensor in zip(at, tensors, strict=True):
-            arguments[i] = tensor
-        return step.run(*tree_unflatten(arguments, spec))
-
-    inputs = [flat[i] for i in at]
-    return make_fx(run)(*inputs), inputs
 
 
 def product_shapes(graph: fx.Graph) -> set[tuple[int, ...]]:
@@ -155,7 +88,7 @@ def test_single_products_are_left_alone(name: str) -> None:
         "momentum": (flora.momentum_step, [random(M, R), random(M, N), random(R, N), 0.9]),
         "update": (flora.update, [random(M, N), random(M, R), random(R, N), 0.1]),
     }[name]
-    gm, tensors = traced(Step(run, inputs, 0, (0, 0)))
+    gm, tensors = traced(Step("", run, inputs, 0, (0, 0)))
     rewritten = runlora_fx.rewrite(gm, tensors, strict=True)
     assert matmul_flops(rewritten.graph) == matmul_flops(gm.graph)
     assert rewritten.code == runlora_fx.rewrite(rewritten, tensors, strict=True).code
@@ -200,7 +133,7 @@ def test_flora_trains_a_model_as_in_eager_mode() -> None:
     """Algorithm 1: two micro-batches are accumulated, then the weights move; P is drawn anew."""
 
     def train(accumulate: Callable[..., dict[str, Tensor]]) -> dict[str, Tensor]:
-        weights, *_, x, target = _flora_inputs()
+        weights, *_, x, target = flora_inputs()
         for step in range(3):
             projections = {
                 name: random(R, weights[name].shape[1], seed=step) / R**0.5
@@ -265,3 +198,14 @@ def test_sums_with_the_identity_keep_their_values(
     report = runlora_fx.last_report()
     assert report is not None
     str(report)  # the identity can be printed
+
+
+# --- the published table
+
+
+def test_the_published_table_agrees() -> None:
+    """`docs/flavours.md` says what is counted here."""
+    text = TABLE.read_text(encoding="utf-8")
+    if VERSIONS not in text:
+        pytest.skip(f"the table was not made with {VERSIONS}")
+    assert parse_steps(text) == step_rows()
