@@ -18,7 +18,7 @@ from runlora_fx.cost_model import store
 from runlora_fx.cost_model.fit import fit_rates
 from runlora_fx.cost_model.machine import default_profile, key_of
 from runlora_fx.cost_model.measure import add_seconds, matmul_seconds, random_tensor, undisturbed
-from runlora_fx.cost_model.ops import Add, GemmShape, MatMul
+from runlora_fx.cost_model.ops import Add, GemmShape
 from runlora_fx.cost_model.store import Record
 
 SUMMARY = "Measure what this machine can do, so that plans are chosen by its own times."
@@ -125,7 +125,7 @@ def _calibrate(
     times: dict[GemmShape, float] = {}
     for i in range(_ROUNDS):
         for shape in track(shapes, f"{dtype}, round {i + 1} of {_ROUNDS}"):
-            operation = MatMul(*shape[:4], kind.itemsize, (shape.left_turned, shape.right_turned))
+            operation = shape.product(kind.itemsize)
             flops = float(operation.cost.flops)
             if time.monotonic() < end and flops < too_large.get(operation.layout, math.inf):
                 took = matmul_seconds(shape, kind, device)
@@ -149,7 +149,7 @@ def _shapes(grid: tuple[tuple[int, ...], ...]) -> list[GemmShape]:
         shape.canonical
         for tokens, width, rank in product(*grid)
         for shape in _layer(tokens, width, rank)
-        if MatMul(*shape[:4], 1).cost.flops <= _MAX_FLOPS
+        if shape.product(1).cost.flops <= _MAX_FLOPS
     )
     return list(dict.fromkeys(found))
 
@@ -175,7 +175,7 @@ def _show(
         table.add_column(column, justify="left" if column == "layout" else "right")
     errors = []
     for shape, seconds in checked.items():
-        operation = MatMul(*shape[:4], itemsize, (shape.left_turned, shape.right_turned))
+        operation = shape.product(itemsize)
         predicted = profile.seconds(operation)
         errors.append(abs(predicted / seconds - 1))
         table.add_row(

@@ -30,9 +30,7 @@ def fit_rates(products: Mapping[GemmShape, float], itemsize: int) -> dict[str, f
     Raises:
         ValueError: If there are fewer products than coefficients.
     """
-    matmuls = [
-        MatMul(*shape[:4], itemsize, (shape.left_turned, shape.right_turned)) for shape in products
-    ]
+    matmuls = [shape.product(itemsize) for shape in products]
     layouts = sorted({m.layout for m in matmuls})
     if len(products) < len(layouts) + 3:
         raise ValueError(f"needs {len(layouts) + 3} products or more, got {len(products)}")

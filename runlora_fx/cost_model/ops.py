@@ -38,6 +38,11 @@ class GemmShape(NamedTuple):
         )
         return min(self, turned)
 
+    def product(self, itemsize: int) -> MatMul:
+        """The products, of elements of a given width [B]."""
+        turned = (self.left_turned, self.right_turned)
+        return MatMul(self.b, self.m, self.k, self.n, itemsize, turned)
+
 
 @dataclass(frozen=True)
 class MatMul:
