@@ -97,6 +97,9 @@ def test_gates_hold_what_has_the_rank(kind: type[Gated]) -> None:
     assert flops <= flops_before
     wide = OUT if kind is Gated else IN
     assert saved <= saved_before - 4 * MANY * EXPERTS * (wide - RANK)
+    report = runlora_fx.last_report()
+    assert report is not None
+    assert all("as many FLOPs" in site.reason for site in report.sites)
 
 
 def test_scaled_columns_merge() -> None:

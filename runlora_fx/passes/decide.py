@@ -122,6 +122,8 @@ def _change(before: Amount | float, after: Amount | float, of: str) -> str:
     before, after = float(before), float(after)
     if not before:
         return f"{after:.4g} {of}"
+    if before == after:
+        return f"as {'many' if of.endswith('s') else 'much'} {of}"
     less = "fewer" if of.endswith("s") else "less"
     return f"{abs(1 - after / before):.1%} {less if after <= before else 'more'} {of}"
 
