@@ -12,14 +12,17 @@ from checks import (
     assert_same_values,
     compile_whole,
     ours,
+    relative_error,
     run_training,
     saved_bytes,
 )
 from mixtures import EXPERTS, FFN, HIDDEN, adapted, batch
 from test_experts import Logits, merges
 from torch import Tensor, fx, nn
+from torch._dynamo.utils import counters
 
 import runlora_fx
+from runlora_fx.history import collecting
 
 RTOL = 1e-5
 ENDS = (3, 3, 9, 16)  # where the rows of each of four experts end: one has none
@@ -145,3 +148,34 @@ def test_merged_stacks_are_not_held() -> None:
         saved[backend] = saved_bytes(lambda run=compiled: run(**batch()), given)
     stack = 4 * EXPERTS * HIDDEN * FFN
     assert saved[RUNLORA_EAGER] < saved["aot_eager_decomp_partition"] - stack
+
+
+def test_numbers_of_rows_that_vary_have_two_graphs() -> None:
+    """One guard, where both forms cost the same, and no recompilation but for crossing it."""
+    model = Grouped(transposed=False)
+    run = torch.compile(model, backend=RUNLORA_EAGER, fullgraph=True, dynamic=True, options=ours())
+    counters.clear()
+    with torch.no_grad(), collecting() as reports:
+        for scale in (1, 40, 2, 60, 3, 10, 11, 1, 50):
+            x, offsets = rows(HIDDEN, scale * ENDS[-1]), ends(scale)
+            assert relative_error(run(x, offsets), model(x, offsets)) < 4 * 2.0**-8
+    assert counters["stats"]["unique_graphs"] == 2
+    few, many = (report.sites[-1] for report in reports)
+    assert few.changed
+    assert not many.changed
+    # 4 * 64 * 128 / (64 + 128) rows cost the same.
+    assert few.break_even.endswith(">= 171")
+    assert many.break_even.endswith(">= 171")
+
+
+def test_in_training_any_number_of_rows_is_split() -> None:
+    """The gradient of the stack, a product of its own, is never made: no guard is needed."""
+    model = Grouped(transposed=False)
+    run = torch.compile(model, backend=RUNLORA_EAGER, fullgraph=True, dynamic=True, options=ours())
+    counters.clear()
+    with collecting() as reports:
+        for scale in (1, 40, 2, 60):
+            x = rows(HIDDEN, scale * ENDS[-1])
+            assert_same_outputs_and_grads(model, run, [x, ends(scale)], 4 * 2.0**-8)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert [site.changed for report in reports for site in report.sites] == [True]

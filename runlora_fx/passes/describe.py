@@ -94,6 +94,7 @@ def describe_mixture(mixture: Mixture) -> Site:
         flops_after_expr=_expr(symbolic.flops_split if mixture.split else symbolic.flops_merged),
         changed=mixture.split,
         reason=reason,
+        break_even=f"merge when {mixture.border}" if mixture.border else "",
         considered=(Candidate(after.split("\n")[0], split), Candidate("Y = X (W + L R)", merged)),
     )
 

@@ -18,9 +18,11 @@ from dataclasses import replace
 from operator import getitem
 from typing import Any, NamedTuple
 
+import sympy
 import torch
 from torch import fx
 
+from runlora_fx._torch_compat import guard_range, size_hint
 from runlora_fx.passes.forms import shape_of, value_of
 from runlora_fx.passes.insert import Inserter
 from runlora_fx.passes.stacks import (
@@ -83,11 +85,13 @@ class _Gradient(NamedTuple):
     readers: tuple[tuple[fx.Node, bool, bool], ...]
 
 
-def split_grouped_products(graph: fx.Graph) -> list[Mixture]:
+def split_grouped_products(graph: fx.Graph, *, may_guard: bool = False) -> list[Mixture]:
     """Split grouped products with merged stacks, where that costs less.
 
     Args:
         graph: ATen operators, every tensor node with an example tensor in ``meta["val"]``.
+        may_guard: Whether the number of tokens may be a symbol, guarded to be on this side of where
+            both cost the same.
 
     Returns:
         The merged stacks, and whether their products were split.
@@ -100,8 +104,11 @@ def split_grouped_products(graph: fx.Graph) -> list[Mixture]:
         if merged is None or not products or not _is_aligned(products, merged):
             continue
         gradients = _gradients(graph, merged, products)
-        mixture = None if gradients is None else _mixture(node, merged, products, gradients)
-        if gradients is None or mixture is None:
+        if gradients is None:
+            continue
+        mode = insert.mode if may_guard else None
+        mixture = _mixture(node, merged, products, gradients, mode)
+        if mixture is None:
             continue
         if mixture.flops_split >= mixture.flops_merged:
             found.append(mixture)
@@ -247,29 +254,56 @@ def _factors(merged: Merged, turned: bool) -> tuple[_Stack, _Stack]:
 
 
 def _mixture(
-    stack: fx.Node, merged: Merged, products: list[_Product], gradients: list[_Gradient]
+    stack: fx.Node,
+    merged: Merged,
+    products: list[_Product],
+    gradients: list[_Gradient],
+    mode: Any,
 ) -> Mixture | None:
-    """What a stack costs, merged or split; None where the number of tokens is a symbol."""
+    """What a stack costs, merged or split; None where the number of tokens cannot be known.
 
-    def tokens(found: list[fx.Node]) -> int:
-        return sum(int(shape_of(node)[0]) for node in found)
-
-    sides = [product.rows for product in products], [gradient.left for gradient in gradients]
-    if not all(isinstance(shape_of(node)[0], int) for side in sides for node in side):
+    A symbolic number is taken as it was when the graph was traced, and guarded.
+    """
+    numbers = {
+        shape_of(rows)[0] for rows in [p.rows for p in products] + [g.left for g in gradients]
+    }
+    if len(numbers) != 1:
+        return None
+    (number,) = numbers
+    tokens = number if isinstance(number, int) else size_hint(number, mode, 0)
+    if not tokens:
         return None
     experts, rows, columns = sizes(stack) or (0, 0, 0)
-    reading = [gradient.left for gradient in gradients for _ in gradient.readers]
-    return Mixture(
+    readers = sum(len(gradient.readers) for gradient in gradients)
+    found = Mixture(
         stack,
         experts,
         rows,
         columns,
         rank=(sizes(merged.left) or (0, 0, 0))[2],
-        multiplied=tokens(sides[0]),
-        outer=tokens(sides[1]),
-        reading=tokens(reading),
-        readers=len(reading),
+        multiplied=tokens * len(products),
+        outer=tokens * len(gradients),
+        reading=tokens * readers,
+        readers=readers,
     )
+    return found if isinstance(number, int) else _guarded(found, number, tokens, mode)
+
+
+def _guarded(mixture: Mixture, number: sympy.Expr, tokens: int, mode: Any) -> Mixture | None:
+    """The mixture, for as many tokens as do not change what costs less; None if that fails.
+
+    Merging costs a fixed number of FLOPs, and every token some more or less.
+    """
+    none = replace(mixture, multiplied=0, outer=0, reading=0)
+    fixed = none.flops_merged - none.flops_split
+    each = (fixed - (mixture.flops_merged - mixture.flops_split)) // tokens
+    if each <= 0:  # however many there are, splitting costs less
+        return mixture
+    border = -(-fixed // each)
+    splits = tokens < border
+    low, high = (0, border) if splits else (border, None)
+    is_guarded = guard_range(number, low, high, mode)
+    return replace(mixture, border=f"{number} >= {border}") if is_guarded else None
 
 
 # --- what is written

@@ -67,7 +67,8 @@ def rewrite_graph(
     lasting = _lasting(graph, parameters) if options.reuse else []
     mixtures: list[Mixture] = []
     if options.numerics != "strict":
-        mixtures = [*split_gathered_weights(graph), *split_grouped_products(graph)]
+        mixtures = split_gathered_weights(graph)
+        mixtures += split_grouped_products(graph, may_guard=may_guard)
     fused = Fused(graph)
     try:
         with gathered_dots(graph, dialect):

@@ -40,6 +40,7 @@ class Mixture:
         outer: Tokens, summed over the products that make its gradients.
         reading: Tokens, summed over the gradients of its factors.
         readers: Gradients of its factors.
+        border: From how many tokens on merging costs less, where their number is a symbol.
         gathered: Whether tokens pick their weights, for products that are read and planned besides.
         split: Whether the products are split.
     """
@@ -53,6 +54,7 @@ class Mixture:
     outer: int
     reading: int
     readers: int
+    border: str = ""
     gathered: bool = False
     split: bool = False
 
