@@ -89,7 +89,7 @@ programs = st.builds(
 often = settings(
     derandomize=True,
     deadline=None,
-    max_examples=40,
+    max_examples=30,
     suppress_health_check=[HealthCheck.too_slow],
 )
 

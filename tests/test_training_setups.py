@@ -139,17 +139,15 @@ def test_dropout_in_evaluation_is_merged() -> None:
     assert all(site.changed for site in report.sites)
 
 
-@pytest.mark.parametrize("name", ("llama", "vit"))
-def test_gradient_checkpointing_saves_no_more_than_inductor(name: str) -> None:
-    case = MODELS[name]
+def test_gradient_checkpointing_saves_no_more_than_inductor() -> None:
+    case = MODELS["llama"]
     model, batch = case.model(8), case.batch()
     wanted = run_training(model, batch)
-    not_checkpointed = compiled_training(name, 8, INDUCTOR)
+    not_checkpointed = compiled_training("llama", 8, INDUCTOR)
 
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if name == "llama":
-        # A hook on the embeddings that only reentrant checkpoints need; it breaks the graph.
-        model.disable_input_require_grads()
+    # A hook on the embeddings that only reentrant checkpoints need; it breaks the graph.
+    model.disable_input_require_grads()
     inductor, ours = (compile_training(model, batch, backend) for backend in (INDUCTOR, RUNLORA))
     assert_same_values(ours.values, wanted, RTOL)
     assert inductor.saved < not_checkpointed.saved
