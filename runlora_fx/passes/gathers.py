@@ -26,7 +26,8 @@ from runlora_fx.passes.phases import recompute
 from runlora_fx.passes.stacks import (
     Merged,
     Mixture,
-    is_transpose,
+    Use,
+    batched_uses,
     is_turned,
     merged_stack,
     sizes,
@@ -38,15 +39,6 @@ _aten = torch.ops.aten
 
 #: What multiplies a column by a row.
 _OUTER = (_aten.mul.Tensor, _aten.bmm.default)
-
-
-class _Use(NamedTuple):
-    """A batched product with a tensor: which side that is on, and whether it is transposed."""
-
-    product: fx.Node
-    other: fx.Node
-    is_left: bool
-    transposed: bool
 
 
 def split_gathered_weights(graph: fx.Graph) -> list[Mixture]:
@@ -65,7 +57,7 @@ def split_gathered_weights(graph: fx.Graph) -> list[Mixture]:
         if merged is None:
             continue
         picks = list(node.users)
-        uses = [_uses(pick) if _indices(pick, node) is not None else None for pick in picks]
+        uses = [batched_uses(pick) if _indices(pick, node) is not None else None for pick in picks]
         sums = _scattered(graph, merged)
         if None in uses or not picks:
             continue
@@ -102,24 +94,6 @@ def _single(indices: Any) -> fx.Node | None:
     return indices[0] if is_plain else None
 
 
-def _uses(tensor: fx.Node) -> list[_Use] | None:
-    """The batched products that read a tensor or its transpose; None if anything else does."""
-    found = []
-    for user in tensor.users:
-        if is_transpose(user):
-            below = _uses(user)
-            if below is None:
-                return None
-            found += [use._replace(transposed=not use.transposed) for use in below]
-        elif user.target is _aten.bmm.default and user.args[0] is not user.args[1]:
-            sides: Any = user.args
-            is_left = sides[0] is tensor
-            found.append(_Use(user, sides[1 if is_left else 0], is_left, False))
-        else:
-            return None
-    return found
-
-
 class _Scatter(NamedTuple):
     """``zeros.index_put([k], column * row, accumulate)`` and the products that read it.
 
@@ -132,7 +106,7 @@ class _Scatter(NamedTuple):
     column: fx.Node
     row: fx.Node
     turned: bool
-    uses: list[_Use]
+    uses: list[Use]
 
 
 def _scattered(graph: fx.Graph, merged: Merged) -> list[_Scatter]:
@@ -145,7 +119,7 @@ def _scattered(graph: fx.Graph, merged: Merged) -> list[_Scatter]:
         zeros, indices, outer = node.args[:3]
         if not _is_zero(zeros):
             continue
-        uses, k = _uses(node), _single(indices)
+        uses, k = batched_uses(node), _single(indices)
         if uses is None or k is None or sizes(node) != sizes(merged.base):
             continue
         product = untransposed(outer)
@@ -170,7 +144,7 @@ def _is_zero(node: fx.Node) -> bool:
 def _mixture(node: fx.Node, merged: Merged, picks: list[fx.Node], sums: list[_Scatter]) -> Mixture:
     """What a stack costs, merged or split; outer products of single tokens are elementwise."""
     experts, rows, columns = sizes(node) or (0, 0, 0)
-    picked = sum((sizes(pick) or (0, 0, 0))[0] * len(_uses(pick) or []) for pick in picks)
+    picked = sum((sizes(pick) or (0, 0, 0))[0] * len(batched_uses(pick) or []) for pick in picks)
     reading = sum((sizes(scatter.row) or (0, 0, 0))[0] * len(scatter.uses) for scatter in sums)
     rank, readers = (sizes(merged.left) or (0, 0, 0))[2], sum(len(s.uses) for s in sums)
     return Mixture(node, experts, rows, columns, rank, picked, 0, reading, readers, gathered=True)
@@ -179,7 +153,7 @@ def _mixture(node: fx.Node, merged: Merged, picks: list[fx.Node], sums: list[_Sc
 # --- what is written
 
 
-def _split_pick(insert: Inserter, merged: Merged, pick: fx.Node, uses: list[_Use]) -> None:
+def _split_pick(insert: Inserter, merged: Merged, pick: fx.Node, uses: list[Use]) -> None:
     indices = pick.args[1]
     insert.move_to(pick)
     parts = [insert(_aten.index.Tensor, x, indices) for x in merged[:3]]

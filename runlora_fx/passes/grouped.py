@@ -28,6 +28,7 @@ from runlora_fx.passes.insert import Inserter
 from runlora_fx.passes.stacks import (
     Merged,
     Mixture,
+    batched_uses,
     is_transpose,
     is_turned,
     merged_stack,
@@ -197,38 +198,19 @@ def _factor_products(
 ) -> tuple[tuple[fx.Node, bool, bool], ...] | None:
     """What reads a gradient, as :attr:`_Gradient.readers`; None if that is more."""
     first, second = _factors(merged, turned)
+    uses = batched_uses(gradient)
+    if uses is None:
+        return None
     found = []
-    for reader, other, is_first, flipped in _readers(gradient):
+    for reader, other, is_first, flipped in uses:
         # dM R' and its mirror image R dM' make L's gradient, L' dM and dM' L that of R.
         makes_first = is_first != flipped
         factor = second if makes_first else first
         wanted = factor if flipped else factor.T
-        if other is None or _stack(other) != wanted:
+        if _stack(other) != wanted:
             return None
         found.append((reader, makes_first, flipped))
     return tuple(found)
-
-
-def _readers(
-    stack: fx.Node, *, flipped: bool = False
-) -> list[tuple[fx.Node, fx.Node | None, bool, bool]]:
-    """What reads a stack or its transpose.
-
-    Returns:
-        Of each the node, the other operand (None if it is no batched product), whether the stack is
-        its first operand, and whether it is transposed.
-    """
-    found: list[tuple[fx.Node, fx.Node | None, bool, bool]] = []
-    for user in stack.users:
-        args: Any = user.args
-        if is_transpose(user):
-            found += _readers(user, flipped=not flipped)
-        elif user.target is _aten.bmm.default and args[0] is not args[1]:
-            is_first = args[0] is stack
-            found.append((user, args[1 if is_first else 0], is_first, flipped))
-        else:
-            found.append((user, None, False, flipped))
-    return found
 
 
 def _is_matrix_transpose(node: Any) -> bool:

@@ -26,6 +26,15 @@ class Merged(NamedTuple):
     alpha: float
 
 
+class Use(NamedTuple):
+    """A batched product with a tensor: which side that is on, and whether it is transposed."""
+
+    product: fx.Node
+    other: fx.Node
+    is_left: bool
+    transposed: bool
+
+
 @dataclass(frozen=True)
 class Mixture:
     """A merged stack of weights (rows, columns) and the tokens that multiply by it.
@@ -116,6 +125,24 @@ def is_transpose(node: fx.Node) -> bool:
 def is_turned(node: fx.Node) -> bool:
     """Whether a node is the transpose of what is left without transposes."""
     return is_transpose(node) and not is_turned(source(node))
+
+
+def batched_uses(tensor: fx.Node) -> list[Use] | None:
+    """The batched products that read a tensor or its transpose; None if anything else does."""
+    found = []
+    for user in tensor.users:
+        if is_transpose(user):
+            below = batched_uses(user)
+            if below is None:
+                return None
+            found += [use._replace(transposed=not use.transposed) for use in below]
+        elif user.target is _aten.bmm.default and user.args[0] is not user.args[1]:
+            sides: Any = user.args
+            is_left = sides[0] is tensor
+            found.append(Use(user, sides[1 if is_left else 0], is_left, False))
+        else:
+            return None
+    return found
 
 
 def untransposed(node: fx.Node) -> fx.Node:
