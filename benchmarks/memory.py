@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import profile
 
-from runlora_fx.cost_model.machine import key_of
+from runlora_fx.cost_model.devices.machine import key_of
 
 LAYERS, WIDTH, RANK = 4, 768, 64
 MIB = 1 << 20

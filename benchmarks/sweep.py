@@ -32,18 +32,19 @@ from torch import Tensor, fx, nn
 
 from runlora_fx._torch_compat import partitioned
 from runlora_fx.backend import aot_backend
-from runlora_fx.cost_model.machine import Machine, key_of
-from runlora_fx.cost_model.measure import seconds, undisturbed
+from runlora_fx.cost_model.devices.machine import Machine, key_of
+from runlora_fx.cost_model.devices.measure import seconds, undisturbed
 from runlora_fx.cost_model.objective import Objective
 from runlora_fx.cost_model.ops import MatMul
 from runlora_fx.options import Options
-from runlora_fx.passes.analysis import Analysis
-from runlora_fx.passes.apply import apply
-from runlora_fx.passes.decide import decide
-from runlora_fx.passes.dialects.aten import ATEN
-from runlora_fx.passes.plan import Plan, Problem
-from runlora_fx.passes.pricing import Pricing
-from runlora_fx.passes.search import Ways, cheapest
+from runlora_fx.passes.algebra.plan import Plan, Problem
+from runlora_fx.passes.emit.apply import apply
+from runlora_fx.passes.levels.aten import ATEN
+from runlora_fx.passes.read.analysis import Analysis
+from runlora_fx.passes.search.a_star import cheapest
+from runlora_fx.passes.search.decide import decide
+from runlora_fx.passes.search.ways import Ways
+from runlora_fx.passes.tune.pricing import Pricing
 
 TOKENS = (16, 64, 256, 1024, 4096, 8192)
 WIDTHS = ((256, 256), (768, 768), (640, 1720), (1024, 4096), (4096, 1024), (4096, 4096))

@@ -28,8 +28,8 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 import runlora_fx
-from runlora_fx._demo_data import batches, corpus
-from runlora_fx.cost_model.machine import key_of
+from runlora_fx.cli.demo_data import batches, corpus
+from runlora_fx.cost_model.devices.machine import key_of
 
 BATCH, SEQUENCE, RANK = 2, 64, 32
 EVAL_EVERY, EVAL_BATCHES = 50, 8

@@ -12,8 +12,8 @@ __version__ = "0.1.0"
 from runlora_fx.history import last_report
 from runlora_fx.joint_pass import RunloraPass
 from runlora_fx.options import Options
-from runlora_fx.passes.reuse import forget_merged_weights
-from runlora_fx.report import Candidate, Refusal, Report, Site
+from runlora_fx.report.data import Candidate, Refusal, Report, Site
+from runlora_fx.runtime.kept_weights import forget_merged_weights
 from runlora_fx.trace import explain, joint_graph, rewrite
 
 __all__ = [

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from runlora_fx import calibrate, demo
-from runlora_fx._demo_training import Settings
+from runlora_fx.cli import calibrate, demo
+from runlora_fx.cli.demo_training import Settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:

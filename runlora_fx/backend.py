@@ -13,13 +13,13 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor import config as inductor_config
 
 from runlora_fx import history
-from runlora_fx._experts import make_experts_traceable
-from runlora_fx._substitutes import substitute_untraceable
 from runlora_fx._torch_compat import inductor_compiler
+from runlora_fx.integrations.peft_dora import substitute_untraceable
+from runlora_fx.integrations.peft_experts import make_experts_traceable
 from runlora_fx.joint_pass import RunloraPass, run
 from runlora_fx.options import Options, split_options
-from runlora_fx.passes.dialects.aten import ATEN
-from runlora_fx.report import Report
+from runlora_fx.passes.levels.aten import ATEN
+from runlora_fx.report.data import Report
 
 _log = logging.getLogger("runlora_fx")
 

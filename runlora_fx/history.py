@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from runlora_fx.report import Report
+from runlora_fx.report.data import Report
 
 _lock = threading.Lock()
 _last: Report | None = None

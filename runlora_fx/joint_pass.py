@@ -15,12 +15,12 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 
 from runlora_fx import __version__, history
 from runlora_fx._torch_compat import never_overwrite
-from runlora_fx.cost_model.machine import Machine
+from runlora_fx.cost_model.devices.machine import Machine
 from runlora_fx.options import Options
-from runlora_fx.passes.dialects.aten import ATEN
-from runlora_fx.passes.dialects.base import Dialect
+from runlora_fx.passes.levels.aten import ATEN
+from runlora_fx.passes.levels.level import Dialect
 from runlora_fx.passes.pipeline import rewrite_graph
-from runlora_fx.report import Refusal, Report
+from runlora_fx.report.data import Refusal, Report
 
 _log = logging.getLogger("runlora_fx")
 

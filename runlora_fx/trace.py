@@ -14,11 +14,11 @@ from runlora_fx._torch_compat import APART
 from runlora_fx.backend import aot_backend
 from runlora_fx.joint_pass import run
 from runlora_fx.options import Options
-from runlora_fx.passes.dialects.aten import DIFFERENTIABLE_ATEN
-from runlora_fx.passes.dialects.torch_fn import TORCH
-from runlora_fx.passes.lower import Lowering
-from runlora_fx.passes.shapes import annotate
-from runlora_fx.report import Report, merged
+from runlora_fx.passes.levels.aten import DIFFERENTIABLE_ATEN
+from runlora_fx.passes.levels.torch_functions import TORCH
+from runlora_fx.passes.lower.modules import Lowering
+from runlora_fx.passes.read.example_values import annotate
+from runlora_fx.report.data import Report, merged
 
 
 def rewrite(

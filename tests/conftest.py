@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from runlora_fx.cost_model import store
-from runlora_fx.cost_model.machine import DTYPES, key_of
+from runlora_fx.cost_model.devices.machine import DTYPES, key_of
 from runlora_fx.cost_model.store import FOLDER_VARIABLE, Record
 
 FLOPS_BOUND = {

@@ -9,16 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runlora_fx.passes.algebra import (
+from runlora_fx.passes.algebra.factorise import components, factorisations
+from runlora_fx.passes.algebra.polynomials import (
     IDENTITY,
     ONE,
     Factor,
     Polynomial,
     Scalar,
     Word,
-    components,
     divided,
-    factorisations,
     leaf,
     normalise,
     of_factors,

@@ -22,7 +22,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from runlora_fx import Options, RunloraPass
 from runlora_fx.cost_model import store
-from runlora_fx.cost_model.machine import DTYPES, key_of
+from runlora_fx.cost_model.devices.machine import DTYPES, key_of
 from runlora_fx.cost_model.ops import GemmShape
 from runlora_fx.cost_model.store import Record
 
@@ -62,7 +62,7 @@ BOUND_BY_LAUNCHES = {**BOUND_BY_FLOPS, "flops_per_s": 1e25, "launch_s": 1.0}
 @contextmanager
 def measured(name, rates):
     from runlora_fx.cost_model import store
-    from runlora_fx.cost_model.machine import key_of
+    from runlora_fx.cost_model.devices.machine import key_of
     with patch.dict(os.environ, {store.FOLDER_VARIABLE: os.path.abspath(name)}):
         store.add(key_of(torch.device("cpu"), "float32"), store.Record(rates))
         yield

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from runlora_fx import calibrate as command
 from runlora_fx.__main__ import main
+from runlora_fx.cli import calibrate as command
 from runlora_fx.cost_model import store
-from runlora_fx.cost_model.machine import Machine, default_profile, key_of
+from runlora_fx.cost_model.devices.machine import Machine, default_profile, key_of
 from runlora_fx.cost_model.store import FOLDER_VARIABLE
 
 CPU = torch.device("cpu")
@@ -30,7 +30,7 @@ def calibrate(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str
 
 PLANS = """
 import torch
-from runlora_fx.cost_model.machine import Machine
+from runlora_fx.cost_model.devices.machine import Machine
 print(Machine(use_stored=True).profile(torch.device("cpu"), "float32").flops_per_s)
 """
 

@@ -14,10 +14,10 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import runlora_fx
-from runlora_fx.cost_model.machine import Machine
+from runlora_fx.cost_model.devices.machine import Machine
 from runlora_fx.options import Options
-from runlora_fx.passes.dialects.aten import ATEN
-from runlora_fx.passes.dots import gathered_dots
+from runlora_fx.passes.levels.aten import ATEN
+from runlora_fx.passes.lower.dots import gathered_dots
 from runlora_fx.passes.pipeline import rewrite_graph
 
 IN, OUT, RANK, EXPERTS = 48, 64, 4, 2

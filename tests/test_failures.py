@@ -25,9 +25,9 @@ from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import runlora_fx
+from runlora_fx.passes.emit.verify import VerificationError
+from runlora_fx.passes.emit.writer import EmissionError, Writer
 from runlora_fx.passes.pipeline import rewrite_graph
-from runlora_fx.passes.verify import VerificationError
-from runlora_fx.passes.writer import EmissionError, Writer
 
 TOKENS, WIDTH, RANK = 96, 24, 2
 RTOL = 1e-11  # all in double precision
@@ -108,12 +108,12 @@ def _fail(*_: object, **__: object) -> None:
 MATMUL, ADDMM = Writer.matmul, Writer.addmm
 PASSES = "runlora_fx.passes."
 STAGES = {
-    "read": PASSES + "analysis.GraphReader.__init__",
-    "pose": PASSES + "analysis.Regions.pose",
+    "read": PASSES + "read.analysis.GraphReader.__init__",
+    "pose": PASSES + "read.analysis.Regions.pose",
     "search": PASSES + "pipeline.decide_all",
     "describe": PASSES + "pipeline.describe",
-    "emit": PASSES + "apply.Emitter.emit",
-    "verify": PASSES + "apply.verify",
+    "emit": PASSES + "emit.apply.Emitter.emit",
+    "verify": PASSES + "emit.apply.verify",
 }
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.profiler import profile
 
 import runlora_fx
-from runlora_fx.passes import reuse
+from runlora_fx.runtime import kept_weights as reuse
 
 RTOL = 1e-5
 LAYERS, WIDTH, RANK, TOKENS = 4, 64, 16, 160

@@ -13,12 +13,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import runlora_fx
-from runlora_fx.passes.algebra import Polynomial
-from runlora_fx.passes.dialects.aten import ATEN
-from runlora_fx.passes.dialects.torch_fn import TORCH
-from runlora_fx.passes.opaque import opaque_nodes
-from runlora_fx.passes.read import GraphReader
-from runlora_fx.passes.shapes import annotate
+from runlora_fx.passes.algebra.polynomials import Polynomial
+from runlora_fx.passes.levels.aten import ATEN
+from runlora_fx.passes.levels.torch_functions import TORCH
+from runlora_fx.passes.read.example_values import annotate
+from runlora_fx.passes.read.opaque import opaque_nodes
+from runlora_fx.passes.read.reader import GraphReader
 
 TOKENS, IN, OUT, RANK = 96, 32, 48, 4
 SHAPES = {

@@ -14,9 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runlora_fx.cost_model import machine, store
-from runlora_fx.cost_model.fit import fit_rates
-from runlora_fx.cost_model.machine import DTYPES, Machine, default_profile, key_of
+from runlora_fx.cost_model import store
+from runlora_fx.cost_model.devices import machine
+from runlora_fx.cost_model.devices.fit import fit_rates
+from runlora_fx.cost_model.devices.machine import DTYPES, Machine, default_profile, key_of
 from runlora_fx.cost_model.ops import Add, GemmShape, Hold, MatMul
 from runlora_fx.cost_model.profile import DEFAULT_PROFILE, MachineProfile
 from runlora_fx.cost_model.store import Record

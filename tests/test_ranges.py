@@ -13,8 +13,9 @@ from test_search import Shape, lora_layer
 
 from runlora_fx.cost_model.objective import Objective
 from runlora_fx.cost_model.profile import DEFAULT_PROFILE, MachineProfile
-from runlora_fx.passes.plan import Plan, Problem, incoming_operations
-from runlora_fx.passes.ranges import (
+from runlora_fx.passes.algebra.plan import Plan, Problem, incoming_operations
+from runlora_fx.passes.search.a_star import cheapest
+from runlora_fx.passes.search.ranges import (
     _COMPARED,
     Range,
     Varying,
@@ -22,7 +23,6 @@ from runlora_fx.passes.ranges import (
     candidates,
     ranges,
 )
-from runlora_fx.passes.search import cheapest
 
 TOKENS = frozenset([0])
 FLOPS = Objective("flops")

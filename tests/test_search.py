@@ -16,18 +16,7 @@ from torch import Tensor, nn
 
 import runlora_fx
 from runlora_fx.cost_model.objective import Objective
-from runlora_fx.passes import search
-from runlora_fx.passes.algebra import (
-    Factor,
-    Polynomial,
-    Scalar,
-    Word,
-    leaf,
-    normalise,
-    polynomial,
-)
-from runlora_fx.passes.decide import decide
-from runlora_fx.passes.plan import (
+from runlora_fx.passes.algebra.plan import (
     Keep,
     LeafSpec,
     Problem,
@@ -40,7 +29,19 @@ from runlora_fx.passes.plan import (
     step_operation,
     sum_step,
 )
-from runlora_fx.passes.search import SearchLimitError, cheapest
+from runlora_fx.passes.algebra.polynomials import (
+    Factor,
+    Polynomial,
+    Scalar,
+    Word,
+    leaf,
+    normalise,
+    polynomial,
+)
+from runlora_fx.passes.search import a_star as search
+from runlora_fx.passes.search.a_star import SearchLimitError, cheapest
+from runlora_fx.passes.search.decide import decide
+from runlora_fx.passes.search.ways import Ways
 
 FLOPS = Objective("flops")
 
@@ -505,7 +506,7 @@ def test_the_graph_as_it_came_is_always_a_candidate() -> None:
     )
     assert planned_flops(odd) == 2 * 5 * 6 * 7
     problem = one_word(3, 4, 5, 6, incoming=product_step(leaf(0), leaf(1) @ leaf(2)))
-    found = search.Ways(problem, FLOPS).of(problem.demands[0])
+    found = Ways(problem, FLOPS).of(problem.demands[0])
     assert product_step(leaf(0), leaf(1) @ leaf(2)) == found[0][0]
 
 

@@ -33,10 +33,12 @@ from torch._inductor.utils import fresh_cache
 from torch.utils.flop_counter import FlopCounterMode
 
 import runlora_fx
-from runlora_fx.cost_model import measure, store
-from runlora_fx.cost_model.machine import key_of
+from runlora_fx.cost_model import store
+from runlora_fx.cost_model.devices import measure
+from runlora_fx.cost_model.devices.machine import key_of
 from runlora_fx.cost_model.ops import GemmShape
-from runlora_fx.passes import pricing, trial
+from runlora_fx.passes.tune import pricing
+from runlora_fx.passes.tune import trials as trial
 
 pytestmark = pytest.mark.usefixtures("no_profile")
 
@@ -405,7 +407,7 @@ import torch
 from torch import nn
 import torch.distributed as dist
 import runlora_fx
-from runlora_fx.passes import pricing, trial
+from runlora_fx.passes.tune import pricing, trials as trial
 
 tune, rank, world, rendezvous = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 calls = {"products": 0, "plans": 0}

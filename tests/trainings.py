@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from runlora_fx.history import collecting
-from runlora_fx.report import Report
+from runlora_fx.report.data import Report
 
 STEPS = 3
 

@@ -78,7 +78,7 @@ class Record:
     Attributes:
         rates: Calibrated rates, by attribute of :class:`MachineProfile`; empty if never calibrated.
         products: Times of single products [s], the latest last.
-        plans: Times of whole plans [s]: by problem and plan, see :mod:`runlora_fx.passes.trial`.
+        plans: Times of whole plans [s], by problem and plan (:mod:`runlora_fx.passes.tune.trials`).
     """
 
     rates: Mapping[str, float] = field(default_factory=dict)

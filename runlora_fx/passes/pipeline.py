@@ -8,26 +8,26 @@ from dataclasses import replace
 
 from torch import fx
 
-from runlora_fx.cost_model.machine import Machine
+from runlora_fx.cost_model.devices.machine import Machine
 from runlora_fx.options import Options
-from runlora_fx.passes.analysis import Analysis, device_of
-from runlora_fx.passes.apply import NotAppliedError, apply
-from runlora_fx.passes.budget import spend
-from runlora_fx.passes.decide import Decision
-from runlora_fx.passes.describe import describe, describe_mixture
-from runlora_fx.passes.dialects.base import Dialect
-from runlora_fx.passes.dots import gathered_dots
-from runlora_fx.passes.dynamic import decide_all
-from runlora_fx.passes.fused import Fused
-from runlora_fx.passes.gathers import split_gathered_weights
-from runlora_fx.passes.grouped import split_grouped_products
-from runlora_fx.passes.origin import unmatched
-from runlora_fx.passes.phases import recompute_dropout_masks
-from runlora_fx.passes.pricing import Pricing, may_measure
-from runlora_fx.passes.read import Casts
-from runlora_fx.passes.stacks import Mixture
-from runlora_fx.passes.trial import try_out
-from runlora_fx.report import Refusal, Report
+from runlora_fx.passes.emit.apply import NotAppliedError, apply
+from runlora_fx.passes.experts.grouped import split_grouped_products
+from runlora_fx.passes.experts.picked import split_gathered_weights
+from runlora_fx.passes.experts.stacks import Mixture
+from runlora_fx.passes.levels.level import Dialect
+from runlora_fx.passes.lower.dots import gathered_dots
+from runlora_fx.passes.lower.fused import Fused
+from runlora_fx.passes.read.analysis import Analysis, device_of
+from runlora_fx.passes.read.phases import recompute_dropout_masks
+from runlora_fx.passes.read.reader import Casts
+from runlora_fx.passes.search.decide import Decision
+from runlora_fx.passes.search.dynamic import decide_all
+from runlora_fx.passes.search.memory_budget import spend
+from runlora_fx.passes.tune.pricing import Pricing, may_measure
+from runlora_fx.passes.tune.trials import try_out
+from runlora_fx.report.data import Refusal, Report
+from runlora_fx.report.describe import describe, describe_mixture
+from runlora_fx.report.origin import unmatched
 
 #: What the policies take casts for.
 _CASTS: dict[str, Casts] = {"strict": "kept", "default": "joined", "relaxed": "crossed"}
@@ -174,7 +174,9 @@ def _decisions(
     measures = is_timed and may_measure()
     if measures:
         pricing.measure(problem for problem in static if problem is not None)
-    decisions = decide_all(posed, pricing, analysis.hint, analysis.guard if may_guard else None)
+    decisions = decide_all(
+        posed, pricing.objective, analysis.hint, analysis.guard if may_guard else None
+    )
     if options.memory_budget:
         objectives = [pricing.objective(p.problem.dtype) for p in posed]
         offered = [

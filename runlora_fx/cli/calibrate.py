@@ -1,0 +1,201 @@
+"""Calibration of the machine profile: `python -m runlora_fx calibrate`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import product
+from statistics import median
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from runlora_fx.cost_model import store
+from runlora_fx.cost_model.devices.fit import fit_rates
+from runlora_fx.cost_model.devices.machine import default_profile, key_of
+from runlora_fx.cost_model.devices.measure import (
+    add_seconds,
+    matmul_seconds,
+    random_tensor,
+    undisturbed,
+)
+from runlora_fx.cost_model.ops import Add, GemmShape
+from runlora_fx.cost_model.store import Record
+
+SUMMARY = "Measure what this machine can do, so that plans are chosen by its own times."
+
+#: Sizes of LoRA layers to fit to, and others in between to check the fit on: tokens, width, rank.
+_FITTED = ((16, 128, 1024), (256, 1024, 3072), (8, 64))
+_CHECKED = ((48, 512), (640, 1536), (16,))
+
+#: Products of more than this are left out: they run at the rate of those that are not [FLOP].
+_MAX_FLOPS = 8e9
+
+#: A product that takes longer than its share of the time over this number is the largest that is
+#: measured: one measurement takes several runs.
+_SHARE = 8
+
+#: Every product is measured this often, in rounds: a machine is not as fast at every moment.
+_ROUNDS = 3
+
+_ADDED = ((256, 256), (1024, 1024), (2048, 4096))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="the device to measure, as torch names it",
+    )
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        default=["float32", "bfloat16"],
+        choices=["float64", "float32", "bfloat16", "float16"],
+        help="the dtypes to measure",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=45.0, help="stop measuring after this time"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, store, and show how well the profile predicts products it was not fitted to.
+
+    Returns:
+        The exit status: 0, or 1 if there was no time to measure enough, or nowhere to keep it.
+
+    Raises:
+        ValueError: If the device or the time is not valid.
+    """
+    if not arguments.seconds > 0:  # also true of NaN
+        raise ValueError(f"--seconds must be positive, not {arguments.seconds}")
+    device = _device(arguments.device)
+    console = Console(highlight=False)
+    share = arguments.seconds / len(arguments.dtype)
+    with undisturbed(device), Progress(console=console, transient=True) as progress:
+        results = [
+            _calibrate(
+                device, dtype, share, lambda items, what: progress.track(items, description=what)
+            )
+            for dtype in arguments.dtype
+        ]
+    for dtype, checked in zip(arguments.dtype, results, strict=True):
+        if checked is None:
+            console.print(f"{dtype}: too little time, nothing stored; give more --seconds.")
+        elif not store.load(key_of(device, dtype)).rates:
+            console.print(f"{dtype}: {store.folder()} cannot be written to, nothing stored.")
+            checked.clear()
+        else:
+            _show(console, device, dtype, checked)
+    if any(results):
+        console.print(f"Stored in {store.folder()}.", soft_wrap=True)
+    return 0 if all(results) else 1
+
+
+def _device(name: str) -> torch.device:
+    """The device of a name, with its index.
+
+    Raises:
+        ValueError: If it cannot compute here.
+    """
+    try:
+        device = torch.empty(0, device=name).device
+        random_tensor(1, dtype=torch.float32, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used: {error}") from None
+    return device
+
+
+Track = Callable[[Sequence[GemmShape], str], Iterable[GemmShape]]
+
+
+def _calibrate(
+    device: torch.device, dtype: str, budget_s: float, track: Track
+) -> dict[GemmShape, float] | None:
+    """Measure and store the profile of one dtype; the times of the products to check it on [s]."""
+    end = time.monotonic() + budget_s
+    kind = getattr(torch, dtype)
+    fitted, checked = _shapes(_FITTED), _shapes(_CHECKED)
+    # Small ones first: where they take long already, large ones are left out.
+    shapes = sorted([*checked, *fitted], key=lambda shape: shape.m * shape.k * shape.n)
+    longest = budget_s / (_SHARE * _ROUNDS * len(shapes))
+    too_large: dict[str, float] = {}
+    times: dict[GemmShape, float] = {}
+    for i in range(_ROUNDS):
+        for shape in track(shapes, f"{dtype}, round {i + 1} of {_ROUNDS}"):
+            operation = shape.product(kind.itemsize)
+            flops = float(operation.cost.flops)
+            if time.monotonic() < end and flops < too_large.get(operation.layout, math.inf):
+                took = matmul_seconds(shape, kind, device)
+                times[shape] = min(took, times.get(shape, took))
+                if took > longest:
+                    too_large[operation.layout] = flops
+    products = {shape: times[shape] for shape in fitted if shape in times}
+    if len(products) < len(fitted) / 2:
+        return None
+    added = [
+        Add(1, *size, 2, kind.itemsize).cost.bytes / add_seconds(*size, kind, device)
+        for size in _ADDED
+    ]
+    rates = {**fit_rates(products, kind.itemsize), "add_bytes_per_s": float(median(added))}
+    store.add(key_of(device, dtype), Record(rates))
+    return {shape: times[shape] for shape in checked if shape in times}
+
+
+def _shapes(grid: tuple[tuple[int, ...], ...]) -> list[GemmShape]:
+    found = (
+        shape.canonical
+        for tokens, width, rank in product(*grid)
+        for shape in _layer(tokens, width, rank)
+        if shape.product(1).cost.flops <= _MAX_FLOPS
+    )
+    return list(dict.fromkeys(found))
+
+
+def _layer(n: int, w: int, r: int) -> Iterator[GemmShape]:
+    """The products of a LoRA layer and its gradients, whichever way they are computed."""
+    for inner, columns in ((w, w), (w, r), (r, w)):
+        yield GemmShape(1, n, inner, columns, False, True)  # X W', X A', (X A') B'
+        yield GemmShape(1, n, inner, columns, False, False)  # dY W, dY B, (dY B) A
+        yield GemmShape(1, columns, n, inner, True, False)  # dY' X, dB, dA
+    yield GemmShape(1, w, r, w, False, False)  # B A
+
+
+def _show(
+    console: Console, device: torch.device, dtype: str, checked: dict[GemmShape, float]
+) -> None:
+    """The table of predicted against measured times."""
+    key = key_of(device, dtype)
+    itemsize = getattr(torch, dtype).itemsize
+    profile = store.load(key).profile(default_profile(device, dtype))
+    table = Table(title=f"{key.device}, {dtype}: products that the profile was not fitted to")
+    for column in ("product", "layout", "GFLOP/s", "measured", "predicted", "error"):
+        table.add_column(column, justify="left" if column == "layout" else "right")
+    errors = []
+    for shape, seconds in checked.items():
+        operation = shape.product(itemsize)
+        predicted = profile.seconds(operation)
+        errors.append(abs(predicted / seconds - 1))
+        table.add_row(
+            f"({shape.m}, {shape.k}) @ ({shape.k}, {shape.n})",
+            "".join("t" if turned else "n" for turned in shape[4:]),
+            f"{float(operation.cost.flops) / seconds / 1e9:.0f}",
+            f"{seconds * 1e6:.0f} us",
+            f"{predicted * 1e6:.0f} us",
+            f"{predicted / seconds - 1:+.0%}",
+        )
+    console.print(table)
+    console.print(
+        f"{dtype}: {profile.flops_per_s / 1e9:.0f} GFLOP/s, read "
+        f"{profile.read_bytes_per_s / 1e9:.1f} GB/s, write {profile.write_bytes_per_s / 1e9:.1f} "
+        f"GB/s, add {profile.add_bytes_per_s / 1e9:.1f} GB/s, launch {profile.launch_s * 1e6:.1f} "
+        f"us; slower by layout: nn {profile.slower_nn:.1f}, nt {profile.slower_nt:.1f}, "
+        f"tn {profile.slower_tn:.1f}; median error {median(errors):.0%}."
+    )

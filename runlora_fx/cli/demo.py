@@ -1,0 +1,68 @@
+"""The demo: one LoRA fine-tuning run in eager PEFT, Inductor and runlora, side by side."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+
+import torch
+from rich.console import Console
+
+from runlora_fx import history
+from runlora_fx.cli import demo_output as output
+from runlora_fx.cli.demo_training import BACKENDS, Settings, model_and_tokens, train, variant_of
+from runlora_fx.report.data import merged
+
+SUMMARY = "Fine-tune a small LoRA model three ways and compare losses, time, memory and plans."
+
+# Rounding differs between the orders of evaluation, and training carries it on.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add one option for each of the settings, with their defaults."""
+    default = Settings()
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    parser.add_argument(
+        "--model",
+        default=default.model,
+        help="path or hub name of a causal language model (None: a small random Llama)",
+    )
+    parser.add_argument("--rank", type=int, default=default.rank, help="rank of the adapters")
+    parser.add_argument("--batch", type=int, default=default.batch, help="sequences in a batch")
+    parser.add_argument("--seq", type=int, default=default.seq, help="tokens in a sequence")
+    parser.add_argument("--dtype", choices=TOLERANCE, default=default.dtype, help="of the products")
+    parser.add_argument("--dropout", type=float, default=default.dropout, help="of the adapters")
+    parser.add_argument("--steps", type=int, default=default.steps, help="steps of each variant")
+
+
+def run(settings: Settings) -> int:
+    """Train, print the comparison, and check that all variants learnt the same.
+
+    Args:
+        settings: What to fine-tune and for how long.
+
+    Returns:
+        The exit status: 0, or 1 if the loss curves differ by more than rounding.
+    """
+    # Dynamo reads every attribute of a model, deprecated ones too.
+    warnings.simplefilter("ignore", FutureWarning)
+    warnings.filterwarnings("ignore", "dynamo_pgo force disabled")
+    # A cached graph is not planned again, and there would be no plan to show.
+    torch.compiler.config.force_disable_caches = True
+    console = Console(highlight=False)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    model, tokens = model_and_tokens(settings)
+    console.print(output.headline(model, settings, device), soft_wrap=True)
+    variants = [variant_of(name, model.to(device)) for name in BACKENDS]
+    with history.collecting() as reports:
+        train(variants, tokens, settings, device, console)
+
+    # Inductor draws dropout masks of its own, so with dropout eager is no reference.
+    reference = variants[0] if settings.dropout == 0 else variants[1]
+    tolerance = TOLERANCE[settings.dtype]
+    equal = output.print_losses(console, variants, reference, tolerance)
+    output.print_costs(console, variants)
+    output.print_plans(console, merged(reports))
+    return 0 if equal else 1

@@ -1,0 +1,211 @@
+"""What the demo runs: the same fine-tuning in eager PEFT, under Inductor and under runlora.
+
+The three variants start from identical weights and see identical batches. They take their steps in
+turn, in one process, so that whatever else the machine does disturbs them alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from runlora_fx.cli.demo_data import batches, corpus
+
+BACKENDS = {"eager": None, "inductor": "inductor", "runlora": "runlora"}
+
+# The first step compiles and the second one is measured for memory; neither is timed.
+UNTIMED_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to fine-tune and for how long.
+
+    Attributes:
+        model: Path or hub name of a causal language model; a small random Llama if None.
+        rank: Rank of the adapters.
+        batch: Sequences in a batch.
+        seq: Tokens in a sequence.
+        dtype: Of the base weights and the products: "float32" or "bfloat16".
+        dropout: Probability of the dropout before the adapters.
+        steps: Optimizer steps of each variant.
+    """
+
+    model: str | None = None
+    rank: int = 32
+    batch: int = 4
+    seq: int = 256
+    dtype: str = "float32"
+    dropout: float = 0.0
+    steps: int = 30
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "batch", "seq"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if self.steps <= UNTIMED_STEPS:
+            raise ValueError(f"steps must be more than {UNTIMED_STEPS}, got {self.steps}")
+
+    @classmethod
+    def from_arguments(cls, arguments: argparse.Namespace) -> Settings:
+        """The settings that a parsed command line asks for."""
+        return cls(**{name: getattr(arguments, name) for name in cls.__dataclass_fields__})
+
+
+@dataclass
+class Variant:
+    """One way to run the training, and what it measured.
+
+    Attributes:
+        name: How the tables call it.
+        model: The PEFT model, compiled in place unless it is the eager one.
+        optimizer: Over the adapters alone.
+        losses: Of every step.
+        seconds: Of every timed step: forward, backward and optimizer.
+        first_seconds: Of the first step, which compiles.
+        saved_bytes: Kept between forward and backward, beyond parameters and inputs [B].
+    """
+
+    name: str
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    first_seconds: float = 0.0
+    saved_bytes: int = 0
+
+
+def model_and_tokens(settings: Settings) -> tuple[nn.Module, Tensor]:
+    """The PEFT model of the settings, in training mode, and the corpus in its tokens."""
+    try:
+        import peft
+        import transformers
+    except ImportError as error:
+        message = "The demo needs PEFT and Transformers: pip install 'runlora-fx[demo]'"
+        raise SystemExit(f"{message} ({error})") from None
+
+    dtype = getattr(torch, settings.dtype)
+    tokenizer = None
+    if settings.model is None:
+        config = transformers.LlamaConfig(
+            vocab_size=256,
+            hidden_size=384,
+            intermediate_size=1024,
+            num_hidden_layers=3,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            max_position_embeddings=settings.seq,
+            # Wide enough that the frozen random head can tell bytes apart.
+            initializer_range=0.05,
+        )
+        base = transformers.LlamaForCausalLM(config).to(dtype)
+    else:
+        try:
+            base = transformers.AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(settings.model)
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"Cannot load --model {settings.model}: {error}") from None
+    base.config.use_cache = False
+    lora = peft.LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.rank,
+        lora_dropout=settings.dropout,
+        target_modules="all-linear",
+    )
+    model: nn.Module = peft.get_peft_model(base, lora).train()
+    return model, corpus(tokenizer)
+
+
+def variant_of(name: str, model: nn.Module) -> Variant:
+    """A variant with a copy of the adapters; the frozen weights are shared, never copied."""
+    frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
+    own: nn.Module = copy.deepcopy(model, frozen)
+    if BACKENDS[name] is not None:
+        own.compile(backend=BACKENDS[name], dynamic=False)
+    adapters = [p for p in own.parameters() if p.requires_grad]
+    return Variant(name, own, torch.optim.AdamW(adapters, lr=1e-3))
+
+
+def train(
+    variants: list[Variant],
+    tokens: Tensor,
+    settings: Settings,
+    device: torch.device,
+    console: Console,
+) -> None:
+    """Take all steps of all variants, in turn, and fill in what they measured."""
+    data = batches(tokens, settings.batch, settings.seq, seed=1)
+    with Progress(console=console) as progress:
+        task = progress.add_task("", total=settings.steps * len(variants))
+        for step in range(settings.steps):
+            batch = next(data).to(device)
+            # Another variant goes first each time: none always runs in the wake of the same one.
+            for offset in range(len(variants)):
+                variant = variants[(step + offset) % len(variants)]
+                doing = "training" if step else f"first step, {variant.name}"
+                progress.update(task, description=doing, refresh=True)
+                torch.manual_seed(step)
+                _step(variant, batch, step, settings.dtype)
+                progress.advance(task)
+
+
+def _step(variant: Variant, batch: Tensor, step: int, dtype: str) -> None:
+    """One optimizer step, measured for memory or timed if its number says so."""
+    watch: AbstractContextManager[Any] = nullcontext()
+    if step == UNTIMED_STEPS - 1:
+        watch = _count_saved(variant, batch)
+    _synchronize(batch.device)
+    start = time.perf_counter()
+    with watch, torch.autocast(batch.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        loss = variant.model(input_ids=batch, labels=batch).loss
+    loss.backward()
+    variant.optimizer.step()
+    variant.optimizer.zero_grad()
+    _synchronize(batch.device)
+    seconds = time.perf_counter() - start
+    if step == 0:
+        variant.first_seconds = seconds
+    elif step >= UNTIMED_STEPS:
+        variant.seconds.append(seconds)
+    variant.losses.append(loss.item())
+
+
+@contextmanager
+def _count_saved(variant: Variant, batch: Tensor) -> Iterator[None]:
+    """Count what autograd saves inside the context, eager or compiled.
+
+    A storage counts once and in full, however many views of it are saved: that is what stays
+    allocated. Parameters, buffers and inputs do not count: they live anyway.
+    """
+    lasting = [*variant.model.parameters(), *variant.model.buffers(), batch]
+    known = {tensor.untyped_storage().data_ptr() for tensor in lasting}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield
+    variant.saved_bytes = sum(saved.values())
+
+
+def _synchronize(device: torch.device) -> None:
+    """Wait until the device has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

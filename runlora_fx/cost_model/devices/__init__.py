@@ -1,0 +1,1 @@
+"""Devices: what this machine can do, by default, as measured, and as stored."""

@@ -1,0 +1,1 @@
+"""Integrations: functions of other libraries, as Dynamo can trace them."""

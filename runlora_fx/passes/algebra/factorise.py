@@ -1,0 +1,113 @@
+"""Factorisation: the parts of a sum that share nothing, and every way to write it as a product."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from itertools import product
+from math import prod
+
+from runlora_fx.passes.algebra.polynomials import (
+    Factor,
+    Polynomial,
+    Word,
+    of_factors,
+    polynomial,
+    without_scalar,
+)
+
+#: Ways to cut the words of one sum that :func:`factorisations` tries for each cut of the first.
+_MAX_CHOICES = 64
+
+
+def components(p: Polynomial) -> list[Polynomial]:
+    """Split a sum into parts between which nothing can be factored out.
+
+    Two words can share a factor only if they begin or end with the same one (up to longer chains of
+    such pairs), so the cheapest evaluation of a sum is that of its components, added.
+    """
+    parent = list(range(len(p)))
+
+    def find(i: int) -> int:
+        while parent[i] != i:
+            i = parent[i]
+        return i
+
+    seen: dict[tuple[str, Factor], int] = {}
+    for i, word in enumerate(p.words):
+        if not word.factors:
+            continue
+        for end in (("first", word.factors[0]), ("last", word.factors[-1])):
+            parent[find(i)] = find(seen.setdefault(end, i))
+    groups: dict[int, list[tuple[Word, float]]] = {}
+    for i, term in enumerate(p.terms):
+        groups.setdefault(find(i), []).append(term)
+    return [Polynomial(tuple(group)) for group in groups.values()]
+
+
+def factorisations(p: Polynomial) -> Iterator[tuple[Polynomial, Polynomial]]:
+    """All (L, R) of at least one factor each, with ``L @ R == p``, the leading number in R.
+
+    Of a vector of dots it is the matrix that is cut: ``dots(L @ R) == p``.
+
+    Some words of p can be cut in several places, as in ``X A + X B A``, which is ``X (A + B A)``
+    and ``(X + X B) A``. Beyond a fixed number of combinations only the shortest and the longest L
+    are tried.
+    """
+    if p.is_dots:
+        p = p.matrix
+    if len(p) == 1:
+        (word, c) = p.terms[0]
+        for i in range(1, len(word.factors)):
+            right = Polynomial(((Word(word.factors[i:], word.scalars), c),))
+            yield of_factors(word.factors[:i]), right
+        return
+    # The leading word of p is that of L times that of R, so each cut of it fixes what can stand
+    # left (whatever stands before R's leading word somewhere in p) and right.
+    leading, *others = [word.factors for word in p.words]
+    for i in range(1, len(leading)):
+        first, last = leading[:i], leading[i:]
+        n = len(last)
+        lefts = {w[:-n] for w in (leading, *others) if len(w) > n and w[-n:] == last}
+        rights = {w[i:] for w in (leading, *others) if len(w) > i and w[:i] == first}
+        options = [
+            [j for j in range(1, len(w)) if w[:j] in lefts and w[j:] in rights] for w in others
+        ]
+        for cuts in _choices(options):
+            pair = _divided_at(p, (i, *cuts))
+            if pair is not None:
+                yield pair
+
+
+def _choices(options: list[list[int]]) -> Iterator[tuple[int, ...]]:
+    """One of each; where that is too many, the first of each and the last of each."""
+    if not all(options):
+        return
+    if prod(map(len, options)) <= _MAX_CHOICES:
+        yield from product(*options)
+    else:
+        yield tuple(choice[0] for choice in options)
+        yield tuple(choice[-1] for choice in options)
+
+
+def _divided_at(p: Polynomial, cuts: tuple[int, ...]) -> tuple[Polynomial, Polynomial] | None:
+    """(L, R) whose product p is if every word is cut at the given place; None if it is not."""
+    leading, i = p.terms[0][0].factors, cuts[0]
+    pieces = [
+        (w.factors[:j], w.factors[j:], w.scalars, c)
+        for (w, c), j in zip(p.terms, cuts, strict=True)
+    ]
+    _, left = without_scalar(
+        polynomial((Word(u, scalars), c) for u, v, scalars, c in pieces if v == leading[i:])
+    )
+    common = Counter(left.terms[0][0].scalars)
+    right = []
+    for u, v, scalars, c in pieces:
+        if u == leading[:i]:
+            rest = Counter(scalars)
+            rest.subtract(common)
+            if min(rest.values(), default=0) < 0:
+                return None
+            right.append((Word(v, tuple(sorted(rest.elements()))), c))
+    rest_of_p = polynomial(right)
+    return (left, rest_of_p) if (left @ rest_of_p).close_to(p, rtol=1e-12) else None

@@ -1,0 +1,233 @@
+"""Problems and plans: the question the search answers, and its answer, as data.
+
+A *value* is a polynomial up to scalar and transpose, in one of two phases. In a joint graph the
+forward phase holds what can be computed without tangents; a value of the forward phase that the
+backward needs is either *kept* or computed a second time. Inference graphs have one phase only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeAlias
+
+import sympy
+
+from runlora_fx.cost_model.cost import FREE, Cost
+from runlora_fx.cost_model.ops import Add, Dots, Hold, MatMul, Operation, Stretch
+from runlora_fx.passes.algebra.polynomials import (
+    Factor,
+    Polynomial,
+    Scalar,
+    divided,
+    normalise,
+    polynomial,
+    without_scalar,
+)
+
+
+@dataclass(frozen=True)
+class LeafSpec:
+    """What planning has to know of a leaf.
+
+    Attributes:
+        rows: Index of the row dimension in :attr:`Problem.dims`.
+        cols: Index of the column dimension.
+        batch: Index of the batch dimension, or None for a plain matrix.
+        kind: ``"matrix"``; ``"ones"`` for the column of ones that broadcasts a bias over rows;
+            ``"diagonal"`` for the diagonal matrix of a vector.
+        backward: Whether it depends on a tangent.
+        held: Whether the backward can use it without more being saved for it.
+    """
+
+    rows: int
+    cols: int
+    batch: int | None = None
+    kind: Literal["matrix", "ones", "diagonal"] = "matrix"
+    backward: bool = False
+    held: bool = True
+
+
+class Value(NamedTuple):
+    """A normalised polynomial, in the phase it is needed in."""
+
+    core: Polynomial
+    backward: bool
+
+
+@dataclass(frozen=True)
+class Product:
+    """``core = left @ right``, or the diagonal of that where the core is a vector of dots."""
+
+    left: Polynomial
+    right: Polynomial
+
+
+@dataclass(frozen=True)
+class Sum:
+    """``core = sum(parts)``."""
+
+    parts: tuple[Polynomial, ...]
+
+
+@dataclass(frozen=True)
+class Keep:
+    """The backward uses what the forward computed: it is saved."""
+
+
+Step: TypeAlias = Product | Sum | Keep
+
+
+def step_operands(step: Step) -> tuple[Polynomial, ...]:
+    """What a step reads; of the same core, kept, nothing else."""
+    match step:
+        case Keep():
+            return ()
+        case Sum(parts):
+            return parts
+        case Product(left, right):
+            return (left, right)
+
+
+def product_step(left: Polynomial, right: Polynomial, *, dots: bool = False) -> Product:
+    """The product, or its diagonal, as a step that makes its normalised value."""
+    if not dots and normalise(left @ right).transposed:
+        left, right = right.T, left.T
+    (_, left), (_, right) = without_scalar(left), without_scalar(right)
+    made = left @ right
+    again = normalise(made.dots if dots else made).scalar.number
+    return Product(left, right.scaled(Scalar(1.0 / again)))
+
+
+def sum_step(parts: Sequence[Polynomial]) -> Sum:
+    """The sum as a step that makes its normalised value."""
+    total = polynomial(term for p in parts for term in p)
+    scalar, transposed, _ = normalise(total)
+    turned = (p.T if transposed else p for p in parts)
+    return Sum(tuple(divided(p, scalar) for p in turned))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Values that are to be computed together, and how the incoming graph computes them.
+
+    Attributes:
+        leaves: By leaf index. Scalar leaves are numbered apart and have no spec.
+        dims: Sizes at the hints [elements].
+        demands: The values that must exist in the end, in graph order.
+        incoming: Every step of the incoming graph, in graph order; always among the candidates.
+        kept: Cores that the incoming graph saves for its backward, and sums that could be saved in
+            the stead of their addends: keeping them costs nothing new.
+        itemsize: Element width [B].
+        dtype: Of the elements, as torch names it.
+        lasting: Leaves that are the same tensors in every call. What is made of them alone is kept
+            from call to call, and costs nothing in most. Empty where nothing is to be kept.
+    """
+
+    leaves: tuple[LeafSpec, ...]
+    dims: tuple[int, ...]
+    demands: tuple[Value, ...]
+    incoming: tuple[tuple[Value, Step], ...]
+    kept: frozenset[Polynomial]
+    itemsize: int
+    dtype: str = "float32"
+    lasting: frozenset[int] = frozenset()
+
+    def extent(self, factor: Factor) -> tuple[int, int]:
+        """The dimensions of a factor: indices of its rows and columns."""
+        spec = self.leaves[factor.leaf]
+        return (spec.cols, spec.rows) if factor.transposed else (spec.rows, spec.cols)
+
+    def shape(self, p: Polynomial) -> tuple[int | None, int, int]:
+        """The dimensions of a polynomial: indices of batch, rows and columns."""
+        factors = p.shown
+        batch = self.leaves[factors[0].leaf].batch
+        return batch, self.extent(factors[0])[0], self.extent(factors[-1])[1]
+
+
+Dims: TypeAlias = tuple[int, ...] | tuple[sympy.Expr, ...]
+
+
+def is_broadcast(leaves: Sequence[LeafSpec], left: Polynomial, right: Polynomial) -> bool:
+    """Whether ``left @ right`` only repeats a row (ones @ row) or a column (column @ ones')."""
+    row, column = left.leaf, right.leaf
+    return (row is not None and not row.transposed and leaves[row.leaf].kind == "ones") or (
+        column is not None and column.transposed and leaves[column.leaf].kind == "ones"
+    )
+
+
+def step_operation(
+    problem: Problem, core: Polynomial, step: Step, dims: Dims | None = None
+) -> Operation | None:
+    """What a step runs, or None if nothing; symbolic where ``dims`` holds expressions."""
+    if core.leaves <= problem.lasting:
+        return None
+    size = problem.dims if dims is None else dims
+    batch, rows, cols = problem.shape(core)
+    b, m, n = 1 if batch is None else size[batch], size[rows], size[cols]
+    if core.is_dots:
+        n = 1
+    match step:
+        case Keep():
+            return Hold(b, m, n, problem.itemsize)
+        case Sum(parts):
+            return Add(b, m, n, len(parts), problem.itemsize)
+        case Product(left, _) if core.is_dots:
+            return Dots(m, size[problem.shape(left)[2]], problem.itemsize)
+        case Product(left, right):
+            if is_broadcast(problem.leaves, left, right):
+                return None  # fused into whatever reads it
+            if left.is_diagonal or right.is_diagonal:
+                # A demand is read by something elementwise, which scales it on the way.
+                is_demand = any(core == demand.core for demand in problem.demands)
+                return None if is_demand else Stretch(b, m, n, problem.itemsize)
+            turned = (_lies_turned(problem, left), _lies_turned(problem, right))
+            return MatMul(b, m, size[problem.shape(left)[2]], n, problem.itemsize, turned)
+
+
+def _lies_turned(problem: Problem, operand: Polynomial) -> bool:
+    """Whether an operand lies transposed in memory: what a step makes lies as its largest leaf."""
+
+    def size(factor: Factor) -> int:
+        spec = problem.leaves[factor.leaf]
+        return problem.dims[spec.rows] * problem.dims[spec.cols]
+
+    factors = (f for word in operand.words for f in word.factors if not f.diagonal)
+    return max(factors, key=size).transposed
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One step for every value that the demands need; leaves need none."""
+
+    steps: Mapping[Value, Step]
+
+    def operations(self, problem: Problem, dims: Dims | None = None) -> list[Operation]:
+        """What runs: shared values once."""
+        return _operations(problem, self.steps.items(), dims)
+
+    def cost(self, problem: Problem, dims: Dims | None = None) -> Cost:
+        """The cost of the plan: shared values once."""
+        return total_cost(self.operations(problem, dims))
+
+
+def incoming_operations(problem: Problem, dims: Dims | None = None) -> list[Operation]:
+    """What the graph as it came runs."""
+    return _operations(problem, dict.fromkeys(problem.incoming), dims)
+
+
+def incoming_cost(problem: Problem, dims: Dims | None = None) -> Cost:
+    """The cost of the graph as it came."""
+    return total_cost(incoming_operations(problem, dims))
+
+
+def total_cost(operations: Iterable[Operation]) -> Cost:
+    """The sum of the operations' costs."""
+    return sum((operation.cost for operation in operations), FREE)
+
+
+def _operations(
+    problem: Problem, steps: Iterable[tuple[Value, Step]], dims: Dims | None
+) -> list[Operation]:
+    found = (step_operation(problem, value.core, step, dims) for value, step in steps)
+    return [operation for operation in found if operation is not None]

@@ -1,1 +1,0 @@
-"""Dialects: how each graph level spells the forms, and how to write them back."""

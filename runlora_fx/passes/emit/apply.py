@@ -1,0 +1,156 @@
+"""Application: chosen plans, written into their graph, proven, and put in the places of the old."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from torch import fx
+
+from runlora_fx.passes.algebra.plan import Plan, Step, Value, product_step
+from runlora_fx.passes.algebra.polynomials import IDENTITY, normalise
+from runlora_fx.passes.emit.dequantised import recompute_dequantised
+from runlora_fx.passes.emit.emitter import Emitter
+from runlora_fx.passes.emit.verify import VerificationError, verify
+from runlora_fx.passes.emit.writer import EmissionError, Writer
+from runlora_fx.passes.levels import forms
+from runlora_fx.passes.read.analysis import Analysis
+from runlora_fx.passes.read.expand import sources
+from runlora_fx.passes.read.phases import recompute
+from runlora_fx.passes.read.reader import GraphReader
+from runlora_fx.passes.read.regions import Regions, Root
+
+
+class NotAppliedError(Exception):
+    """A root could not be written or proven; the graph is as it was.
+
+    Attributes:
+        root: The root.
+        cause: What went wrong.
+    """
+
+    def __init__(self, root: Root, cause: Exception) -> None:
+        """Say about which root what went wrong."""
+        super().__init__(str(cause))
+        self.root = root
+        self.cause = cause
+
+
+def apply(analysis: Analysis, plans: Mapping[int, Plan], lasting: Collection[fx.Node] = ()) -> None:
+    """Rewrite a graph.
+
+    Args:
+        analysis: The graph as it came.
+        plans: By the index of a region, what to compute it by; the others stay as they came.
+        lasting: Inputs of which merged weights are kept from call to call.
+
+    Raises:
+        NotAppliedError: If a plan cannot be written, or is not what it was to be.
+    """
+    if not plans:
+        return
+    regions, reader = analysis.regions, analysis.reader
+    touched = {root.node for i in plans for root, _ in regions.regions[i].demands}
+    roots = [root for root in regions.roots if root.node in touched]
+    writer = Writer(analysis.graph, reader, analysis.dialect)
+    emitter = Emitter(
+        reader,
+        analysis.phases,
+        writer,
+        _whole_plan(analysis, plans),
+        roots,
+        _existing(regions, reader),
+        _incoming(analysis),
+        analysis.hint,
+        lasting,
+    )
+    _replace(analysis.graph, reader, writer, emitter, roots)
+    if analysis.phases.is_joint:
+        leaves = (
+            reader.leaves.matrices[leaf] for i in plans for leaf in analysis.posed[i].matrices
+        )
+        for node in dict.fromkeys(leaf.node for leaf in leaves if leaf.node is not None):
+            recompute_dequantised(node)
+
+
+def _whole_plan(analysis: Analysis, plans: Mapping[int, Plan]) -> Plan:
+    """One plan for the graph: the chosen steps where it changes, the incoming ones elsewhere."""
+    steps: dict[Value, Step] = {}
+    for i, posed in enumerate(analysis.posed):
+        own = plans.get(i)
+        if own is None:
+            first: dict[Value, Step] = {}
+            for value, step in posed.problem.incoming:
+                first.setdefault(value, step)
+            own = Plan(first)
+        steps.update(posed.in_graph(own).steps)
+    return Plan(steps)
+
+
+def _incoming(analysis: Analysis) -> set[tuple[Value, Step]]:
+    """Every step of the graph as it came, in its own leaves."""
+    found: set[tuple[Value, Step]] = set()
+    for posed in analysis.posed:
+        steps = [Plan({value: step}) for value, step in posed.problem.incoming]
+        found |= {pair for plan in steps for pair in posed.in_graph(plan).steps.items()}
+    return found
+
+
+def _existing(
+    regions: Regions, reader: GraphReader
+) -> dict[tuple[Value, Step], tuple[fx.Node, bool]]:
+    """Interior nodes that are products: a plan that makes the same product can take them."""
+    found: dict[tuple[Value, Step], tuple[fx.Node, bool]] = {}
+    for region in regions.regions:
+        for made in region.incoming:
+            is_plain = isinstance(reader.forms[made.node], forms.Product | forms.Stretch)
+            if not (made.is_product and is_plain) or made.node in reader.stops:
+                continue
+            if _reads_identity(reader, made.node):
+                continue  # it would drag a product with the identity matrix along
+            scalar, transposed, core = normalise(made.polynomial)
+            if scalar.is_one:
+                key = (Value(core, made.backward), product_step(*made.operands))
+                found.setdefault(key, (made.node, transposed))
+    return found
+
+
+def _reads_identity(reader: GraphReader, node: fx.Node) -> bool:
+    """Whether a product takes, or is, a product with the identity matrix."""
+    form = reader.forms.get(node)
+    if isinstance(form, forms.Product) and any(
+        p == IDENTITY for operand in reader.factors(form) for p in operand
+    ):
+        return True
+    return form is not None and any(
+        _reads_identity(reader, source)
+        for source in sources(form)
+        if source in reader.cuts and source not in reader.stops
+    )
+
+
+def _replace(
+    graph: fx.Graph, reader: GraphReader, writer: Writer, emitter: Emitter, roots: list[Root]
+) -> None:
+    """Emit and verify every root, then put them all in the places of the old ones."""
+    emitted: list[tuple[Root, fx.Node]] = []
+    for root in roots:
+        try:
+            new = emitter.emit(root)
+            verify(reader, new, root.node, root.polynomial)
+        except Exception as error:
+            writer.erase()
+            if isinstance(error, VerificationError | EmissionError):
+                raise NotAppliedError(root, error) from error
+            raise
+        # All roots are proven before any is replaced: until then the graph is only longer.
+        emitted.append((root, new))
+    for root, new in emitted:
+        root.node.replace_all_uses_with(new)
+    for node in emitter.recomputed:
+        # Without the tag the partitioner would keep it: for a merged weight a second copy of every
+        # adapted weight, from forward to backward.
+        recompute(node)
+    for node in reversed(list(graph.nodes)):
+        if node in reader.forms and not node.users:
+            graph.erase_node(node)
+    graph.lint()

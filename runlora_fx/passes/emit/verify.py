@@ -1,0 +1,53 @@
+"""Verification: an emitted root is read back and must have the normal form it was made from."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from runlora_fx.passes.algebra.polynomials import Polynomial, of_factors
+from runlora_fx.passes.levels.forms import Cut, shape_of, value_of
+from runlora_fx.passes.read.expand import Addends, Expander, total
+from runlora_fx.passes.read.reader import GraphReader
+
+
+class VerificationError(RuntimeError):
+    """An emitted root is not what it was to be: a bug of ours."""
+
+
+class _Unreadable(Exception):
+    """A node that is neither readable nor a leaf of the polynomial to prove."""
+
+
+class _ReadBack(Expander):
+    """Reads down to the leaves of one polynomial, through roots and interior nodes alike."""
+
+    def __init__(self, reader: GraphReader, expected: Polynomial) -> None:
+        super().__init__(reader.values, reader.leaves, reader.forms)
+        self._expected = expected.leaves
+
+    def operand(self, node: fx.Node, cut: Cut) -> Addends:
+        factor = self.leaves.find(self.values, node, cut)
+        if factor is not None and factor.leaf in self._expected:
+            return (of_factors((factor,)),)
+        below = self.expand(node, cut)
+        if below is None:
+            raise _Unreadable(node.name)
+        return below
+
+
+def verify(reader: GraphReader, emitted: fx.Node, root: fx.Node, expected: Polynomial) -> None:
+    """Prove that a node computes a polynomial, as a tensor like the root's.
+
+    Raises:
+        VerificationError: If it does not; the message names both.
+    """
+    new, old = value_of(emitted), value_of(root)
+    assert new is not None and old is not None
+    if shape_of(emitted) != shape_of(root) or new.dtype != old.dtype or new.device != old.device:
+        raise VerificationError(f"{root.name}: emitted {new!r} in the place of {old!r}")
+    try:
+        found = total(_ReadBack(reader, expected).operand(emitted, reader.cuts[root]))
+    except _Unreadable as error:
+        raise VerificationError(f"{root.name}: cannot read {error} back") from error
+    if not found.unmirrored.close_to(expected.unmirrored):
+        raise VerificationError(f"{root.name}: emitted {found}, expected {expected}")

@@ -1,0 +1,167 @@
+"""Writing nodes: one call at a time, with metadata, and never the same call twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import fx
+
+from runlora_fx._torch_compat import in_fake_mode, is_sym_int
+from runlora_fx.passes.algebra.posed import Dim
+from runlora_fx.passes.emit.nodes import Inserter, values_of
+from runlora_fx.passes.levels.forms import Reshape, Shape, shape_of, value_of
+from runlora_fx.passes.levels.level import Dialect
+from runlora_fx.passes.read.reader import GraphReader
+
+
+class EmissionError(RuntimeError):
+    """A plan cannot be written into this graph."""
+
+
+class Writer:
+    """Writes nodes in front of an anchor, which lends them its metadata."""
+
+    def __init__(self, graph: fx.Graph, reader: GraphReader, dialect: Dialect) -> None:
+        """Write into the graph that the reader has read."""
+        self._insert = Inserter(graph)
+        self._reader = reader
+        self._calls = dialect.calls
+        self._position = {node: i for i, node in enumerate(graph.nodes)}
+
+    def move_to(self, anchor: fx.Node) -> None:
+        """Write in front of this node from now on."""
+        self._insert.move_to(anchor)
+
+    @property
+    def written(self) -> list[fx.Node]:
+        """The nodes made so far, in order."""
+        return self._insert.written
+
+    @property
+    def flattens(self) -> bool:
+        """Whether products take matrices only, so that activations must be flattened."""
+        return self._calls.stacked is None
+
+    def is_before(self, node: fx.Node) -> bool:
+        """Whether a node stands before what is written now."""
+        return self._position[node] < self._position[self._insert.anchor]
+
+    # -- calls ---------------------------------------------------------------------------------
+
+    def matmul(self, a: fx.Node, b: fx.Node) -> fx.Node:
+        """``a @ b`` of matrices or batches of matrices."""
+        calls, ranks = self._calls, (len(shape_of(a)), len(shape_of(b)))
+        if ranks == (2, 2):
+            return self._call(calls.mm, a, b)
+        if calls.stacked is not None and ranks[1] == 2:
+            return self._call(calls.stacked, a, b)
+        return self._call(calls.bmm, a, b)
+
+    def addmm(self, c: fx.Node, a: fx.Node, b: fx.Node, alpha: float) -> fx.Node:
+        """``c + alpha * (a @ b)`` in one kernel."""
+        kwargs = {} if alpha == 1.0 else {"alpha": _number(alpha)}
+        return self._call(self._calls.addmm, c, a, b, **kwargs)
+
+    def merged(self, c: fx.Node, a: fx.Node, b: fx.Node, alpha: float) -> fx.Node:
+        """``c + alpha * (a @ b)``, kept from call to call."""
+        assert self._calls.merged is not None
+        return self._call(self._calls.merged, c, a, b, float(alpha))
+
+    def add(self, a: fx.Node, b: fx.Node) -> fx.Node:
+        """``a + b``. Never with ``alpha``: Inductor (2.13) loses it where it fuses mm and add."""
+        return self._call(self._calls.add, a, b)
+
+    def scale(self, a: fx.Node, by: float | fx.Node) -> fx.Node:
+        """``a * by``."""
+        return a if by == 1.0 else self._call(self._calls.mul, a, by)
+
+    def shift(self, a: fx.Node, by: float) -> fx.Node:
+        """``a + by`` for a number."""
+        return a if by == 0.0 else self._call(self._calls.add, a, by)
+
+    def divide(self, a: fx.Node, by: fx.Node) -> fx.Node:
+        """``a / by``."""
+        return self._call(self._calls.div, a, by)
+
+    def cast(self, a: fx.Node, dtype: torch.dtype) -> fx.Node:
+        """``a`` in another dtype."""
+        val = value_of(a)
+        assert val is not None
+        if val.dtype == dtype:
+            return a
+        node = self._call(self._calls.cast, a, dtype)
+        # Whoever casts here may: also a leaf to a narrower dtype, where the reader would stop.
+        self._reader.forms[node] = Reshape(a)
+        return node
+
+    def transpose(self, a: fx.Node) -> fx.Node:
+        """The transpose of a matrix, or of each in a batch."""
+        n = len(shape_of(a))
+        return self._call(self._calls.permute, a, [*range(n - 2), n - 1, n - 2])
+
+    def reshape(self, a: fx.Node, shape: Shape) -> fx.Node:
+        """The same elements in another shape."""
+        if shape_of(a) == shape:
+            return a
+        val, sizes = value_of(a), self._sizes(shape)
+        assert val is not None
+        try:
+            with in_fake_mode(self._insert.mode), torch.no_grad():
+                val.view(values_of(sizes))
+        except (RuntimeError, ValueError):  # its strides do not allow a view
+            return self._call(self._calls.reshape, a, sizes)
+        return self._call(self._calls.view, a, sizes)
+
+    def dots(self, a: fx.Node, b: fx.Node, *, rows: bool) -> fx.Node:
+        """The dot products of the rows of two matrices, or those of their columns."""
+        if self._calls.einsum is None:
+            raise EmissionError("this level of graphs has no dots")
+        return self._call(self._calls.einsum, f"ab,ab->{'a' if rows else 'b'}", [a, b])
+
+    # -- nodes ---------------------------------------------------------------------------------
+
+    def _call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        known = self._reader.values.find(target, args, kwargs)
+        if known is not None and self.is_before(known):
+            return known
+        node = self._insert(target, *args, **kwargs)
+        # After the anchor's operands and before the anchor: as early as anything written here.
+        self._position[node] = self._position[self._insert.anchor] - 1
+        self._reader.values.of(node)
+        self._reader.classify(node)
+        return node
+
+    def erase(self) -> None:
+        """Take back everything that was written."""
+        self._insert.erase()
+
+    # -- sizes ---------------------------------------------------------------------------------
+
+    def _sizes(self, shape: Shape) -> list[int | fx.Node]:
+        if self._calls.stacked is not None and len(shape) == 2:
+            return [-1, *(size for size in shape[1:] if isinstance(size, int))]
+        unknown = [size for size in shape if not isinstance(size, int)]
+        if len(unknown) <= 1:
+            return [size if isinstance(size, int) else -1 for size in shape]
+        return [size if isinstance(size, int) else self._size(size) for size in shape]
+
+    def _size(self, size: Dim) -> fx.Node:
+        """A node that holds a symbolic size, from the graph or from a tensor that has it."""
+        limit = self._position[self._insert.anchor]
+        tensors: list[tuple[fx.Node, int]] = []
+        for node, position in self._position.items():
+            if position >= limit:
+                continue
+            if is_sym_int(node) and node.meta["val"].node.expr == size:
+                return cast(fx.Node, node)
+            if value_of(node) is not None and size in shape_of(node):
+                tensors.append((node, shape_of(node).index(size)))
+        if not tensors:
+            raise EmissionError(f"no tensor before {self._insert.anchor.name} has the size {size}")
+        return self._call(self._calls.size, *tensors[0])
+
+
+def _number(x: float) -> int | float:
+    return int(x) if x == int(x) else x

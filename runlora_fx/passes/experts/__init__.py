@@ -1,0 +1,1 @@
+"""Experts: products with merged stacks of expert weights, taken from their factors instead."""

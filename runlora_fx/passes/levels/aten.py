@@ -1,0 +1,166 @@
+"""The ATen level: joint and inference graphs after AOTAutograd, ``make_fx``, ``torch.export``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from runlora_fx.passes.levels import readers as builders
+from runlora_fx.passes.levels.forms import Form, Identity, value_of
+from runlora_fx.passes.levels.level import Calls, Dialect
+from runlora_fx.runtime import kept_weights as reuse  # noqa: F401  (registers the operator)
+
+_aten = torch.ops.aten
+
+
+def _sub(a: Any, b: Any, alpha: Any = 1) -> Form | None:
+    return builders.add(a, b, alpha, sign=-1.0)
+
+
+def _neg(a: Any) -> Form | None:
+    return builders.scale(a, -1.0)
+
+
+def _merged(base: Any, left: Any, right: Any, alpha: Any) -> Form | None:
+    return builders.addmm(base, left, right, 1, alpha)
+
+
+def _copy(into: Any, source: Any, *_: Any) -> Form | None:
+    """What autograd makes of an update of a view in place."""
+    here, there = value_of(into), value_of(source)
+    if here is None or there is None or (here.shape, here.dtype) != (there.shape, there.dtype):
+        return None
+    return builders.copy(source)
+
+
+def _einsum(equation: str, operands: Any, path: Any = None) -> Form | None:
+    return builders.einsum(equation, operands) or builders.dots(equation, operands)
+
+
+def _eye(n: Any, m: Any = None, **_: Any) -> Form | None:
+    return Identity() if m is None or n == m else None
+
+
+def _is_iota(node: object) -> bool:
+    if not isinstance(node, fx.Node):
+        return False
+    if node.target is _aten.unsqueeze.default:
+        return _is_iota(node.args[0])
+    if node.target is torch.ops.prims.iota.default:
+        return (node.kwargs.get("start", 0), node.kwargs.get("step", 1)) == (0, 1)
+    return node.target is _aten.arange.default and len(node.args) == 1
+
+
+def _compare(node: fx.Node) -> bool:
+    """Whether a node is ``iota[:, None] == iota``: how decompositions spell eye."""
+    if node.target is not _aten.eq.Tensor:
+        return False
+    val = value_of(node)
+    row, column = node.args
+    return (
+        val is not None
+        and val.dim() == 2
+        and val.shape[0] == val.shape[1]
+        and _is_iota(row)
+        and _is_iota(column)
+        and {builders.ndim(row), builders.ndim(column)} == {1, 2}
+    )
+
+
+def _cast(a: Any, *_: Any, **__: Any) -> Form | None:
+    return Identity() if isinstance(a, fx.Node) and _compare(a) else builders.cast(a)
+
+
+def _where(condition: Any, one: Any, zero: Any) -> Form | None:
+    def constant(x: Any) -> Any:
+        full = isinstance(x, fx.Node) and x.target is _aten.full.default
+        return x.args[1] if full else x
+
+    is_eye = isinstance(condition, fx.Node) and _compare(condition)
+    return Identity() if is_eye and constant(one) == 1 and constant(zero) == 0 else None
+
+
+def _expand(a: Any, size: Any, **_: Any) -> Form | None:
+    val = value_of(a)
+    if val is None or len(size) != val.dim():
+        return None
+    kept = all(
+        have == want or want == -1
+        for have, want in zip(
+            val.shape, (w.meta["val"] if isinstance(w, fx.Node) else w for w in size), strict=True
+        )
+    )
+    return builders.same(a) if kept else None
+
+
+ATEN = Dialect(
+    name="aten",
+    graph="inference",
+    readers={
+        _aten.mm.default: builders.product,
+        _aten.bmm.default: builders.product,
+        _aten.addmm.default: builders.addmm,
+        _aten.baddbmm.default: builders.addmm,
+        _aten.matmul.default: builders.matmul,
+        _aten.linear.default: builders.linear,
+        _aten.einsum.default: _einsum,
+        _aten.add.Tensor: builders.add,
+        _aten.sub.Tensor: _sub,
+        _aten.neg.default: _neg,
+        _aten.mul.Tensor: builders.scale,
+        _aten.mul.Scalar: builders.scale,
+        _aten.div.Tensor: builders.divide,
+        _aten.div.Scalar: builders.divide,
+        _aten.permute.default: builders.permute,
+        _aten.transpose.int: builders.transpose,
+        _aten.t.default: builders.t,
+        _aten.view.default: builders.same,
+        _aten._unsafe_view.default: builders.same,
+        _aten.reshape.default: builders.same,
+        _aten.flatten.using_ints: builders.same,
+        _aten.unflatten.int: builders.same,
+        _aten.unsqueeze.default: builders.same,
+        _aten.squeeze.default: builders.same,
+        _aten.squeeze.dim: builders.same,
+        _aten.squeeze.dims: builders.same,
+        _aten.expand.default: _expand,
+        _aten.clone.default: builders.copy,
+        _aten.copy.default: _copy,
+        _aten.contiguous.default: builders.copy,
+        _aten.dropout.default: builders.dropout,
+        _aten.alias.default: builders.same,
+        _aten.detach.default: builders.same,
+        torch.ops.runlora.merged.default: _merged,
+        _aten._to_copy.default: _cast,
+        _aten.to.dtype: _cast,
+        torch.ops.prims.convert_element_type.default: _cast,
+        _aten.eye.default: _eye,
+        _aten.eye.m: _eye,
+        _aten.where.self: _where,
+    },
+    calls=Calls(
+        mm=_aten.mm.default,
+        bmm=_aten.bmm.default,
+        addmm=_aten.addmm.default,
+        add=_aten.add.Tensor,
+        mul=_aten.mul.Tensor,
+        div=_aten.div.Tensor,
+        permute=_aten.permute.default,
+        view=_aten.view.default,
+        reshape=_aten.reshape.default,
+        size=_aten.sym_size.int,
+        cast=torch.ops.prims.convert_element_type.default,
+        einsum=_aten.einsum.default,
+        merged=torch.ops.runlora.merged.default,
+    ),
+)
+
+#: ATen graphs that autograd may still differentiate: there ``detach`` is not the identity.
+DIFFERENTIABLE_ATEN = replace(
+    ATEN,
+    readers={op: read for op, read in ATEN.readers.items() if op is not _aten.detach.default},
+    calls=replace(ATEN.calls, cast=_aten.to.dtype, merged=None),
+)

@@ -1,0 +1,73 @@
+"""What a dialect is: a table of readers, and the few calls that emission needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from torch import fx
+
+from runlora_fx.passes.levels.forms import Form
+
+#: Reads a node's normalised arguments.
+Reader: TypeAlias = Callable[..., Form | None]
+
+
+@dataclass(frozen=True)
+class Calls:
+    """The call targets that emission writes.
+
+    Attributes:
+        einsum: Reduces elementwise products, where the level has gradients of vectors.
+        stacked: Multiplies a tensor of any rank by a matrix, where the level has such a call.
+            Graphs traced at that level hold for any batch shape, so activations are not flattened.
+        merged: Adds a product onto a weight and keeps the result from call to call, where the graph
+            is only run and never differentiated.
+    """
+
+    mm: Callable[..., Any]
+    bmm: Callable[..., Any]
+    addmm: Callable[..., Any]
+    add: Callable[..., Any]
+    mul: Callable[..., Any]
+    div: Callable[..., Any]
+    permute: Callable[..., Any]
+    view: Callable[..., Any]
+    reshape: Callable[..., Any]
+    size: Callable[..., Any]
+    cast: Callable[..., Any]
+    einsum: Callable[..., Any] | None = None
+    stacked: Callable[..., Any] | None = None
+    merged: Callable[..., Any] | None = None
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """One graph level.
+
+    Attributes:
+        name: Shown in errors.
+        graph: What a graph of this level without a backward is called in reports.
+        readers: By call target, or by method name where the level has method calls. Each takes the
+            node's own arguments and returns its form, or None for "not linear".
+        calls: The targets that emission writes.
+    """
+
+    name: str
+    graph: str
+    readers: Mapping[Any, Reader]
+    calls: Calls
+
+    def read(self, node: fx.Node) -> Form | None:
+        """The form of a node, or None if it is not readable linear algebra."""
+        if node.op not in ("call_function", "call_method"):
+            return None
+        reader = self.readers.get(node.target)
+        if reader is None:
+            return None
+        try:
+            return reader(*node.args, **node.kwargs)
+        except TypeError:
+            # An overload whose arguments the reader does not take (out=, dtype=, ...): a leaf.
+            return None

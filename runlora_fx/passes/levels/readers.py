@@ -1,0 +1,229 @@
+"""Forms of the usual linear-algebra calls, shared by all dialects."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from runlora_fx.passes.levels.forms import (
+    Cast,
+    Copy,
+    Cut,
+    Dots,
+    Form,
+    Operand,
+    Permute,
+    Product,
+    Reshape,
+    Scale,
+    Shift,
+    Stretch,
+    Sum,
+    last_dim_cut,
+    shape_of,
+    value_of,
+)
+
+
+def ndim(node: object) -> int:
+    """Rank of a tensor node; -1 for anything else."""
+    val = value_of(node)
+    return -1 if val is None else val.dim()
+
+
+def is_scalar(x: object, of: object) -> bool:
+    """Whether x scales a tensor as one number: a number, a symbol or a tensor of one element."""
+    if isinstance(x, bool):
+        return False
+    if isinstance(x, int | float):
+        return True
+    if not isinstance(x, fx.Node):
+        return False
+    val = x.meta.get("val")
+    if isinstance(val, int | float | torch.SymInt | torch.SymFloat):
+        return True
+    return 0 <= ndim(x) <= ndim(of) and all(size == 1 for size in shape_of(x))
+
+
+def product(a: Any, b: Any) -> Product | None:
+    """``a @ b`` of two matrices, or of two equal batches of matrices."""
+    if ndim(a) == 2 and ndim(b) == 2:
+        return Product(Operand(a, Cut(0, 1)), Operand(b, Cut(0, 1)), Cut(0, 1))
+    if ndim(a) == ndim(b) == 3:
+        cut = Cut(1, 2)
+        return Product(Operand(a, cut), Operand(b, cut), cut)
+    return None
+
+
+def matmul(a: Any, b: Any) -> Form | None:
+    """``torch.matmul`` where it is a matrix product: (..., k) @ (k, n), or equal batches."""
+    na, nb = ndim(a), ndim(b)
+    if na >= 2 and nb == 2:
+        cut = last_dim_cut(na)
+        return Product(Operand(a, cut), Operand(b, Cut(0, 1)), cut)
+    if na == nb >= 3 and _shape(a)[:-2] == _shape(b)[:-2]:
+        cut = Cut(na - 2, na - 1)
+        return Product(Operand(a, cut), Operand(b, cut), cut)
+    return None
+
+
+def linear(x: Any, weight: Any, bias: Any = None) -> Form | None:
+    """``F.linear``: x @ weight.T + bias."""
+    if ndim(x) < 1 or ndim(weight) != 2:
+        return None
+    cut = last_dim_cut(ndim(x))
+    result = Product(Operand(x, cut), Operand(weight, Cut(0, 1), transposed=True), cut)
+    return result if bias is None else Sum(((result, 1.0), (bias, 1.0)))
+
+
+def addmm(c: Any, a: Any, b: Any, beta: Any = 1, alpha: Any = 1) -> Form | None:
+    """``beta * c + alpha * (a @ b)``."""
+    ab = product(a, b)
+    if ab is None or not isinstance(beta, int | float) or not isinstance(alpha, int | float):
+        return None
+    return Sum(((ab, float(alpha)), (c, float(beta)))) if beta else Sum(((ab, float(alpha)),))
+
+
+def einsum(equation: str, operands: Any) -> Form | None:
+    """An einsum of two operands that is one plain matrix product."""
+    if len(operands) != 2 or "->" not in equation or "." in equation:
+        return None
+    inputs, out = equation.replace(" ", "").split("->")
+    if inputs.count(",") != 1:
+        return None
+    left, right = inputs.split(",")
+    for letters, node in ((left, operands[0]), (right, operands[1])):
+        if len(set(letters)) != len(letters) or len(letters) != ndim(node):
+            return None
+    shared = set(left) & set(right)
+    if shared & set(out) or set(out) != set(left) ^ set(right) or not shared:
+        return None
+    free_left = "".join(c for c in left if c not in shared)
+    free_right = "".join(c for c in right if c not in shared)
+    inner = "".join(c for c in left if c in shared)
+    a, b = (
+        _matrix(operands[0], left, free_left, inner),
+        _matrix(operands[1], right, inner, free_right),
+    )
+    if a is None or b is None or not free_left or not free_right:
+        return None
+    if out == free_left + free_right:
+        return Product(a, b, Cut(0, len(free_left)))
+    if out == free_right + free_left:
+        left_t, right_t = (Operand(o.node, o.cut, not o.transposed) for o in (b, a))
+        return Product(left_t, right_t, Cut(0, len(free_right)))
+    return None
+
+
+def dots(equation: str, operands: Any) -> Dots | None:
+    """An einsum that multiplies two tensors elementwise and sums up rows or columns."""
+    inputs, _, out = equation.replace(" ", "").partition("->")
+    letters, _, again = inputs.partition(",")
+    n = len(letters)
+    if letters != again or len(set(letters)) != n or n < 2 or len(operands) != 2:
+        return None
+    if out not in (letters[:-1], letters[-1]) or any(ndim(node) != n for node in operands):
+        return None
+    if shape_of(operands[0]) != shape_of(operands[1]):
+        return None
+    rows, cut = out == letters[:-1], last_dim_cut(n)
+    a, b = (
+        Operand(node, cut, transposed=turned)
+        for node, turned in zip(operands, (not rows, rows), strict=True)
+    )
+    return Dots(a, b, Cut(0, n - 1) if rows else Cut(0, 0))
+
+
+def add(a: Any, b: Any, alpha: Any = 1, sign: float = 1.0) -> Form | None:
+    """``a + sign * alpha * b`` of two tensors, or of a tensor and a number."""
+    if ndim(a) >= 1 and isinstance(b, int | float) and isinstance(alpha, int | float):
+        return Shift(a, sign * float(alpha) * b)
+    if ndim(a) < 1 or ndim(b) < 1 or not isinstance(alpha, int | float):
+        return None
+    return Sum(((a, 1.0), (b, sign * float(alpha))))
+
+
+def scale(a: Any, b: Any) -> Form | None:
+    """A product with one side that is a scalar, or a vector that scales columns or rows."""
+    if ndim(b) > 0 and is_scalar(a, b):
+        a, b = b, a
+    if ndim(a) < 1:
+        return None
+    if is_scalar(b, a):
+        return Scale(a, b if isinstance(b, fx.Node) else float(b))
+    return _stretch(a, b) or _stretch(b, a)
+
+
+def divide(a: Any, b: Any) -> Form | None:
+    """A tensor over a scalar."""
+    if ndim(a) < 1 or not is_scalar(b, a) or (not isinstance(b, fx.Node) and b == 0):
+        return None
+    return Scale(a, b, divides=True) if isinstance(b, fx.Node) else Scale(a, 1.0 / b)
+
+
+def permute(a: Any, dims: Any) -> Form | None:
+    """Dimensions in another order."""
+    n = ndim(a)
+    return Permute(a, tuple(int(d) % n for d in dims)) if n > 0 else None
+
+
+def transpose(a: Any, d0: int, d1: int) -> Form | None:
+    """Two dimensions swapped."""
+    n = ndim(a)
+    if n < 1:
+        return None
+    dims = list(range(n))
+    dims[d0 % n], dims[d1 % n] = d1 % n, d0 % n
+    return Permute(a, tuple(dims))
+
+
+def t(a: Any) -> Form | None:
+    """The transpose of a matrix; a vector is its own."""
+    return transpose(a, 0, 1) if ndim(a) == 2 else same(a)
+
+
+def same(a: Any, *_: Any, **__: Any) -> Form | None:
+    """The same elements in the same order: views that fold, aliases."""
+    return Reshape(a) if ndim(a) >= 1 else None
+
+
+def cast(a: Any, *_: Any, **__: Any) -> Form | None:
+    """A conversion to another dtype."""
+    return Cast(a) if ndim(a) >= 1 else None
+
+
+def copy(a: Any, *_: Any, **__: Any) -> Form | None:
+    """The same values in new memory."""
+    return Copy(a) if ndim(a) >= 1 else None
+
+
+def dropout(a: Any, p: Any = 0.5, training: Any = True, inplace: Any = False) -> Form | None:
+    """Dropout that drops nothing is a copy."""
+    return copy(a) if (training is False or p == 0) and not inplace else None
+
+
+def _stretch(a: Any, vector: Any) -> Stretch | None:
+    if not ndim(a) >= max(ndim(vector), 2) or ndim(vector) < 1:
+        return None
+    shape = shape_of(a)
+    by = (1,) * (len(shape) - ndim(vector)) + shape_of(vector)
+    if by == shape and ndim(a) == ndim(vector):
+        return None
+    if by == (*(1,) * (len(shape) - 1), shape[-1]):
+        return Stretch(a, vector, rows=False)
+    return Stretch(a, vector, rows=True) if by == (*shape[:-1], 1) else None
+
+
+def _matrix(node: fx.Node, letters: str, rows: str, cols: str) -> Operand | None:
+    if letters == rows + cols:
+        return Operand(node, Cut(0, len(rows)))
+    if letters == cols + rows:
+        return Operand(node, Cut(0, len(cols)), transposed=True)
+    return None
+
+
+def _shape(node: object) -> tuple[Any, ...]:
+    val = value_of(node)
+    return () if val is None else tuple(val.shape)

@@ -1,0 +1,81 @@
+"""Dimensions of a region: which sizes must be equal because matrices are multiplied or added.
+
+Equal numbers are not equal dimensions: a square weight has an input and an output side. Telling
+them apart lets a plan's cost be written, and read, in tokens, features and ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TypeAlias
+
+from runlora_fx.passes.algebra.polynomials import Factor, Polynomial
+from runlora_fx.passes.algebra.posed import Dim
+from runlora_fx.passes.read.leaves import Leaf
+
+_Side: TypeAlias = tuple[int, int]  # (leaf, 0 for rows, 1 for columns, 2 for batch)
+
+
+class DimClasses:
+    """The dimensions of some leaves, unified over polynomials.
+
+    Attributes:
+        leaves: The leaves, by number.
+        sizes: The size of every dimension, as the graph has it.
+    """
+
+    def __init__(self, leaves: Sequence[Leaf], polynomials: Sequence[Polynomial]) -> None:
+        """Unify the sides of leaves that products and sums put together."""
+        self.leaves = leaves
+        self._parent: dict[_Side, _Side] = {}
+        for i, leaf in enumerate(leaves):
+            if leaf.diagonal:
+                self._join((i, 0), (i, 1))
+        for p in polynomials:
+            first = p.shown
+            for word in p.words:
+                factors = word.factors
+                if not factors:  # the identity: what it is added to is square
+                    self._join(_start(first[0]), _end(first[-1]))
+                    continue
+                for left, right in pairwise(factors):
+                    self._join(_end(left), _start(right))
+                self._join(_start(factors[0]), _start(first[0]))
+                self._join(_end(factors[-1]), _end(first[-1]))
+                for factor in factors:
+                    if leaves[factor.leaf].batched:
+                        self._join((factor.leaf, 2), (first[0].leaf, 2))
+        self._index: dict[_Side, int] = {}
+        sizes: list[Dim] = []
+        for i, leaf in enumerate(leaves):
+            for side, size in enumerate((leaf.rows, leaf.cols, leaf.batch)):
+                if side == 2 and not leaf.batched:
+                    continue
+                root = self._find((i, side))
+                if root not in self._index:
+                    self._index[root] = len(sizes)
+                    sizes.append(size)
+        self.sizes = tuple(sizes)
+
+    def of(self, leaf: int) -> tuple[int | None, int, int]:
+        """Indices of a leaf's batch, rows and columns in :attr:`sizes`."""
+        rows, cols = (self._index[self._find((leaf, side))] for side in (0, 1))
+        batch = self._index[self._find((leaf, 2))] if self.leaves[leaf].batched else None
+        return batch, rows, cols
+
+    def _find(self, side: _Side) -> _Side:
+        while (above := self._parent.get(side, side)) != side:
+            side = above
+        return side
+
+    def _join(self, a: _Side, b: _Side) -> None:
+        self._parent[self._find(a)] = self._find(b)
+
+
+def _start(factor: Factor) -> _Side:
+    return (factor.leaf, 1 if factor.transposed else 0)
+
+
+def _end(factor: Factor) -> _Side:
+    return (factor.leaf, 0 if factor.transposed else 1)

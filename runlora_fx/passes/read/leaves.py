@@ -1,0 +1,109 @@
+"""Leaves: tensors that no linear operator made, as the matrices that polynomials are made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import fx
+
+from runlora_fx.passes.algebra import polynomials as algebra
+from runlora_fx.passes.algebra.polynomials import Factor, Polynomial, Scalar
+from runlora_fx.passes.algebra.posed import Dim
+from runlora_fx.passes.levels.forms import Cut, Shape, numel, shape_of
+from runlora_fx.passes.read.value_numbers import ValueNumbers
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A tensor that no linear node made, as a matrix (or a batch of them).
+
+    Attributes:
+        node: The tensor, or None for the column of ones that broadcasts a bias over rows.
+        batch: Matrices in the batch; 1 for a plain matrix.
+        rows: Rows of each.
+        cols: Columns of each.
+        batched: Whether it is a batch of matrices.
+        diagonal: Whether it is the diagonal matrix of a vector.
+    """
+
+    node: fx.Node | None
+    batch: Dim
+    rows: Dim
+    cols: Dim
+    batched: bool
+    diagonal: bool = False
+
+
+class ScalarLeaf(NamedTuple):
+    """A 0-d tensor or symbolic number, or its inverse."""
+
+    node: fx.Node
+    inverse: bool
+
+
+@dataclass
+class Leaves:
+    """The leaves met so far, by value."""
+
+    matrices: list[Leaf] = field(default_factory=list)
+    scalars: list[ScalarLeaf] = field(default_factory=list)
+    _index: dict[object, int] = field(default_factory=dict)
+
+    def matrix(self, values: ValueNumbers, node: fx.Node, cut: Cut) -> Polynomial:
+        """A tensor as a leaf; the same one for equal values seen as equal matrices."""
+        number = values.of(node)
+        extents, turned = _oriented(shape_of(node), cut)
+        batched = extents[0] != 1
+        key = (number, extents)
+        if key not in self._index:
+            self._index[key] = len(self.matrices)
+            self.matrices.append(Leaf(values.first(number), *extents, batched))
+        found = algebra.leaf(self._index[key])
+        return found.T if turned else found
+
+    def find(self, values: ValueNumbers, node: fx.Node, cut: Cut) -> Factor | None:
+        """A tensor that is a leaf already."""
+        extents, turned = _oriented(shape_of(node), cut)
+        index = self._index.get((values.of(node), extents))
+        return None if index is None else Factor(index, turned)
+
+    def ones(self, rows: Dim) -> Polynomial:
+        """The column of ones that repeats a row."""
+        key = ("ones", rows)
+        if key not in self._index:
+            self._index[key] = len(self.matrices)
+            self.matrices.append(Leaf(None, 1, rows, 1, False))
+        return algebra.leaf(self._index[key])
+
+    def diagonal(self, values: ValueNumbers, vector: fx.Node) -> Polynomial:
+        """The diagonal matrix of a vector."""
+        number, size = values.of(vector), numel(shape_of(vector))
+        key = ("diagonal", number)
+        if key not in self._index:
+            self._index[key] = len(self.matrices)
+            self.matrices.append(Leaf(values.first(number), 1, size, size, False, diagonal=True))
+        return algebra.leaf(self._index[key], diagonal=True)
+
+    def scalar(self, values: ValueNumbers, node: fx.Node, *, inverse: bool) -> Scalar:
+        """A 0-d tensor or symbolic number, or its inverse, as a scalar leaf."""
+        number = values.of(node)
+        key = ("scalar", number, inverse)
+        if key not in self._index:
+            self._index[key] = len(self.scalars)
+            self.scalars.append(ScalarLeaf(values.first(number), inverse))
+        return Scalar(1.0, (self._index[key],))
+
+
+def _oriented(shape: Shape, cut: Cut) -> tuple[tuple[Dim, Dim, Dim], bool]:
+    """A tensor's extents as a matrix, and whether the cut shows the transpose of it.
+
+    A row and a column of the same numbers are read off one tensor by different views. They are one
+    leaf: the tensor as it stands, or its transpose.
+    """
+    batch, rows, cols = extents = cut.extents(shape)
+    if len(shape) > 1 and batch == 1 and 1 in (rows, cols):
+        stands = (numel(shape[:-1]), shape[-1])
+        if stands == (cols, rows) != (rows, cols):
+            return (1, cols, rows), True
+    return extents, False

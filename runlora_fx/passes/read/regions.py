@@ -1,0 +1,347 @@
+"""Regions: the polynomials of a graph, grouped into problems that can be planned apart.
+
+A root is a sum of parts between which nothing can be shared. Two parts, of the same root or of
+others, belong to one problem if some value other than a leaf could serve both; a value shows two
+leaves next to each other, so parts with no such pair in common are independent and their costs add
+up.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import combinations, pairwise
+
+import torch
+from torch import fx
+
+from runlora_fx.passes.algebra.factorise import components
+from runlora_fx.passes.algebra.plan import (
+    Keep,
+    LeafSpec,
+    Problem,
+    Step,
+    Value,
+    product_step,
+    sum_step,
+)
+from runlora_fx.passes.algebra.polynomials import (
+    Polynomial,
+    Scalar,
+    normalise,
+    substitute,
+    without_scalar,
+)
+from runlora_fx.passes.algebra.posed import Dim, PosedProblem
+from runlora_fx.passes.levels.forms import Dots, value_of
+from runlora_fx.passes.read.dimensions import DimClasses
+from runlora_fx.passes.read.expand import Addends, total
+from runlora_fx.passes.read.phases import Phases, recomputed
+from runlora_fx.passes.read.reader import GraphReader
+
+
+@dataclass(frozen=True)
+class Root:
+    """A tensor that must exist in the end.
+
+    Attributes:
+        node: The node that holds it.
+        polynomial: What it is, in leaves of the graph.
+        parts: The independent parts of the sum that it is.
+        backward: The phase it is computed in.
+    """
+
+    node: fx.Node
+    polynomial: Polynomial
+    parts: tuple[Polynomial, ...]
+    backward: bool
+
+
+@dataclass(frozen=True)
+class Made:
+    """One computation of the incoming graph: ``left @ right``, or a sum of addends.
+
+    Attributes:
+        operands: What it reads.
+        is_product: Whether they are multiplied.
+        backward: The phase it runs in.
+        node: Where.
+        dots: Whether only the diagonal of the product is computed.
+    """
+
+    operands: Addends
+    is_product: bool
+    backward: bool
+    node: fx.Node
+    dots: bool = False
+
+    @cached_property
+    def polynomial(self) -> Polynomial:
+        """What it computes."""
+        if self.is_product:
+            left, right = self.operands
+            return (left @ right).dots if self.dots else left @ right
+        return total(self.operands)
+
+
+@dataclass
+class Region:
+    """The parts of roots that are planned together, and what the graph computes for them."""
+
+    demands: list[tuple[Root, Polynomial]] = field(default_factory=list)
+    incoming: list[Made] = field(default_factory=list)
+
+
+class Regions:
+    """All roots of a graph and the regions they fall into.
+
+    Attributes:
+        roots: In graph order.
+        regions: What is planned together.
+    """
+
+    def __init__(self, reader: GraphReader, phases: Phases, hint: Callable[[Dim], int]) -> None:
+        """Group the roots of a graph.
+
+        Args:
+            reader: The linear algebra of the graph.
+            phases: What of it is forward, what backward.
+            hint: The size that a symbolic dimension had when the graph was traced.
+        """
+        self._reader = reader
+        self._phases = phases
+        self._hint = hint
+        self._kept: set[Polynomial] = set()
+        self._keepable: set[Polynomial] = set()
+        self._read_backward: set[int] = set()
+        self._dots: dict[Polynomial, Made] = {}
+        self._above: dict[Hashable, Hashable] = {}
+        self.roots = [self._root(node) for node in reader.roots]
+        self.regions = self._grouped(list(self._incoming()))
+
+    # -- roots ---------------------------------------------------------------------------------
+
+    def _root(self, node: fx.Node) -> Root:
+        p = self._reader.expression(node)
+        return Root(node, p, tuple(components(p)), self._phases.runs_backward(node))
+
+    def is_trivial(self, part: Polynomial) -> bool:
+        """Whether a part needs no computation of its own: a leaf, or a bias to broadcast."""
+        if len(part) != 1:
+            return False
+        leaves = self._reader.leaves.matrices
+        return sum(leaves[f.leaf].node is not None for f in part.terms[0][0].factors) <= 1
+
+    # -- the graph as it came ------------------------------------------------------------------
+
+    def _incoming(self) -> Iterator[Made]:
+        """All that the graph computes, in order; fills `_kept`, `_keepable`, `_read_backward`."""
+        forward: dict[Polynomial, Made] = {}
+        for node in self._reader.cuts:
+            for made in self._made_at(node):
+                core = normalise(made.polynomial).core
+                yield made
+                if made.dots:
+                    self._dots[core] = made
+                if made.backward:
+                    self._read_backward |= {p.leaf.leaf for p in made.operands if p.leaf}
+                    yield from self._fetched(made, forward)
+                    self._may_keep(made)
+                else:
+                    forward.setdefault(core, made)
+
+    def _made_at(self, node: fx.Node) -> Iterator[Made]:
+        backward = self._phases.runs_backward(node)
+        for left, right in self._reader.factors_at(node):
+            for operand in (left, right):
+                if len(operand) > 1:
+                    yield Made(operand, False, backward and self._in_backward(operand), node)
+            dots = isinstance(self._reader.forms[node], Dots)
+            product = Made((total(left), total(right)), True, backward, node, dots)
+            if _is_step(product):
+                yield product
+        if node in self._reader.stops:
+            addends = self._reader.addends(node)
+            for part in self._root(node).parts:
+                mine = tuple(p for p in addends if not set(part.words).isdisjoint(p.words))
+                if len(mine) > 1:
+                    yield Made(mine, False, backward, node)
+
+    def _in_backward(self, addends: Addends) -> bool:
+        """Whether a sum is of the backward: the forward may have added it up already."""
+        leaves = total(addends).leaves
+        nodes = (self._reader.leaves.matrices[i].node for i in leaves)
+        return any(node in self._phases.tangent for node in nodes)
+
+    def _fetched(self, made: Made, forward: dict[Polynomial, Made]) -> Iterator[Made]:
+        """How the backward gets what the forward made: kept, or made again by checkpointing."""
+        for operand in made.operands:
+            core = normalise(operand).core
+            below = forward.get(core)
+            if below is None:
+                continue
+            if recomputed(below.node):
+                yield Made(below.operands, below.is_product, True, below.node)
+                yield from self._fetched(below, forward)
+            else:
+                self._kept.add(core)
+
+    def _may_keep(self, made: Made) -> None:
+        """Let the backward keep a sum in the stead of the addends that it keeps for it.
+
+        Also one that it would add up if it took the dots with a common factor at once: for
+        ``dots(L P) + dots(L Q)`` the sum ``P + Q``.
+        """
+        if made.is_product:
+            return
+        addends = made.operands
+        if made.polynomial.is_dots:
+            addends = self._behind_common_factor(made.operands)
+        cores = [normalise(p).core for p in addends]
+        if len(cores) > 1 and self._kept.issuperset(cores):
+            self._keepable.add(normalise(total(addends)).core)
+
+    def _behind_common_factor(self, sums: Addends) -> Addends:
+        """P and Q for ``dots(L P)`` and ``dots(L Q)``, as the graph computes these two."""
+        found, lefts = [], set()
+        for p in sums:
+            made = self._dots.get(normalise(p).core)
+            if made is None:
+                return ()
+            (by, left), right = without_scalar(made.operands[0]), made.operands[1]
+            lefts.add(left)
+            front = normalise(p).scalar.number / normalise(made.polynomial).scalar.number
+            found.append(right.scaled(by).scaled(Scalar(front)))
+        return tuple(found) if len(lefts) == 1 else ()
+
+    # -- grouping ------------------------------------------------------------------------------
+
+    def _grouped(self, incoming: list[Made]) -> list[Region]:
+        for p in [part for root in self.roots for part in root.parts] + [
+            made.polynomial for made in incoming
+        ]:
+            for first, other in pairwise(_pairs(p)):
+                self._above[self._find(other)] = self._find(first)
+        regions: dict[Hashable, Region] = defaultdict(Region)
+        for root in self.roots:
+            for part in root.parts:
+                if not self.is_trivial(part):
+                    regions[self._find(_pairs(part)[0])].demands.append((root, part))
+        for made in incoming:
+            regions[self._find(_pairs(made.polynomial)[0])].incoming.append(made)
+        return [region for region in regions.values() if region.demands]
+
+    def _find(self, key: Hashable) -> Hashable:
+        while (above := self._above.setdefault(key, key)) != key:
+            key = above
+        return key
+
+    # -- problems ------------------------------------------------------------------------------
+
+    def pose(self, region: Region) -> PosedProblem:
+        """A region as a problem."""
+        matrices: dict[int, int] = {}
+        scalars: dict[int, int] = {}
+        demands = [part for _, part in region.demands]
+        for p in demands + [made.polynomial for made in region.incoming]:
+            for word in p.words:
+                for factor in word.factors:
+                    matrices.setdefault(factor.leaf, len(matrices))
+                for scalar in word.scalars:
+                    scalars.setdefault(scalar, len(scalars))
+
+        def own(p: Polynomial) -> Polynomial:
+            return substitute(p, matrices, scalars)
+
+        leaves = [self._reader.leaves.matrices[i] for i in matrices]
+        dtype = _dtype(region)
+        dims = DimClasses(leaves, [own(p) for p in demands])
+        specs = tuple(self._spec(own_i, i, dims) for own_i, i in enumerate(matrices))
+
+        def value(p: Polynomial, backward: bool) -> Value:
+            core = normalise(p).core
+            return Value(core, backward or any(specs[i].backward for i in core.leaves))
+
+        def step(made: Made) -> Step:
+            operands = tuple(own(p) for p in made.operands)
+            if made.is_product:
+                left, right = operands
+                return product_step(left, right, dots=made.dots)
+            return sum_step(operands)
+
+        kept = frozenset(
+            normalise(own(made.polynomial)).core
+            for made in region.incoming
+            if normalise(made.polynomial).core in self._kept
+        )
+        keepable = frozenset(
+            normalise(own(core)).core for core in self._keepable if core.leaves <= matrices.keys()
+        )
+        problem = Problem(
+            leaves=specs,
+            dims=tuple(self._hint(size) for size in dims.sizes),
+            demands=tuple(
+                dict.fromkeys(value(own(part), root.backward) for root, part in region.demands)
+            ),
+            incoming=(
+                *((value(own(m.polynomial), m.backward), step(m)) for m in region.incoming),
+                *((Value(core, True), Keep()) for core in _sorted(kept)),
+            ),
+            kept=kept | keepable,
+            itemsize=int(dtype.itemsize),
+            dtype=str(dtype).removeprefix("torch."),
+        )
+        return PosedProblem(problem, dims.sizes, tuple(matrices), tuple(scalars))
+
+    def _spec(self, own: int, index: int, dims: DimClasses) -> LeafSpec:
+        leaf = dims.leaves[own]
+        batch, rows, cols = dims.of(own)
+        if leaf.node is None:
+            return LeafSpec(rows, cols, batch, kind="ones")
+        if leaf.diagonal:  # a vector: whoever holds it holds next to nothing
+            return LeafSpec(rows, cols, batch, "diagonal", leaf.node in self._phases.tangent)
+        backward = leaf.node in self._phases.tangent
+        held = index in self._read_backward or self._phases.held(self._reader, leaf.node)
+        return LeafSpec(rows, cols, batch, "matrix", backward, held)
+
+
+def _is_step(made: Made) -> bool:
+    """Whether a product computes anything: multiplying by the identity does not."""
+    return all(any(word.factors for word in p.words) for p in made.operands)
+
+
+def _dtype(region: Region) -> torch.dtype:
+    val = value_of(region.demands[0][0].node)
+    assert val is not None
+    return val.dtype
+
+
+def _sorted(cores: Iterable[Polynomial]) -> list[Polynomial]:
+    return sorted(cores, key=lambda core: [word.sort_key() for word in core.words])
+
+
+def _pairs(p: Polynomial) -> list[Hashable]:
+    """What two polynomials must have in common to share a value other than a leaf.
+
+    That is a product, which shows two leaves next to each other in some word; or a sum of leaves,
+    that is of such as stand in the same place of words that are otherwise alike. A lone leaf is
+    paired with itself.
+    """
+    found: dict[Hashable, None] = {}
+    places: dict[Hashable, list[int]] = defaultdict(list)
+    for word in p.words:
+        factors = word.factors
+        for left, right in pairwise(factors):
+            found[_pair(left.leaf, right.leaf)] = None
+        for i, factor in enumerate(factors):
+            places[factors[:i], factors[i + 1 :]].append(factor.leaf)
+    for leaves in places.values():
+        for one, other in combinations(leaves, 2):
+            found[_pair(one, other)] = None
+    return list(found) or [(leaf, leaf) for leaf in sorted(p.leaves)]
+
+
+def _pair(one: int, other: int) -> tuple[int, int]:
+    return (min(one, other), max(one, other))

@@ -1,0 +1,158 @@
+"""The decision for one problem: the cheapest plan, against the graph as it came."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from runlora_fx.cost_model.cost import Amount, Cost
+from runlora_fx.cost_model.objective import Objective, Price
+from runlora_fx.passes.algebra.plan import (
+    Plan,
+    Problem,
+    Step,
+    incoming_operations,
+    total_cost,
+)
+from runlora_fx.passes.search.a_star import SearchLimitError, cheapest
+from runlora_fx.passes.search.ways import Ways
+
+#: Of the effort of the search, what may be spent on each alternative: they are mostly to be shown.
+_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """The cheapest plan that begins with a given step: one thing that was considered."""
+
+    step: Step
+    plan: Plan
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do with a problem.
+
+    Attributes:
+        plan: The cheapest plan, or None where the search gave up.
+        changed: Whether it replaces the graph as it came.
+        before: Cost of the graph as it came, at the hints.
+        after: Cost of what will run.
+        reason: Why the graph is changed or left alone.
+        alternatives: By first step, what else the first demand could have cost.
+        lasting: Leaves of which merged weights are kept from call to call.
+    """
+
+    plan: Plan | None
+    changed: bool
+    before: Cost
+    after: Cost
+    reason: str
+    alternatives: tuple[Alternative, ...] = ()
+    lasting: frozenset[int] = frozenset()
+
+
+@lru_cache(maxsize=4096)
+def decide(problem: Problem, objective: Objective) -> Decision:
+    """Plan a problem; equal problems (equal layers) are planned once."""
+    try:
+        plan = cheapest(problem, objective)
+    except SearchLimitError as error:
+        before = total_cost(incoming_operations(problem))
+        return Decision(None, False, before, before, f"left alone: {error}")
+    return judge(problem, objective, plan, alternatives(problem, objective))
+
+
+def judge(
+    problem: Problem,
+    objective: Objective,
+    plan: Plan,
+    considered: tuple[Alternative, ...] = (),
+) -> Decision:
+    """Whether a plan is worth replacing the graph as it came."""
+    ran, runs = incoming_operations(problem), plan.operations(problem)
+    before, after = total_cost(ran), total_cost(runs)
+    price_before, price_after = objective.total(ran), objective.total(runs)
+    is_worth = objective.worthwhile(price_before, price_after)
+    if is_worth or objective.holds_less(before, after):
+        reason = f"changed: {saving(objective, problem, plan)}"
+        return Decision(plan, True, before, after, reason, considered, problem.lasting)
+    if replace(objective, margin=0.0).worthwhile(price_before, price_after):
+        reason = (
+            f"left alone: the cheapest plan saves less than the margin ({objective.margin:.1%})"
+        )
+    else:
+        reason = "left alone: the graph as it came is the cheapest"
+    return Decision(plan, False, before, before, reason, considered)
+
+
+@lru_cache(maxsize=4096)
+def alternatives(problem: Problem, objective: Objective) -> tuple[Alternative, ...]:
+    """The first demand's possible first steps, each with the cheapest plan that takes it."""
+    ways = Ways(problem, objective).of(problem.demands[0])
+    if len(ways) < 2:
+        return ()
+    plans = []
+    for step, *_ in ways:
+        try:
+            plans.append((step, cheapest(problem, objective, step, _SHARE)))
+        except SearchLimitError:
+            continue
+    plans.sort(key=lambda pair: objective.total(pair[1].operations(problem)))
+    return tuple(Alternative(step, plan, plan.cost(problem)) for step, plan in plans)
+
+
+def saving(objective: Objective, problem: Problem, plan: Plan) -> str:
+    """What a plan saves against the graph as it came."""
+    before, after = incoming_operations(problem), plan.operations(problem)
+    saved = []
+    if objective.name == "time":
+        old, new = objective.total(before), objective.total(after)
+        saved.append(f"{_change(old, new, 'time')} predicted")
+    cost, new_cost = total_cost(before), total_cost(after)
+    saved.append(_change(cost.flops, new_cost.flops, "FLOPs"))
+    if cost.saved != new_cost.saved:
+        saved.append(_change(cost.saved, new_cost.saved, "kept bytes"))
+    if problem.lasting:
+        saved.append("merged weights are kept from call to call")
+    return ", ".join(saved)
+
+
+def _change(before: Amount | float, after: Amount | float, of: str) -> str:
+    before, after = float(before), float(after)
+    if not before:
+        return f"{after:.4g} {of}"
+    if before == after:
+        return f"as {'many' if of.endswith('s') else 'much'} {of}"
+    less = "fewer" if of.endswith("s") else "less"
+    return f"{abs(1 - after / before):.1%} {less if after <= before else 'more'} {of}"
+
+
+def holding_more(problem: Problem, objective: Objective) -> Decision | None:
+    """The decision if more may be held; None if that gains nothing.
+
+    The forward may keep whatever it computes for the backward, and what is made of
+    :attr:`Problem.lasting` is kept from call to call.
+    """
+    plain = replace(problem, lasting=frozenset())
+    settled = decide(plain, objective)
+    plans = [a.plan for a in settled.alternatives] + ([settled.plan] if settled.plan else [])
+    computed = {
+        value.core
+        for plan in plans
+        for value in plan.steps
+        if not value.backward and value.core.leaf is None
+    }
+    freer = decide(replace(problem, kept=problem.kept | computed), objective)
+    if freer.plan is None or not freer.changed:
+        return None
+    is_cheaper = price_of(freer, problem, objective) < price_of(settled, plain, objective)
+    return freer if is_cheaper else None
+
+
+def price_of(decision: Decision, problem: Problem, objective: Objective) -> Price:
+    """The price of what will run."""
+    if decision.changed and decision.plan is not None:
+        return objective.total(decision.plan.operations(problem))
+    return objective.total(incoming_operations(problem))

@@ -1,0 +1,85 @@
+"""Dynamic shapes: plans that hold for a range of sizes, and the guards that keep them to it."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import sympy
+
+from runlora_fx.cost_model.objective import Objective
+from runlora_fx.passes.algebra.plan import incoming_cost
+from runlora_fx.passes.algebra.posed import Dim, PosedProblem
+from runlora_fx.passes.search.decide import Decision, alternatives, decide, saving
+from runlora_fx.passes.search.ranges import Range, Varying, ranges
+
+#: Guards on so many different sizes at most: each can double the number of compilations.
+_MAX_SIZES = 3
+
+#: ``guard(size, low, high)`` makes the compiled code hold for ``low <= size < high`` only, and says
+#: whether it could.
+Guard: TypeAlias = Callable[[sympy.Expr, int, int | None], bool]
+
+
+def varying_of(
+    posed: PosedProblem, objective_of: Callable[[str], Objective]
+) -> tuple[sympy.Expr, Varying] | None:
+    """The size that varies in a problem; None if there is none, or more than one."""
+    sizes = {size for size in posed.dims if not isinstance(size, int)}
+    if len(sizes) != 1:
+        return None
+    size = sizes.pop()
+    dims = frozenset(i for i, own in enumerate(posed.dims) if own == size)
+    objective = objective_of(posed.problem.dtype)
+    return sympy.sympify(size), Varying.of(posed.problem, dims, objective)
+
+
+def decide_all(
+    posed: Sequence[PosedProblem],
+    objective_of: Callable[[str], Objective],
+    hint: Callable[[Dim], int],
+    guard: Guard | None,
+) -> list[Decision]:
+    """Decide about all problems of a graph.
+
+    Args:
+        posed: The problems.
+        objective_of: How plans for matrices of a dtype are ranked.
+        hint: The size that a symbolic dimension had when the graph was traced.
+        guard: Installs guards on sizes. Without it the plans are those for the hints.
+    """
+    decisions = [decide(p.problem, objective_of(p.problem.dtype)) for p in posed]
+    if guard is None:
+        return decisions
+    groups: dict[sympy.Expr, dict[int, Varying]] = defaultdict(dict)
+    for i, p in enumerate(posed):
+        found = varying_of(p, objective_of)
+        if found is not None:
+            groups[found[0]][i] = found[1]
+    heaviest = sorted(
+        groups.items(),
+        key=lambda group: -sum(int(incoming_cost(posed[i].problem).flops) for i in group[1]),
+    )
+    for size, varying in heaviest[:_MAX_SIZES]:
+        here = hint(size)
+        inside = next(r for r in ranges(Counter(varying.values())) if r.contains(here))
+        if guard(size, inside.low, inside.high):
+            for i, v in varying.items():
+                decisions[i] = _in_range(posed[i], v, size, inside)
+    return decisions
+
+
+def _in_range(posed: PosedProblem, varying: Varying, size: sympy.Expr, inside: Range) -> Decision:
+    """What the range's plan means for a problem."""
+    problem, plan = posed.problem, inside.plans[varying]
+    considered = alternatives(problem, varying.objective)
+    before = incoming_cost(problem)
+    named = inside.named(size)
+    if plan is None:
+        where = f" where {named}" if named else ""
+        reason = f"left alone: the graph as it came is the cheapest{where}"
+        return Decision(None, False, before, before, reason, considered)
+    where = f"where {named}: " if named else ""
+    reason = f"changed {where}{saving(varying.objective, problem, plan)}"
+    return Decision(plan, True, before, plan.cost(problem), reason, considered)

@@ -1,0 +1,73 @@
+"""Memory budget: which layers may hold more from the forward to the backward than Inductor would.
+
+Holding a merged weight saves making it again in the backward. Layers are taken in the order of what
+a byte held saves, until the budget is spent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+from runlora_fx.cost_model.objective import Objective
+from runlora_fx.passes.algebra.plan import Problem, Sum
+from runlora_fx.passes.search.decide import Decision, holding_more, price_of
+
+
+def _lasting_bytes(problem: Problem, decision: Decision) -> int:
+    """What a plan keeps from call to call: the sums of lasting leaves [B]."""
+    steps = decision.plan.steps.items() if decision.plan is not None else ()
+    kept = {
+        value.core
+        for value, step in steps
+        if isinstance(step, Sum) and value.core.leaves <= problem.lasting
+    }
+    return sum(
+        problem.itemsize * prod(problem.dims[dim] for dim in problem.shape(core) if dim is not None)
+        for core in kept
+    )
+
+
+@dataclass(frozen=True)
+class _Offer:
+    """What holding more saves in one problem."""
+
+    index: int
+    decision: Decision
+    saving: float
+    held: int
+
+
+def spend(
+    problems: Sequence[Problem | None],
+    objectives: Sequence[Objective],
+    decisions: Sequence[Decision],
+    budget: int,
+) -> list[Decision]:
+    """The decisions, with more held where that saves the most.
+
+    Args:
+        problems: The problems; None where nothing more may be held.
+        objectives: How their plans are ranked.
+        decisions: What was decided about them.
+        budget: Memory to hold in addition [B].
+    """
+    offers = []
+    for i, (problem, objective, settled) in enumerate(
+        zip(problems, objectives, decisions, strict=True)
+    ):
+        freer = None if problem is None else holding_more(problem, objective)
+        if problem is not None and freer is not None:
+            held = (
+                int(freer.after.saved) - int(settled.after.saved) + _lasting_bytes(problem, freer)
+            )
+            before = price_of(settled, replace(problem, lasting=frozenset()), objective)
+            after = price_of(freer, problem, objective)
+            offers.append(_Offer(i, freer, float(before - after), max(held, 0)))
+    chosen = list(decisions)
+    for offer in sorted(offers, key=lambda offer: -offer.saving / (offer.held or 1)):
+        if offer.held <= budget:
+            budget -= offer.held
+            chosen[offer.index] = offer.decision
+    return chosen

@@ -1,0 +1,157 @@
+"""The ways to make a value: every step that computes it, its price, and what it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import combinations
+
+from runlora_fx.cost_model.objective import Objective, Price
+from runlora_fx.passes.algebra.factorise import components, factorisations
+from runlora_fx.passes.algebra.plan import (
+    Keep,
+    Problem,
+    Product,
+    Step,
+    Sum,
+    Value,
+    is_broadcast,
+    step_operation,
+)
+from runlora_fx.passes.algebra.polynomials import Polynomial, Word, normalise
+
+#: Up to this many words every way to split a sum in two is tried; beyond, common factors only.
+_ALL_SPLITS = 6
+
+#: From this element width on, reassociation is as exact as what it replaces [B].
+_EXACT_ITEMSIZE = 4
+
+Terms = tuple[tuple[Word, float], ...]
+Way = tuple[Step, Price, frozenset[Value]]
+
+
+@dataclass
+class Ways:
+    """The AND-OR graph of a problem, made as it is visited."""
+
+    problem: Problem
+    objective: Objective
+    _known: dict[Value, list[Way]] = field(default_factory=dict)
+    _least: dict[Value, Price] = field(default_factory=dict)
+    _incoming: Mapping[Value, list[Step]] = field(init=False)
+    _materialised: set[Polynomial] = field(init=False)
+
+    def __post_init__(self) -> None:
+        incoming: dict[Value, list[Step]] = {}
+        for value, step in self.problem.incoming:
+            incoming.setdefault(value, []).append(step)
+        self._incoming = incoming
+        self._materialised = {value.core for value in (*incoming, *self.problem.demands)}
+
+    def rank(self, value: Value) -> tuple[int, bool, Terms]:
+        """Orders values such that operands come before what they make."""
+        return (value.core.size, value.backward, value.core.terms)
+
+    def is_given(self, value: Value) -> bool:
+        """Whether the value is a diagonal matrix, or a leaf that needs no step."""
+        if value.core.is_diagonal:  # a vector, or the identity
+            return True
+        factor = value.core.leaf
+        return factor is not None and (not value.backward or self.problem.leaves[factor.leaf].held)
+
+    def bound(self, frontier: frozenset[Value]) -> Price | None:
+        """A lower bound of the price of what a frontier still needs; None if it cannot be met."""
+        total: Price = 0
+        for value in frontier:
+            if not self.of(value):
+                return None
+            total += self.least(value)
+        return total
+
+    def least(self, value: Value) -> Price:
+        """The price of the cheapest step that makes a value."""
+        if value not in self._least:
+            self._least[value] = min((price for _, price, _ in self.of(value)), default=0)
+        return self._least[value]
+
+    def of(self, value: Value) -> list[Way]:
+        """All ways to make a value: (step, its price, the operands that need a step)."""
+        if value not in self._known:
+            self._known[value] = [
+                (step, self._price(value, step), operands)
+                for step in dict.fromkeys(self._steps(value))
+                for operands in [self.operands(value, step)]
+                if self._rounds_as_before(operands)
+                # The incoming graph may add a value to itself: X A + X A.
+                if all(self.rank(operand) < self.rank(value) for operand in operands)
+            ]
+        return self._known[value]
+
+    def _rounds_as_before(self, operands: frozenset[Value]) -> bool:
+        """Whether a step reads nothing that is rounded here and was not in the incoming graph."""
+        if self.objective.adds_rounding or self.problem.itemsize >= _EXACT_ITEMSIZE:
+            return True
+        return all(v.core.leaf is not None or v.core in self._materialised for v in operands)
+
+    def _price(self, value: Value, step: Step) -> Price:
+        operation = step_operation(self.problem, value.core, step)
+        return 0 if operation is None else self.objective.price(operation)
+
+    def phase(self, p: Polynomial, backward: bool) -> Value:
+        """The value behind an operand of a step that runs in the given phase."""
+        core = normalise(p).core
+        tangent = any(self.problem.leaves[i].backward for i in core.leaves)
+        return Value(core, backward or tangent)
+
+    def operands(self, value: Value, step: Step) -> frozenset[Value]:
+        """The values that a step reads, without those that need no step of their own."""
+        if isinstance(step, Keep):
+            return frozenset([Value(value.core, False)])
+        polynomials = step.parts if isinstance(step, Sum) else (step.left, step.right)
+        operands = (self.phase(p, value.backward) for p in polynomials)
+        return frozenset(v for v in operands if not self.is_given(v))
+
+    def _steps(self, value: Value) -> Iterator[Step]:
+        core = value.core
+        if core.leaf is not None:
+            return  # a forward leaf that the backward does not hold
+        yield from self._incoming.get(value, ())
+        # What lasts from call to call need not be kept besides.
+        lasts = core.leaves <= self.problem.lasting
+        if value.backward and core in self.problem.kept and not lasts:
+            yield Keep()
+        for left, right in factorisations(core):
+            # A diagonal matrix is a vector that exists; none is made.
+            if any(p.is_diagonal and p.leaf is None for p in (left, right)):
+                continue
+            # Biases are broadcast one by one, as the reader adds them: nothing is gained otherwise.
+            if len(core) == 1 or not is_broadcast(self.problem.leaves, left, right):
+                yield Product(left, right)
+        if len(core) == 1:
+            return
+        if len(core) <= _ALL_SPLITS:
+            yield from _all_splits(core)
+        elif len(parts := components(core)) > 1:
+            yield Sum(tuple(parts))
+        else:
+            yield from _factor_splits(core)
+
+
+def _all_splits(core: Polynomial) -> Iterator[Step]:
+    """Every way to split the words in two."""
+    first, *others = core.terms
+    for k in range(len(others)):
+        for chosen in combinations(others, k):
+            rest = tuple(t for t in others if t not in chosen)
+            yield Sum((Polynomial((first, *chosen)), Polynomial(rest)))
+
+
+def _factor_splits(core: Polynomial) -> Iterator[Step]:
+    """Apart what shares a first or last factor; and every word alone."""
+    for end in (0, -1):
+        for factor in dict.fromkeys(word.factors[end] for word in core.words):
+            chosen = tuple(t for t in core.terms if t[0].factors[end] == factor)
+            if 1 < len(chosen) < len(core):
+                rest = tuple(t for t in core.terms if t not in chosen)
+                yield Sum((Polynomial(chosen), Polynomial(rest)))
+    yield Sum(tuple(Polynomial((term,)) for term in core.terms))

@@ -1,0 +1,1 @@
+"""Tune: prices from the machine, and plans timed on it."""

@@ -1,0 +1,135 @@
+"""Pricing: the objective for each dtype of a graph, from what is known about its device."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from functools import cache
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from runlora_fx.cost_model.devices.machine import DTYPES, Machine
+from runlora_fx.cost_model.devices.measure import matmul_seconds, undisturbed
+from runlora_fx.cost_model.objective import Objective
+from runlora_fx.cost_model.ops import GemmShape
+from runlora_fx.cost_model.profile import DEFAULT_PROFILE
+from runlora_fx.cost_model.store import Record
+from runlora_fx.options import Options
+from runlora_fx.passes.algebra.plan import Problem
+from runlora_fx.passes.search.a_star import candidate_products
+
+_log = logging.getLogger("runlora_fx")
+
+#: What ``memory="low"`` may spend to hold a byte less [FLOP/B]. ``X A'`` costs 2 in / itemsize per
+#: byte: it is computed again in layers of up to 16384 inputs in 32 bits, 8192 in 16 bits.
+_FLOPS_PER_SAVED_BYTE = 8192
+
+#: From so many products on, measuring them takes long enough to show progress.
+_SHOW_PROGRESS = 8
+
+#: All products are measured in turn, this often: a machine is not as fast at every moment, and what
+#: is compared has to be measured in good ones.
+_ROUNDS = 4
+
+
+class Pricing:
+    """The objectives for a graph.
+
+    Attributes:
+        device: Where the graph runs.
+    """
+
+    def __init__(self, options: Options, machine: Machine, device: torch.device) -> None:
+        """Price for a device.
+
+        Args:
+            options: What is asked of the pass.
+            machine: What is known about the device; measurements are added to it.
+            device: Where the graph runs.
+        """
+        self._options = options
+        self._machine = machine
+        self.device = device
+        self._objectives: dict[str, Objective] = {}
+
+    def objective(self, dtype: str) -> Objective:
+        """How plans for matrices of a dtype are ranked."""
+        if dtype not in self._objectives:
+            profile = DEFAULT_PROFILE
+            if self._options.objective == "time" and dtype in DTYPES:
+                profile = self._machine.profile(self.device, dtype)
+            saved = _FLOPS_PER_SAVED_BYTE if self._options.memory == "low" else 0
+            self._objectives[dtype] = Objective(
+                self._options.objective,
+                self._options.margin,
+                profile,
+                saved,
+                self._options.numerics != "strict",
+            )
+        return self._objectives[dtype]
+
+    def record(self, dtype: str) -> Record:
+        """What was measured on the device."""
+        return self._machine.record(self.device, dtype)
+
+    def add(self, dtype: str, newer: Record) -> None:
+        """Know, and store, more about the device."""
+        self._machine.add(self.device, dtype, newer)
+        self._objectives.pop(dtype, None)
+
+    def measure(self, problems: Iterable[Problem]) -> None:
+        """Time the products of all plans that may be the best, where they were not timed before."""
+        wanted: dict[str, dict[GemmShape, None]] = {}
+        for problem in dict.fromkeys(problems):
+            if problem.dtype in DTYPES:
+                products = candidate_products(problem, self.objective(problem.dtype))
+                wanted.setdefault(problem.dtype, {}).update(dict.fromkeys(products))
+        for dtype, shapes in wanted.items():
+            known = self.record(dtype).products
+            missing = [shape for shape in shapes if shape not in known]
+            if not missing:
+                continue
+            times = self._times(missing, dtype)
+            if times:
+                self.add(dtype, Record(products=times))
+
+    def _times(self, shapes: list[GemmShape], dtype: str) -> dict[GemmShape, float]:
+        times: dict[GemmShape, float] = {}
+        failed: set[GemmShape] = set()
+        with undisturbed(self.device):
+            for shape in track(
+                shapes * _ROUNDS,
+                f"runlora measures products in {dtype}",
+                console=Console(stderr=True),
+                transient=True,
+                disable=len(shapes) < _SHOW_PROGRESS,
+            ):
+                if shape in failed:
+                    continue
+                try:
+                    took = matmul_seconds(shape, getattr(torch, dtype), self.device)
+                    times[shape] = min(took, times.get(shape, took))
+                except RuntimeError as error:  # out of memory, or a dtype the device has not
+                    failed.add(shape)
+                    _log.info("runlora could not measure %s in %s: %s", shape, dtype, error)
+        return times
+
+
+def may_measure() -> bool:
+    """Whether this process may plan by numbers of its own: ranks of a group have to agree."""
+    is_group = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if is_group and torch.distributed.get_world_size() > 1:
+        _warn_of_group()
+        return False
+    return True
+
+
+@cache
+def _warn_of_group() -> None:
+    """Warn once: a model may have many graphs."""
+    _log.warning(
+        "runlora measures nothing in a process group, where all ranks need the same plan; "
+        "run `python -m runlora_fx calibrate` or a single process first"
+    )

@@ -1,0 +1,215 @@
+"""Trials: the best few plans of a region, compiled with what is around them, run and timed."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import fx
+
+from runlora_fx._torch_compat import compile_graph, partitioned
+from runlora_fx.cost_model.devices.measure import seconds, undisturbed
+from runlora_fx.cost_model.objective import Objective
+from runlora_fx.cost_model.store import Record
+from runlora_fx.passes.algebra.plan import Plan, Problem
+from runlora_fx.passes.emit.apply import NotAppliedError, apply
+from runlora_fx.passes.levels.forms import value_of
+from runlora_fx.passes.lower.dots import spell_out
+from runlora_fx.passes.read.analysis import Analysis
+from runlora_fx.passes.search.decide import Decision, alternatives, judge
+from runlora_fx.passes.tune.excerpt import Excerpt, excerpt
+from runlora_fx.passes.tune.pricing import Pricing
+
+_log = logging.getLogger("runlora_fx")
+
+#: At most so many plans of a region are tried, the graph as it came among them.
+_MAX_PLANS = 4
+
+#: All plans of a region are timed in turn, this often: a machine is not as fast at every moment.
+_ROUNDS = 3
+
+#: What a plan has to save to be told apart from the graph as it came.
+_NOISE = 0.01
+
+_AS_IT_CAME = "as it came"
+
+
+def try_out(analysis: Analysis, pricing: Pricing, decisions: Sequence[Decision]) -> list[Decision]:
+    """The decisions after trials: equal regions are tried once, known times are not taken again.
+
+    A region that cannot be tried keeps its decision; symbolic ones are not tried.
+    """
+    settled: dict[tuple[Problem, str], Decision] = {}
+    decided = list(decisions)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("runlora tries plans", total=len(decided))
+        for i, decision in enumerate(decisions):
+            problem = analysis.posed[i].problem
+            objective = pricing.objective(problem.dtype)
+            plans = _candidates(problem, objective, decision)
+            if len(plans) > 1 and not analysis.posed[i].is_symbolic:
+                cut = excerpt(
+                    analysis.graph, analysis.reader, analysis.phases, analysis.regions.regions[i]
+                )
+                key = (problem, _digest(cut.module.code))
+                if key not in settled:
+                    settled[key] = _tried(analysis, pricing, decision, problem, plans, cut)
+                decided[i] = settled[key]
+            progress.advance(task)
+    return decided
+
+
+def _candidates(
+    problem: Problem, objective: Objective, decision: Decision
+) -> dict[str, Plan | None]:
+    """The graph as it came (None) and the best few plans, by their digests."""
+    if decision.plan is None:
+        return {}
+    others = sorted(
+        (a.plan for a in alternatives(problem, objective)),
+        key=lambda plan: objective.total(plan.operations(problem)),
+    )
+    found: dict[str, Plan | None] = {_AS_IT_CAME: None}
+    came = set(problem.incoming)
+    for plan in (decision.plan, *others):
+        if len(found) < _MAX_PLANS and not plan.steps.items() <= came:
+            found.setdefault(_digest(sorted(map(repr, plan.steps.items()))), plan)
+    return found
+
+
+def _tried(
+    analysis: Analysis,
+    pricing: Pricing,
+    decision: Decision,
+    problem: Problem,
+    plans: dict[str, Plan | None],
+    cut: Excerpt,
+) -> Decision:
+    """The decision for the plan that runs in the least time."""
+    # Sets have no order that holds from process to process.
+    key = _digest(
+        [replace(problem, kept=frozenset()), sorted(map(repr, problem.kept)), cut.module.code]
+    )
+    times = {
+        k: t for k, t in pricing.record(problem.dtype).plans.get(key, {}).items() if k in plans
+    }
+    if times.keys() != plans.keys():
+        try:
+            times = _times(analysis, problem, plans, cut, pricing.device)
+        except Exception as error:  # whatever fails in a trial must not fail the compilation
+            _log.info("runlora could not try the plans of a region: %r", error)
+            return decision
+        pricing.add(problem.dtype, Record(plans={key: times}))
+    fastest = min(times, key=lambda name: times[name])
+    before, after = times[_AS_IT_CAME], times[fastest]
+    saved = 1 - after / before
+    measured = f"{before * 1e6:.4g} us -> {after * 1e6:.4g} us"
+    plan = plans[fastest]
+    objective = pricing.objective(problem.dtype)
+    if plan is None or saved < max(_NOISE, objective.margin):
+        reason = f"left alone: no plan was measured to be faster ({measured})"
+        return replace(decision, changed=False, after=decision.before, reason=reason)
+    judged = judge(problem, objective, plan, decision.alternatives)
+    reason = f"changed: {saved:.1%} less time measured ({measured})"
+    return replace(judged, changed=True, after=plan.cost(problem), reason=reason)
+
+
+def _times(
+    analysis: Analysis,
+    problem: Problem,
+    plans: dict[str, Plan | None],
+    cut: Excerpt,
+    device: torch.device,
+) -> dict[str, float]:
+    """The time of each plan, forward and backward [s].
+
+    Raises:
+        Exception: If the excerpt does not pose the problem, or something cannot be compiled or run.
+    """
+    graphs = {name: _planned(analysis, problem, plan, cut) for name, plan in plans.items()}
+
+    def measure() -> dict[str, float]:
+        with undisturbed(device):
+            runs = {name: _compiled(graph, cut) for name, graph in graphs.items()}
+            rounds = [
+                {
+                    name: sum(seconds(run, repeats=1) for run in run_all)
+                    for name, run_all in runs.items()
+                }
+                for _ in range(_ROUNDS)
+            ]
+        return {name: min(times[name] for times in rounds) for name in runs}
+
+    # What a compilation keeps in thread-local state is not for the compilations in here.
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(measure).result()
+
+
+def _planned(
+    analysis: Analysis, problem: Problem, plan: Plan | None, cut: Excerpt
+) -> fx.GraphModule:
+    """A copy of an excerpt, computed by a plan."""
+    copied = fx.Graph()
+    output = copied.graph_copy(cut.module.graph, {})
+    copied.output(output)
+    module = fx.GraphModule({}, copied)
+    if plan is not None:
+        own = Analysis(copied, analysis.dialect, casts=analysis.reader.casts)
+        index = next(i for i, posed in enumerate(own.posed) if posed.problem == problem)
+        try:
+            apply(own, {index: plan})
+        except NotAppliedError as failure:
+            raise failure.cause from None
+    spell_out(copied, analysis.dialect)
+    module.recompile()
+    return module
+
+
+def _compiled(module: fx.GraphModule, cut: Excerpt) -> list[Callable[[], object]]:
+    """Calls that run the forward and, if there is one, the backward on random data."""
+    inputs = {n.name: _random(n) for n in module.graph.nodes if n.op == "placeholder"}
+    if not cut.is_joint:
+        forward, given = compile_graph(module, list(inputs.values())), list(inputs.values())
+        return [lambda: forward(*given)]
+    parts = partitioned(module, list(inputs.values()), cut.forward_outputs)
+    calls: list[Callable[[], object]] = []
+    known = dict(inputs)
+    for part in parts:
+        given = [known[node.name] for node in part.graph.nodes if node.op == "placeholder"]
+        compiled = compile_graph(part, given)
+        results = compiled(*given)
+        (output,) = (node for node in part.graph.nodes if node.op == "output")
+        known |= {
+            node.name: value
+            for node, value in zip(output.args[0], results, strict=True)
+            if isinstance(node, fx.Node)
+        }
+        calls.append(_call(compiled, given))
+    return calls
+
+
+def _call(compiled: Callable[..., object], given: list[Any]) -> Callable[[], object]:
+    return lambda: compiled(*given)
+
+
+def _random(node: fx.Node) -> Any:
+    """Random data like a node's example value."""
+    val = value_of(node)
+    if val is None:
+        return node.meta.get("val")
+    generator = torch.Generator(val.device).manual_seed(0)
+    data = torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=val.device)
+    if val.dtype.is_floating_point:
+        return data.normal_(generator=generator)
+    return data.random_(0, 2, generator=generator)
+
+
+def _digest(of: object) -> str:
+    return hashlib.sha256(repr(of).encode()).hexdigest()[:24]

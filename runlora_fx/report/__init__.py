@@ -1,0 +1,1 @@
+"""Report: what the pass saw, what it did and why, as data and as text."""

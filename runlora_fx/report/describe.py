@@ -1,0 +1,129 @@
+"""Description: a region and what was decided about it, for the report.
+
+A site is a region in which some word has three factors or more: a product of products, which can be
+evaluated in more than one order. Plain linear layers are not sites.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import gcd
+from typing import Any, cast
+
+import sympy
+
+from runlora_fx.cost_model.cost import Amount
+from runlora_fx.cost_model.objective import Objective
+from runlora_fx.passes.algebra.plan import Plan, Problem, Step, Value, incoming_cost
+from runlora_fx.passes.algebra.polynomials import normalise
+from runlora_fx.passes.algebra.posed import PosedProblem
+from runlora_fx.passes.experts.stacks import Mixture
+from runlora_fx.passes.read.regions import Region
+from runlora_fx.passes.search.decide import Decision
+from runlora_fx.passes.search.ranges import Varying, break_even
+from runlora_fx.report.data import Candidate, Site
+from runlora_fx.report.notation import Names, algebra
+from runlora_fx.report.origin import modules_of, modules_of_nodes
+
+
+def describe(
+    region: Region,
+    posed: PosedProblem,
+    decision: Decision,
+    changed: bool,
+    objective: Objective,
+) -> Site | None:
+    """A region as a site, or None where there is nothing low-rank about it."""
+    problem = posed.problem
+    matrices = [d.core for d in problem.demands if not d.core.is_dots]
+    if max((len(w.without_diagonals) for core in matrices for w in core.words), default=0) < 3:
+        return None
+    names = Names(problem)
+    parts = [normalise(posed.own(part)) for _, part in region.demands]
+    scalars = {part.core: part.scalar for part in reversed(parts)}
+    before = algebra(problem, names, scalars, _incoming_plan(problem))
+    plan = decision.plan if changed else None
+    symbols = names.symbols
+    failed = decision.changed and not changed
+    reason = "left alone: the plan could not be written" if failed else decision.reason
+    cost_before = incoming_cost(problem, symbols).flops
+    cost_after = cost_before if plan is None else plan.cost(problem, symbols).flops
+    return Site(
+        modules=modules_of(region),
+        shapes=", ".join(f"{s}={size}" for s, size in zip(symbols, posed.dims, strict=True)),
+        before=before,
+        after=before if plan is None else algebra(problem, names, scalars, plan),
+        flops_before=int(decision.before.flops),
+        flops_after=int((decision.after if changed else decision.before).flops),
+        flops_before_expr=_expr(cost_before),
+        flops_after_expr=_expr(cost_after),
+        changed=changed,
+        break_even=_break_even(posed, names, objective),
+        reason=reason,
+        considered=tuple(
+            Candidate(names.step(problem.demands[0], a.step), int(a.cost.flops))
+            for a in decision.alternatives
+        ),
+    )
+
+
+def describe_mixture(mixture: Mixture) -> Site:
+    """A merged stack of expert weights as a site."""
+    symbols = sympy.symbols("E i o r N", positive=True, integer=True)
+    counts = (mixture.multiplied, mixture.outer, mixture.reading)
+    tokens = gcd(*counts)
+    sizes = (mixture.experts, mixture.rows, mixture.columns, mixture.rank, tokens)
+    e, i, o, r, n = cast(Any, symbols)
+    multiplied, outer, reading = (n * (count // tokens) for count in counts)
+    symbolic = Mixture(mixture.node, e, i, o, r, multiplied, outer, reading, mixture.readers)
+    merged, split = mixture.flops_merged, mixture.flops_split
+    before, reason = "M = W + L R\nY = X M", "left alone: merging costs less for so many tokens"
+    after = "Y = X W + (X L) R"
+    if mixture.readers:
+        before += "\ndL = dM R'\ndR = L' dM"
+        after += "\ndL = X' (dY R')\ndR = (X L)' dY"
+    if mixture.split:
+        reason = f"changed: {1 - split / merged:.1%} fewer FLOPs"
+    return Site(
+        modules=modules_of_nodes([mixture.node]) or (mixture.node.name,),
+        shapes=", ".join(f"{s}={size}" for s, size in zip(symbols, sizes, strict=True)),
+        before=before,
+        after=after if mixture.split else before,
+        flops_before=merged,
+        flops_after=split if mixture.split else merged,
+        flops_before_expr=_expr(symbolic.flops_merged),
+        flops_after_expr=_expr(symbolic.flops_split if mixture.split else symbolic.flops_merged),
+        changed=mixture.split,
+        reason=reason,
+        break_even=f"merge when {mixture.border}" if mixture.border else "",
+        considered=(Candidate(after.split("\n")[0], split), Candidate("Y = X (W + L R)", merged)),
+    )
+
+
+def _break_even(posed: PosedProblem, names: Names, objective: Objective) -> str:
+    """When merging pays, in the graph's own symbols where the number of tokens is one."""
+    index = next((i for i, symbol in enumerate(names.symbols) if symbol.name == "N"), None)
+    if index is None:
+        return ""
+    tokens = posed.dims[index]
+    is_symbol = not isinstance(tokens, int)
+    same = (i for i, size in enumerate(posed.dims) if is_symbol and size == tokens)
+    dims = frozenset([index, *same])
+    return _border(posed.problem, dims, objective, str(tokens) if is_symbol else "N")
+
+
+@lru_cache(maxsize=4096)
+def _border(problem: Problem, dims: frozenset[int], objective: Objective, symbol: str) -> str:
+    """The break-even of a problem; equal layers have the same."""
+    return break_even(Varying.of(problem, dims, objective), symbol)
+
+
+def _incoming_plan(problem: Problem) -> Plan:
+    steps: dict[Value, Step] = {}
+    for value, step in problem.incoming:
+        steps.setdefault(value, step)
+    return Plan(steps)
+
+
+def _expr(amount: Amount) -> sympy.Expr:
+    return sympy.expand(sympy.sympify(amount))

@@ -1,0 +1,275 @@
+"""Notation: a problem's matrices by the field's names, and a plan as algebra a person can read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+import sympy
+
+from runlora_fx.passes.algebra.plan import (
+    Keep,
+    Plan,
+    Problem,
+    Product,
+    Step,
+    Sum,
+    Value,
+    step_operands,
+)
+from runlora_fx.passes.algebra.polynomials import (
+    IDENTITY,
+    Factor,
+    Polynomial,
+    Scalar,
+    Word,
+    normalise,
+)
+
+
+class Names:
+    """Names of a problem's leaves and dimensions, in the field's own letters.
+
+    ``X`` is the activation that the base weight ``W`` and the adapter ``A`` (down), ``B`` (up) act
+    on, ``dY`` the tangent of the result; ``N`` tokens, ``i`` in, ``o`` out, ``r`` rank.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        """Name the leaves by the roles that they have in the demands."""
+        self._problem = problem
+        self.leaves: dict[int, str] = {}
+        self._dims: dict[int, str] = {}
+        self._taken: Counter[str] = Counter()
+        forward = [demand.core for demand in problem.demands if not demand.backward]
+        # The whole layer tells most about the roles; a norm of the merged weight may come before.
+        for core in sorted(forward, key=_longest, reverse=True):
+            self._name_forward(core)
+        for i, spec in enumerate(problem.leaves):
+            if i not in self.leaves:
+                letter = "dY" if spec.backward else "L"
+                self._name(i, {"ones": "1", "diagonal": "g"}.get(spec.kind, letter))
+        for spec in problem.leaves:
+            if spec.backward:
+                self._dim(spec.rows, "N")
+        for d in range(len(problem.dims)):
+            self._dim(d, "d")
+        self.symbols = tuple(
+            sympy.Symbol(self._dims[d], positive=True, integer=True)
+            for d in range(len(problem.dims))
+        )
+
+    def _name_forward(self, core: Polynomial) -> None:
+        """``X W' + s (X A') B'``: the words of a forward demand, whichever way round it stands."""
+        turned = next((f.transposed for f in core.terms[-1][0].without_diagonals), False)
+        words = [word.without_diagonals for word in (core.T if turned else core).words]
+        for factors in sorted(words, key=len):
+            roles = {2: ("X", "W"), 3: ("X", "A", "B")}.get(len(factors))
+            if roles is None:
+                continue
+            for factor, role in zip(factors, roles, strict=True):
+                if self._problem.leaves[factor.leaf].kind == "ones":
+                    break
+                self._name(factor.leaf, role)
+            rows, cols = self._problem.extent(factors[0])
+            self._dim(rows, "N")
+            self._dim(cols, "i")
+            self._dim(self._problem.extent(factors[-1])[1], "o")
+            if len(factors) == 3:
+                self._dim(self._problem.extent(factors[1])[1], "r")
+
+    def _name(self, leaf: int, letter: str) -> None:
+        if leaf not in self.leaves:
+            self._taken[letter] += 1
+            n = self._taken[letter]
+            self.leaves[leaf] = letter if n == 1 and letter != "L" else f"{letter}{n}"
+
+    def _dim(self, dim: int, letter: str) -> None:
+        if dim not in self._dims:
+            used = sum(name.rstrip("0123456789") == letter for name in self._dims.values())
+            self._dims[dim] = letter if used == 0 and letter != "d" else f"{letter}{used + 1}"
+
+    def factor(self, factor: Factor) -> str:
+        """A leaf, its transpose or its diagonal matrix."""
+        name = self.leaves[factor.leaf]
+        if factor.diagonal:
+            return f"diag({name})"
+        return f"{name}'" if factor.transposed else name
+
+    def step(self, value: Value, step: Step) -> str:
+        """The first step towards a value, its operands in normal form."""
+        if isinstance(step, Keep):
+            return "kept from the forward"
+        if isinstance(step, Product):
+            left, right = map(self.polynomial, (step.left, _second(value, step)))
+            operands = [f"({p})" if " " in p else p for p in (left, right)]
+            return f"rowsum({' * '.join(operands)})" if value.core.is_dots else " ".join(operands)
+        return _added(f"({self.polynomial(p)})" for p in step_operands(step))
+
+    def polynomial(self, p: Polynomial) -> str:
+        """A polynomial in normal form."""
+        return _added(scalar(Scalar(c, w.scalars)) + self._word(w) for w, c in p.terms)
+
+    def _word(self, word: Word) -> str:
+        text = " ".join(map(self.factor, word.factors)) or "I"
+        return f"diagonal({text})" if word.dots else text
+
+    def demand(self, value: Value) -> tuple[str, bool]:
+        """What a demand is called, and whether it is shown transposed."""
+        _, rows, cols = self._problem.shape(value.core)
+        if value.core.is_dots:
+            return "dg", False
+        if not value.backward:
+            return "Y", self._dims[cols] == "N"
+        for i, spec in enumerate(self._problem.leaves):
+            if not spec.backward and spec.kind == "matrix":
+                if (spec.rows, spec.cols) == (rows, cols):
+                    return f"d{self.leaves[i]}", False
+                if (spec.rows, spec.cols) == (cols, rows):
+                    return f"d{self.leaves[i]}", True
+        return "G", False
+
+
+def algebra(
+    problem: Problem, names: Names, scalars: Mapping[Polynomial, Scalar], plan: Plan
+) -> str:
+    """A plan, one value a line.
+
+    Args:
+        problem: What the plan computes.
+        names: Of its leaves and dimensions.
+        scalars: By demand, what it is scaled by in the graph.
+        plan: A step for every value.
+    """
+    return _Printer(problem, names, scalars, plan.steps).lines()
+
+
+def _longest(core: Polynomial) -> int:
+    """Factors of the longest word."""
+    return max(len(word.without_diagonals) for word in core.words)
+
+
+def _second(value: Value, step: Product) -> Polynomial:
+    """The right operand of a product as it is shown: dots multiply the rows of both."""
+    return step.right.T if value.core.is_dots else step.right
+
+
+def scalar(s: Scalar) -> str:
+    """A scalar in front of a word; nothing if it is 1. The graph's own symbols are s0, s1, ..."""
+    number = {1.0: "", -1.0: "-"}.get(s.number, f"{s.number:.6g} ")
+    return number + "".join(f"s_{i + 1} " if i else "s " for i in s.leaves)
+
+
+def _added(addends: Iterable[str]) -> str:
+    return " + ".join(addends).replace("+ -", "- ")
+
+
+def _is_sum(text: str) -> bool:
+    return " + " in text or " - " in text
+
+
+class _Printer:
+    """Prints a plan: a line for every demand and for every value that is used more than once."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        names: Names,
+        scalars: Mapping[Polynomial, Scalar],
+        plan: Mapping[Value, Step],
+    ) -> None:
+        self._problem = problem
+        self._names = names
+        self._scalars = scalars
+        self._plan = plan
+        self._labels: dict[Polynomial, tuple[str, bool]] = {}
+        self._lines: list[str] = []
+        self._taken: Counter[str] = Counter()
+        readers = {
+            (normalise(p).core, value.core)
+            for value, step in plan.items()
+            if not isinstance(step, Keep)
+            for p in step_operands(step)
+        }
+        self._uses = Counter(core for core, _ in readers)
+
+    def lines(self) -> str:
+        for value in self._problem.demands:
+            if value.core not in self._labels:
+                self._demand(value)
+        return "\n".join(self._lines)
+
+    def _demand(self, value: Value) -> None:
+        """The line of a demand; one that other values read stands without its scalar."""
+        name, turned = self._names.demand(value)
+        front = scalar(self._scalars[value.core])
+        if front and self._uses[value.core]:
+            self._label(value, turned)
+        right, is_sum = self._labels.get(value.core, ("", False))[0], False
+        if not right:
+            right = self._making(value, turned)
+            is_sum = isinstance(self._step(value), Sum)
+        self._taken[name] += 1
+        name = name if self._taken[name] == 1 else f"{name}{self._taken[name]}"
+        self._labels.setdefault(value.core, (name, turned))
+        self._lines.append(
+            f"{name} = {front}({right})" if front and is_sum else f"{name} = {front}{right}"
+        )
+
+    def _step(self, value: Value) -> Step | None:
+        step = self._plan.get(value) or self._plan.get(Value(value.core, False))
+        return self._plan.get(Value(value.core, False)) if isinstance(step, Keep) else step
+
+    def _making(self, value: Value, turned: bool) -> str:
+        step = self._step(value)
+        if step is None or isinstance(step, Keep):
+            return self._names.polynomial(value.core.T if turned else value.core)
+        if value.core.is_dots and isinstance(step, Product):
+            shown = (step.left, _second(value, step))
+            both = " * ".join(self._operand(p, value.backward, inner=True) for p in shown)
+            return f"rowsum({both})"
+        operands = [p.T if turned else p for p in step_operands(step)]
+        if isinstance(step, Product):
+            if turned:
+                operands.reverse()
+            return " ".join(self._operand(p, value.backward, inner=True) for p in operands)
+        operands.sort(key=lambda p: p.size)
+        return _added(self._operand(p, value.backward, inner=False) for p in operands)
+
+    def _operand(self, p: Polynomial, backward: bool, *, inner: bool) -> str:
+        """An operand: a leaf, a label, or how it is made; in brackets where it must be."""
+        s, transposed, core = normalise(p)
+        front, text = scalar(s), ""
+        if core.leaf is not None:
+            text = self._names.factor(core.leaf.T if transposed else core.leaf)
+        elif core == IDENTITY:
+            text = "I"
+        if text:
+            return f"({front}{text})" if front and inner else front + text
+        value = Value(core, backward or self._tangent(core))
+        if core not in self._labels:
+            if any(core == demand.core for demand in self._problem.demands):
+                self._demand(value)
+            elif self._uses[core] > 1:
+                self._label(value, core.shown[0].transposed)
+        if core in self._labels:
+            name, turned = self._labels[core]
+            text = name if turned == transposed else f"{name}'"
+            return f"({front}{text})" if front and inner else front + text
+        text = self._making(value, transposed)
+        return f"{front}({text})" if inner or (front and _is_sum(text)) else front + text
+
+    def _label(self, value: Value, turned: bool) -> None:
+        right = self._making(value, turned)
+        stem = "M" if len(value.core) > 1 else "Z"
+        n = sum(name.startswith(stem) for name, _ in self._labels.values())
+        name = stem if n == 0 else f"{stem}{n + 1}"
+        self._labels[value.core] = (name, turned)
+        again = not value.backward and isinstance(
+            self._plan.get(Value(value.core, True)), Product | Sum
+        )
+        self._lines.append(
+            f"{name} = {right}" + ("   (made again in the backward)" if again else "")
+        )
+
+    def _tangent(self, core: Polynomial) -> bool:
+        return any(self._problem.leaves[i].backward for i in core.leaves)

@@ -1,0 +1,79 @@
+"""Origin: the modules of the model that nodes and regions come from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import takewhile
+
+from torch import fx
+
+from runlora_fx.passes.read.regions import Region
+from runlora_fx.report.data import Refusal, Site
+
+#: Parts of a module path that belong to an adapter's inside.
+_ADAPTER_PARTS = re.compile(r"^(lora_.*|base_layer)$")
+
+#: The name of the compiled module itself.
+_ROOT = "(root)"
+
+
+def modules_of(region: Region) -> tuple[str, ...]:
+    """The modules that a region comes from, adapters by the layer that they adapt."""
+    found = modules_of_nodes(made.node for made in region.incoming)
+    return found or tuple(dict.fromkeys(root.node.name for root, _ in region.demands))
+
+
+def modules_of_nodes(nodes: Iterable[fx.Node]) -> tuple[str, ...]:
+    """The modules that nodes come from, adapters by the layer that they adapt."""
+    paths = list(dict.fromkeys(filter(None, map(_path, nodes))))
+    adapted: list[str] = []
+    for path in paths:
+        parts = path.split(".")
+        inside = next((i for i, part in enumerate(parts) if _ADAPTER_PARTS.match(part)), None)
+        if inside is not None:
+            adapted.append(".".join(parts[:inside]) or _ROOT)
+    if adapted:
+        return tuple(dict.fromkeys(adapted))
+    levels = zip(*(path.split(".") for path in paths), strict=False)
+    common = [level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels)]
+    return (".".join(common),) if common else ()
+
+
+def unmatched(graph: fx.Graph, sites: Iterable[Site]) -> Iterator[Refusal]:
+    """Adapter modules of the graph that no site covers."""
+    covered = {name for site in sites for name in site.modules}
+    missed: dict[str, set[str]] = {}
+    for node in graph.nodes:
+        path = _path(node)
+        parts = path.split(".")
+        adapted = next((i for i, part in enumerate(parts) if part.startswith("lora_")), None)
+        if adapted is None or node.op == "placeholder":
+            continue
+        name = ".".join(parts[:adapted]) or _ROOT
+        if name not in covered:
+            missed.setdefault(name, set()).add(str(node.target).removesuffix(".default"))
+    by_reason: dict[str, list[str]] = {}
+    for name, targets in missed.items():
+        reason = (
+            f"no low-rank product of matrices was read (it computes {', '.join(sorted(targets))})"
+        )
+        by_reason.setdefault(reason, []).append(name)
+    return (Refusal(reason, tuple(names)) for reason, names in by_reason.items())
+
+
+def _path(node: fx.Node) -> str:
+    """The dotted name of the module that a node comes from."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
+    if not stack:
+        return ""
+    entries: Sequence[object] = list(stack.values())
+    path = entries[-1][0] if isinstance(entries[-1], tuple) else str(entries[-1])
+    parts = re.sub(r"\['?([^'\]]*)'?\]", r".\1", path).split(".")
+    # What Dynamo calls the compiled module or function itself is not part of the path; where its
+    # forward was wrapped (accelerate, autocast), it is the first of the wrapper's arguments.
+    if parts[:3] == ["L", "args", "0"]:
+        del parts[:3]
+    while parts and parts[0] in ("", "L", "self", "L__self__", "fn"):
+        del parts[0]
+    return ".".join(part for part in parts if part not in ("", "__dict__", "_modules"))

@@ -1,0 +1,1 @@
+"""Runtime: what compiled code calls while it runs."""
