@@ -15,8 +15,9 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import runlora_fx
-from runlora_fx.passes.levels.forms import numel, products, shape_of
+from runlora_fx.passes.levels.forms import products
 from runlora_fx.passes.levels.level import Dialect
+from runlora_fx.passes.levels.sizes import numel, shape_of
 from runlora_fx.passes.levels.torch_functions import TORCH
 
 #: Sizes of the dimensions that matrices have: tokens, features, a rank.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from runlora_fx.passes.levels.forms import value_of
+from runlora_fx.passes.levels.sizes import value_of
 from runlora_fx.passes.read.phases import recompute, recomputed
 
 #: Operations that are followed from a weight back to the graph's inputs.

@@ -27,7 +27,16 @@ from runlora_fx.passes.algebra.polynomials import (
 )
 from runlora_fx.passes.algebra.posed import Dim
 from runlora_fx.passes.emit.writer import EmissionError, Writer
-from runlora_fx.passes.levels.forms import Identity, Permute, Reshape, numel, shape_of, value_of
+from runlora_fx.passes.levels.forms import Identity, Permute, Reshape
+from runlora_fx.passes.levels.sizes import (
+    equal,
+    is_column_major,
+    is_one,
+    numel,
+    same_shape,
+    shape_of,
+    value_of,
+)
 from runlora_fx.passes.read.phases import Phases
 from runlora_fx.passes.read.reader import GraphReader
 from runlora_fx.passes.read.regions import Root
@@ -97,7 +106,7 @@ class Emitter:
         """
         self._writer.move_to(root.node)
         shape = shape_of(root.node)
-        flip = _is_column_major(root.node)
+        flip = is_column_major(root.node)
         parts = [addend for part in root.parts for addend in self._addends(part, root.backward)]
         whole = [part for part in parts if not flip and self._is_in_shape(part, root)]
         rest = [part for part in parts if part not in whole]
@@ -113,7 +122,7 @@ class Emitter:
             result = self._add(result, node, scalar)
         assert result is not None
         result = self._writer.cast(result, _dtype_of(root.node))
-        if result is root.node or shape_of(result) != shape:
+        if result is root.node or not same_shape(shape_of(result), shape):
             raise EmissionError(f"{root.node.name} cannot be written in its shape {shape}")
         return result
 
@@ -135,11 +144,11 @@ class Emitter:
         if factor is None or factor.transposed != part.transposed:
             return False
         node = self._leaves.matrices[factor.leaf].node
-        if node is None or shape_of(node) != shape_of(root.node):
+        if node is None or not same_shape(shape_of(node), shape_of(root.node)):
             return False
         leaf = self._leaves.matrices[factor.leaf]
         extents = self._reader.cuts[root.node].extents(shape_of(root.node))
-        return (leaf.batch, leaf.rows, leaf.cols) == extents
+        return same_shape((leaf.batch, leaf.rows, leaf.cols), extents)
 
     # -- sums ----------------------------------------------------------------------------------
 
@@ -212,11 +221,8 @@ class Emitter:
         """The identity matrix of the graph that can be added to a square matrix."""
         shape, dtype = shape_of(total), _dtype_of(total)
         for node, form in self._reader.forms.items():
-            fits = isinstance(form, Identity) and (shape_of(node), _dtype_of(node)) == (
-                shape,
-                dtype,
-            )
-            if fits and self._writer.is_before(node):
+            fits = isinstance(form, Identity) and _dtype_of(node) == dtype
+            if fits and same_shape(shape_of(node), shape) and self._writer.is_before(node):
                 return node
         raise EmissionError(f"no identity matrix of shape {shape} stands before {total.name}")
 
@@ -424,7 +430,7 @@ class Emitter:
 
     def _leaf(self, factor: Factor) -> fx.Node:
         leaf, node = self._leaves.matrices[factor.leaf], self._leaf_node(factor)
-        as_it_is = not self._writer.flattens and shape_of(node)[-1] == leaf.cols
+        as_it_is = not self._writer.flattens and equal(shape_of(node)[-1], leaf.cols)
         if not as_it_is or factor.transposed or leaf.batched:
             node = self._flat(factor.leaf, node)
         return self._writer.transpose(node) if factor.transposed else node
@@ -466,17 +472,9 @@ def _dtype_of(node: fx.Node) -> torch.dtype:
 
 
 def _matrix_shape(batch: Dim, rows: Dim, cols: Dim) -> tuple[Dim, ...]:
-    return (rows, cols) if batch == 1 else (batch, rows, cols)
+    return (rows, cols) if is_one(batch) else (batch, rows, cols)
 
 
 def _flattened(node: fx.Node) -> tuple[Dim, ...]:
     shape = shape_of(node)
     return (numel(shape[:-1]), shape[-1])
-
-
-def _is_column_major(node: fx.Node) -> bool:
-    """Whether a matrix lies transposed in memory."""
-    val = value_of(node)
-    if val is None or val.dim() != 2 or 1 in val.shape:
-        return False
-    return val.stride(0) == 1 and val.stride(1) != 1

@@ -11,8 +11,17 @@ from torch import fx
 from runlora_fx._torch_compat import in_fake_mode, is_sym_int
 from runlora_fx.passes.algebra.posed import Dim
 from runlora_fx.passes.emit.nodes import Inserter, values_of
-from runlora_fx.passes.levels.forms import Reshape, Shape, shape_of, value_of
+from runlora_fx.passes.levels.forms import Reshape
 from runlora_fx.passes.levels.level import Dialect
+from runlora_fx.passes.levels.sizes import (
+    Shape,
+    dim_of,
+    equal,
+    index_of,
+    same_shape,
+    shape_of,
+    value_of,
+)
 from runlora_fx.passes.read.reader import GraphReader
 
 
@@ -103,7 +112,7 @@ class Writer:
 
     def reshape(self, a: fx.Node, shape: Shape) -> fx.Node:
         """The same elements in another shape."""
-        if shape_of(a) == shape:
+        if same_shape(shape_of(a), shape):
             return a
         val, sizes = value_of(a), self._sizes(shape)
         assert val is not None
@@ -141,7 +150,10 @@ class Writer:
 
     def _sizes(self, shape: Shape) -> list[int | fx.Node]:
         if self._calls.stacked is not None and len(shape) == 2:
-            return [-1, *(size for size in shape[1:] if isinstance(size, int))]
+            rows, cols = shape
+            if isinstance(cols, int):
+                return [-1, cols]
+            return [rows, -1] if isinstance(rows, int) else [-1, self._size(cols)]
         unknown = [size for size in shape if not isinstance(size, int)]
         if len(unknown) <= 1:
             return [size if isinstance(size, int) else -1 for size in shape]
@@ -154,10 +166,11 @@ class Writer:
         for node, position in self._position.items():
             if position >= limit:
                 continue
-            if is_sym_int(node) and node.meta["val"].node.expr == size:
+            if is_sym_int(node) and equal(dim_of(node.meta["val"]), size):
                 return cast(fx.Node, node)
-            if value_of(node) is not None and size in shape_of(node):
-                tensors.append((node, shape_of(node).index(size)))
+            where = None if value_of(node) is None else index_of(size, shape_of(node))
+            if where is not None:
+                tensors.append((node, where))
         if not tensors:
             raise EmissionError(f"no tensor before {self._insert.anchor.name} has the size {size}")
         return self._call(self._calls.size, *tensors[0])

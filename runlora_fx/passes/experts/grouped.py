@@ -35,7 +35,7 @@ from runlora_fx.passes.experts.stacks import (
     transpose,
     untransposed,
 )
-from runlora_fx.passes.levels.forms import shape_of, value_of
+from runlora_fx.passes.levels.sizes import shape_of, value_of
 
 _aten = torch.ops.aten
 _GROUPED = "aten._grouped_mm.default"

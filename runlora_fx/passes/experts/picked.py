@@ -32,7 +32,7 @@ from runlora_fx.passes.experts.stacks import (
     transpose,
     untransposed,
 )
-from runlora_fx.passes.levels.forms import value_of
+from runlora_fx.passes.levels.sizes import value_of
 from runlora_fx.passes.read.phases import recompute
 
 _aten = torch.ops.aten

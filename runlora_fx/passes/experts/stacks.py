@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from runlora_fx.passes.emit.nodes import Inserter
-from runlora_fx.passes.levels.forms import value_of
+from runlora_fx.passes.levels.sizes import value_of
 
 _aten = torch.ops.aten
 

@@ -9,8 +9,9 @@ import torch
 from torch import fx
 
 from runlora_fx.passes.levels import readers as builders
-from runlora_fx.passes.levels.forms import Form, Identity, value_of
+from runlora_fx.passes.levels.forms import Form, Identity
 from runlora_fx.passes.levels.level import Calls, Dialect
+from runlora_fx.passes.levels.sizes import equal, requested_shape, same_shape, shape_of, value_of
 from runlora_fx.runtime import kept_weights as reuse  # noqa: F401  (registers the operator)
 
 _aten = torch.ops.aten
@@ -31,9 +32,9 @@ def _merged(base: Any, left: Any, right: Any, alpha: Any) -> Form | None:
 def _copy(into: Any, source: Any, *_: Any) -> Form | None:
     """What autograd makes of an update of a view in place."""
     here, there = value_of(into), value_of(source)
-    if here is None or there is None or (here.shape, here.dtype) != (there.shape, there.dtype):
+    if here is None or there is None or here.dtype != there.dtype:
         return None
-    return builders.copy(source)
+    return builders.copy(source) if same_shape(shape_of(into), shape_of(source)) else None
 
 
 def _einsum(equation: str, operands: Any, path: Any = None) -> Form | None:
@@ -58,12 +59,10 @@ def _compare(node: fx.Node) -> bool:
     """Whether a node is ``iota[:, None] == iota``: how decompositions spell eye."""
     if node.target is not _aten.eq.Tensor:
         return False
-    val = value_of(node)
     row, column = node.args
     return (
-        val is not None
-        and val.dim() == 2
-        and val.shape[0] == val.shape[1]
+        builders.ndim(node) == 2
+        and equal(*shape_of(node))
         and _is_iota(row)
         and _is_iota(column)
         and {builders.ndim(row), builders.ndim(column)} == {1, 2}
@@ -84,14 +83,11 @@ def _where(condition: Any, one: Any, zero: Any) -> Form | None:
 
 
 def _expand(a: Any, size: Any, **_: Any) -> Form | None:
-    val = value_of(a)
-    if val is None or len(size) != val.dim():
+    wanted = requested_shape(size)
+    if wanted is None or len(wanted) != builders.ndim(a):
         return None
     kept = all(
-        have == want or want == -1
-        for have, want in zip(
-            val.shape, (w.meta["val"] if isinstance(w, fx.Node) else w for w in size), strict=True
-        )
+        equal(want, -1) or equal(have, want) for have, want in zip(shape_of(a), wanted, strict=True)
     )
     return builders.same(a) if kept else None
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from runlora_fx.passes.levels.cuts import Cut, last_dim_cut
 from runlora_fx.passes.levels.forms import (
     Cast,
     Copy,
-    Cut,
     Dots,
     Form,
     Operand,
@@ -21,10 +21,8 @@ from runlora_fx.passes.levels.forms import (
     Shift,
     Stretch,
     Sum,
-    last_dim_cut,
-    shape_of,
-    value_of,
 )
+from runlora_fx.passes.levels.sizes import all_one, equal, is_one, same_shape, shape_of, value_of
 
 
 def ndim(node: object) -> int:
@@ -44,7 +42,7 @@ def is_scalar(x: object, of: object) -> bool:
     val = x.meta.get("val")
     if isinstance(val, int | float | torch.SymInt | torch.SymFloat):
         return True
-    return 0 <= ndim(x) <= ndim(of) and all(size == 1 for size in shape_of(x))
+    return 0 <= ndim(x) <= ndim(of) and all_one(shape_of(x))
 
 
 def product(a: Any, b: Any) -> Product | None:
@@ -63,7 +61,7 @@ def matmul(a: Any, b: Any) -> Form | None:
     if na >= 2 and nb == 2:
         cut = last_dim_cut(na)
         return Product(Operand(a, cut), Operand(b, Cut(0, 1)), cut)
-    if na == nb >= 3 and _shape(a)[:-2] == _shape(b)[:-2]:
+    if na == nb >= 3 and same_shape(shape_of(a)[:-2], shape_of(b)[:-2]):
         cut = Cut(na - 2, na - 1)
         return Product(Operand(a, cut), Operand(b, cut), cut)
     return None
@@ -126,7 +124,7 @@ def dots(equation: str, operands: Any) -> Dots | None:
         return None
     if out not in (letters[:-1], letters[-1]) or any(ndim(node) != n for node in operands):
         return None
-    if shape_of(operands[0]) != shape_of(operands[1]):
+    if not same_shape(shape_of(operands[0]), shape_of(operands[1])):
         return None
     rows, cut = out == letters[:-1], last_dim_cut(n)
     a, b = (
@@ -209,11 +207,12 @@ def _stretch(a: Any, vector: Any) -> Stretch | None:
         return None
     shape = shape_of(a)
     by = (1,) * (len(shape) - ndim(vector)) + shape_of(vector)
-    if by == shape and ndim(a) == ndim(vector):
+    if same_shape(by, shape) and ndim(a) == ndim(vector):
         return None
-    if by == (*(1,) * (len(shape) - 1), shape[-1]):
+    if all_one(by[:-1]) and equal(by[-1], shape[-1]):
         return Stretch(a, vector, rows=False)
-    return Stretch(a, vector, rows=True) if by == (*shape[:-1], 1) else None
+    along_rows = same_shape(by[:-1], shape[:-1]) and is_one(by[-1])
+    return Stretch(a, vector, rows=True) if along_rows else None
 
 
 def _matrix(node: fx.Node, letters: str, rows: str, cols: str) -> Operand | None:
@@ -222,8 +221,3 @@ def _matrix(node: fx.Node, letters: str, rows: str, cols: str) -> Operand | None
     if letters == cols + rows:
         return Operand(node, Cut(0, len(cols)), transposed=True)
     return None
-
-
-def _shape(node: object) -> tuple[Any, ...]:
-    val = value_of(node)
-    return () if val is None else tuple(val.shape)

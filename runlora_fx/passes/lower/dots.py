@@ -17,8 +17,9 @@ import torch
 from torch import fx
 
 from runlora_fx.passes.emit.nodes import Inserter
-from runlora_fx.passes.levels.forms import Dots, shape_of, value_of
+from runlora_fx.passes.levels.forms import Dots
 from runlora_fx.passes.levels.level import Dialect
+from runlora_fx.passes.levels.sizes import same_shape, shape_of, value_of
 from runlora_fx.passes.read.expand import is_made_of_product
 
 _EINSUM = torch.ops.aten.einsum.default
@@ -120,7 +121,7 @@ class _GatheredDots:
         here, one, other, summed = map(value_of, (product, a, b, node))
         if here is None or one is None or other is None or summed is None or here.dim() < 2:
             return None
-        is_alike = shape_of(a) == shape_of(b) and here.dtype == one.dtype == other.dtype
+        is_alike = same_shape(shape_of(a), shape_of(b)) and here.dtype == one.dtype == other.dtype
         if not is_alike or summed.dtype != here.dtype or not _along(node, here.dim()):
             return None
         is_product = any(is_made_of_product(self._dialect, operand) for operand in (a, b))

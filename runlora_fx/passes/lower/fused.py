@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from runlora_fx.passes.emit.nodes import Inserter
-from runlora_fx.passes.levels.forms import value_of
+from runlora_fx.passes.levels.sizes import is_contiguous, value_of
 from runlora_fx.passes.read.phases import recompute
 
 _aten = torch.ops.aten
@@ -39,8 +39,8 @@ class Fused:
         self._spelled: dict[fx.Node, _Spelled] = {}
         for node in list(graph.nodes):
             if str(node.target) == "bitsandbytes.gemm_4bit.default":
-                x = value_of(node.args[0])
-                if x is not None and x.is_contiguous():  # its rows are a view
+                x = node.args[0]
+                if isinstance(x, fx.Node) and is_contiguous(x):  # its rows are a view
                     self._spell(node)
 
     def undo(self) -> None:

@@ -9,7 +9,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from runlora_fx.passes.levels.forms import value_of
+from runlora_fx.passes.levels.sizes import value_of
 
 
 class Lowering:

@@ -10,8 +10,8 @@ from torch import fx
 
 from runlora_fx._torch_compat import fake_mode_of, guard_range, size_hint
 from runlora_fx.passes.algebra.posed import Dim
-from runlora_fx.passes.levels.forms import value_of
 from runlora_fx.passes.levels.level import Dialect
+from runlora_fx.passes.levels.sizes import value_of
 from runlora_fx.passes.read.opaque import opaque_nodes
 from runlora_fx.passes.read.phases import Phases
 from runlora_fx.passes.read.reader import Casts, GraphReader

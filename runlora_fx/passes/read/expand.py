@@ -13,10 +13,17 @@ from torch import fx
 
 from runlora_fx.passes.algebra import polynomials as algebra
 from runlora_fx.passes.algebra.polynomials import Polynomial, Scalar
+from runlora_fx.passes.levels.cuts import (
+    Cut,
+    broadcast_cut,
+    inverse,
+    permuted_cut,
+    recut,
+    same_matrix,
+)
 from runlora_fx.passes.levels.forms import (
     Cast,
     Copy,
-    Cut,
     Dots,
     Form,
     Identity,
@@ -24,18 +31,13 @@ from runlora_fx.passes.levels.forms import (
     Product,
     Reshape,
     Scale,
-    Shape,
     Shift,
     Stretch,
     Sum,
-    inverse,
-    numel,
-    permuted_cut,
     products,
-    recut,
-    shape_of,
 )
 from runlora_fx.passes.levels.level import Dialect
+from runlora_fx.passes.levels.sizes import Shape, is_one, numel, same_shape, shape_of
 from runlora_fx.passes.read.leaves import Leaves
 from runlora_fx.passes.read.value_numbers import ValueNumbers
 
@@ -65,7 +67,7 @@ class Expander(ABC):
         match self.forms.get(node):
             case Identity():
                 return (algebra.IDENTITY,)
-            case Product() as form if form.out.extents(shape) == cut.extents(shape):
+            case Product() as form if same_matrix(shape, form.out, cut):
                 return self.product(form)
             case Dots() as form:  # a vector: as a row or as a column, all the same
                 left, right = self.factors(form)
@@ -134,7 +136,7 @@ class Expander(ABC):
         if broadcast is None:
             return self.operand(term, cut)
         rows = cut.extents(shape)[1]
-        if rows == 1:  # added to a row, nothing is repeated
+        if is_one(rows):  # added to a row, nothing is repeated
             return self.operand(term, broadcast)
         ones = self.leaves.ones(rows)
         return tuple(ones @ p for p in self.operand(term, broadcast))
@@ -195,24 +197,13 @@ def is_made_of_product(dialect: Dialect, node: fx.Node, depth: int = _DEPTH) -> 
     )
 
 
-def broadcast_cut(term: Shape, shape: Shape, cut: Cut) -> Cut | None:
-    """The cut that shows a bias as one row, if it broadcasts over exactly the rows of a sum."""
-    if term == shape or cut.rows != 0:
-        return None
-    cols = shape[cut.cols :]
-    lead = len(term) - len(cols)
-    if lead < 0 or tuple(term[lead:]) != tuple(cols) or any(size != 1 for size in term[:lead]):
-        return None
-    return Cut(0, lead)
-
-
 def stretches(form: Stretch, shape: Shape, cut: Cut) -> Literal["rows", "columns"] | None:
     """What of a matrix a vector scales; None if it runs along neither its rows nor its columns.
 
     A vector that scales the last dimension runs along the columns of a matrix that shows just that
     dimension there; one that scales all others along the rows.
     """
-    if cut.extents(shape) != (1, numel(shape[:-1]), shape[-1]):
+    if not same_shape(cut.extents(shape), (1, numel(shape[:-1]), shape[-1])):
         return None
     return "rows" if form.rows else "columns"
 

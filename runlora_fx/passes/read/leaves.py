@@ -10,7 +10,8 @@ from torch import fx
 from runlora_fx.passes.algebra import polynomials as algebra
 from runlora_fx.passes.algebra.polynomials import Factor, Polynomial, Scalar
 from runlora_fx.passes.algebra.posed import Dim
-from runlora_fx.passes.levels.forms import Cut, Shape, numel, shape_of
+from runlora_fx.passes.levels.cuts import Cut
+from runlora_fx.passes.levels.sizes import Shape, is_one, numel, same_shape, shape_of
 from runlora_fx.passes.read.value_numbers import ValueNumbers
 
 
@@ -54,7 +55,7 @@ class Leaves:
         """A tensor as a leaf; the same one for equal values seen as equal matrices."""
         number = values.of(node)
         extents, turned = _oriented(shape_of(node), cut)
-        batched = extents[0] != 1
+        batched = not is_one(extents[0])
         key = (number, extents)
         if key not in self._index:
             self._index[key] = len(self.matrices)
@@ -102,8 +103,8 @@ def _oriented(shape: Shape, cut: Cut) -> tuple[tuple[Dim, Dim, Dim], bool]:
     leaf: the tensor as it stands, or its transpose.
     """
     batch, rows, cols = extents = cut.extents(shape)
-    if len(shape) > 1 and batch == 1 and 1 in (rows, cols):
+    if len(shape) > 1 and is_one(batch) and (is_one(rows) or is_one(cols)):
         stands = (numel(shape[:-1]), shape[-1])
-        if stands == (cols, rows) != (rows, cols):
+        if same_shape(stands, (cols, rows)) and not same_shape(stands, (rows, cols)):
             return (1, cols, rows), True
     return extents, False

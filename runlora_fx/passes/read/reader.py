@@ -15,10 +15,17 @@ import torch
 from torch import fx
 
 from runlora_fx.passes.algebra.polynomials import Factor, Polynomial
+from runlora_fx.passes.levels.cuts import (
+    Cut,
+    broadcast_cut,
+    last_dim_cut,
+    permuted_cut,
+    recut,
+    same_matrix,
+)
 from runlora_fx.passes.levels.forms import (
     Cast,
     Copy,
-    Cut,
     Dots,
     Form,
     Operand,
@@ -26,21 +33,15 @@ from runlora_fx.passes.levels.forms import (
     Product,
     Reshape,
     Scale,
-    Shape,
     Stretch,
     Sum,
-    last_dim_cut,
-    permuted_cut,
     products,
-    recut,
-    shape_of,
-    value_of,
 )
 from runlora_fx.passes.levels.level import Dialect
+from runlora_fx.passes.levels.sizes import Shape, same_shape, same_strides, shape_of, value_of
 from runlora_fx.passes.read.expand import (
     Addends,
     Expander,
-    broadcast_cut,
     is_made_of_product,
     sources,
     stretches,
@@ -312,7 +313,7 @@ class GraphReader(Expander):
                 return source in self.vectors
             case Sum(terms):
                 nodes = sources(form)
-                is_same = len({shape_of(node) for node in nodes}) == 1
+                is_same = all(same_shape(shape_of(node), shape_of(nodes[0])) for node in nodes)
                 return is_same and len(nodes) == len(terms) and self.vectors.issuperset(nodes)
         return False
 
@@ -354,12 +355,13 @@ class GraphReader(Expander):
         for term, _ in form.terms:
             if isinstance(term, Product):
                 cut = cut or term.out
-            elif term in self.cuts and shape_of(term) == shape:
+            elif term in self.cuts and same_shape(shape_of(term), shape):
                 cut = cut or self.cuts[term]
         if cut is None:
             return None
         fits = all(
-            shape == shape_of(term) or broadcast_cut(shape_of(term), shape, cut) is not None
+            same_shape(shape, shape_of(term))
+            or broadcast_cut(shape_of(term), shape, cut) is not None
             for term, _ in form.terms
             if isinstance(term, fx.Node)
         )
@@ -369,8 +371,7 @@ class GraphReader(Expander):
 
     def _shows(self, node: fx.Node, cut: Cut) -> bool:
         """Whether a cut shows the matrix that a linear node is made as."""
-        shape = shape_of(node)
-        return self.cuts[node].extents(shape) == cut.extents(shape)
+        return same_matrix(shape_of(node), self.cuts[node], cut)
 
     def _find_roots(self, graph: fx.Graph) -> None:
         self.forms.clear()
@@ -534,8 +535,7 @@ class GraphReader(Expander):
 
 
 def _same_layout(a: fx.Node, b: fx.Node) -> bool:
-    here, there = value_of(a), value_of(b)
-    return here is not None and there is not None and here.stride() == there.stride()
+    return value_of(a) is not None and value_of(b) is not None and same_strides(a, b)
 
 
 def _is_plain(node: fx.Node) -> bool:

@@ -35,7 +35,8 @@ from runlora_fx.passes.algebra.polynomials import (
     without_scalar,
 )
 from runlora_fx.passes.algebra.posed import Dim, PosedProblem
-from runlora_fx.passes.levels.forms import Dots, value_of
+from runlora_fx.passes.levels.forms import Dots
+from runlora_fx.passes.levels.sizes import value_of
 from runlora_fx.passes.read.dimensions import DimClasses
 from runlora_fx.passes.read.expand import Addends, total
 from runlora_fx.passes.read.phases import Phases, recomputed

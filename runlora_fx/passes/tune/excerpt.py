@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from runlora_fx.passes.levels.forms import value_of
+from runlora_fx.passes.levels.sizes import value_of
 from runlora_fx.passes.read.expand import sources
 from runlora_fx.passes.read.phases import Phases
 from runlora_fx.passes.read.reader import GraphReader

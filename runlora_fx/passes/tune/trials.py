@@ -20,7 +20,7 @@ from runlora_fx.cost_model.objective import Objective
 from runlora_fx.cost_model.store import Record
 from runlora_fx.passes.algebra.plan import Plan, Problem
 from runlora_fx.passes.emit.apply import NotAppliedError, apply
-from runlora_fx.passes.levels.forms import value_of
+from runlora_fx.passes.levels.sizes import value_of
 from runlora_fx.passes.lower.dots import spell_out
 from runlora_fx.passes.read.analysis import Analysis
 from runlora_fx.passes.search.decide import Decision, alternatives, judge

@@ -1,0 +1,104 @@
+"""Cuts: how a tensor of any rank is seen as a batch of matrices.
+
+Example: a linear layer on ``x[b, s, i]`` sees the matrix ``(b s, i)``: ``Cut(0, 2)``.
+
+A cut splits the dimensions of a tensor in three blocks: the leading block is the batch, the middle
+block, flattened, the rows, the last block the columns. ``view`` and ``permute`` only move cuts.
+
+Invariant: a cut that a function here returns shows the same matrix, or its transpose where it says
+so, element by element. Where that is not known for every value of a symbolic size, it returns None.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from runlora_fx.passes.algebra.posed import Dim
+from runlora_fx.passes.levels.sizes import (
+    Shape,
+    all_one,
+    index_of,
+    is_one,
+    is_zero,
+    numel,
+    prefix_products,
+    same_shape,
+)
+
+
+class Cut(NamedTuple):
+    """Where the rows begin and where the columns begin among a tensor's dimensions."""
+
+    rows: int
+    cols: int
+
+    def extents(self, shape: Shape) -> tuple[Dim, Dim, Dim]:
+        """Sizes of batch, rows and columns."""
+        return (
+            numel(shape[: self.rows]),
+            numel(shape[self.rows : self.cols]),
+            numel(shape[self.cols :]),
+        )
+
+
+def same_matrix(shape: Shape, one: Cut, other: Cut) -> bool:
+    """True if two cuts of a tensor are known to show the same batch of matrices."""
+    return one == other or same_shape(one.extents(shape), other.extents(shape))
+
+
+def last_dim_cut(ndim: int) -> Cut:
+    """All dimensions but the last are rows: how linear layers see their input."""
+    return Cut(0, ndim - 1)
+
+
+def recut(shape: Shape, cut: Cut, onto: Shape) -> Cut | None:
+    """The cut of a reshaped tensor that leaves the matrix as it is; None if there is none."""
+    batch, rows, _ = cut.extents(shape)
+    if is_zero(batch) or is_zero(rows):
+        return None
+    products = prefix_products(onto)
+    start = index_of(batch, products)
+    end = None if start is None else index_of(numel((batch, rows)), products, start)
+    return None if start is None or end is None else Cut(start, end)
+
+
+def permuted_cut(shape: Shape, cut: Cut, dims: tuple[int, ...]) -> tuple[Cut, bool] | None:
+    """How ``tensor.permute(dims)`` shows the matrix that ``cut`` shows of ``tensor``.
+
+    Returns:
+        The cut of the permuted tensor and whether it shows the transpose, or None where the
+        permutation mixes rows, columns or batch. Dimensions of size 1 may stand anywhere.
+    """
+    blocks = (range(cut.rows), range(cut.rows, cut.cols), range(cut.cols, len(shape)))
+    if dims == (*blocks[0], *blocks[2], *blocks[1]) and blocks[1] and blocks[2]:
+        # Plainly the transpose, also of a row or a column, which could be taken for a reshape.
+        return Cut(cut.rows, cut.rows + len(blocks[2])), True
+    batch, rows, cols = ([d for d in block if not is_one(shape[d])] for block in blocks)
+    order = [d for d in dims if not is_one(shape[d])]
+    if order == batch + rows + cols:
+        transposed, middle = False, rows
+    elif order == batch + cols + rows:
+        transposed, middle = True, cols
+    else:
+        return None
+    position = {d: i for i, d in enumerate(dims)}
+    start = position[batch[-1]] + 1 if batch else 0
+    end = position[middle[-1]] + 1 if middle else start
+    return Cut(start, end), transposed
+
+
+def inverse(dims: tuple[int, ...]) -> tuple[int, ...]:
+    """The permutation that undoes ``dims``."""
+    result = [0] * len(dims)
+    for i, d in enumerate(dims):
+        result[d] = i
+    return tuple(result)
+
+
+def broadcast_cut(term: Shape, shape: Shape, cut: Cut) -> Cut | None:
+    """The cut that shows a bias as one row, if it broadcasts over exactly the rows of a sum."""
+    cols = shape[cut.cols :]
+    lead = len(term) - len(cols)
+    if cut.rows != 0 or lead < 0 or same_shape(term, shape):
+        return None
+    return Cut(0, lead) if same_shape(term[lead:], cols) and all_one(term[:lead]) else None

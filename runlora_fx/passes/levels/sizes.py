@@ -1,0 +1,175 @@
+"""Sizes: the shapes and strides of example tensors, and every question about them.
+
+Example: ``s0 * 8`` and ``8 * s0`` are the same size, ``s0`` and ``s1`` are not known to be.
+
+A size is an integer or the sympy expression behind a SymInt (:data:`Dim`), multiplied out. A SymInt
+itself is never compared: that adds a guard to the graph that is being compiled, or raises where
+only the run knows the size. The helpers here compare expressions instead. "Equal" means known to be
+equal for every value of the symbols, so a question about an unknown size is answered with False.
+
+Invariant: no function of this module adds a guard or raises for a symbolic size.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import TypeAlias
+
+import sympy
+import torch
+from torch import fx
+
+from runlora_fx.passes.algebra.posed import Dim
+
+Shape: TypeAlias = tuple[Dim, ...]
+
+#: Every stage asks for shapes many times, and symbolic ones are slow to look up. The keys are
+#: identities: a tensor's own equality means something else.
+_shapes: dict[int, tuple[weakref.ref[torch.Tensor], Shape]] = {}
+
+
+# --- reading
+
+
+def value_of(node: object) -> torch.Tensor | None:
+    """The example tensor of a node, or None."""
+    val = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return val if isinstance(val, torch.Tensor) else None
+
+
+def dim_of(size: int | torch.SymInt) -> Dim:
+    """A size as an integer or a sympy expression."""
+    return size if isinstance(size, int) else _multiplied_out(size.node.expr)
+
+
+def shape_of(node: fx.Node) -> Shape:
+    """Sizes of a tensor node [elements].
+
+    Raises:
+        TypeError: If the node holds no tensor.
+    """
+    val = value_of(node)
+    if val is None:
+        raise TypeError(f"{node.name} holds no tensor")
+    key = id(val)
+    known = _shapes.get(key)
+    if known is not None and known[0]() is val:
+        return known[1]
+    shape = tuple(dim_of(size) for size in val.shape)
+    _shapes[key] = (weakref.ref(val, lambda _: _shapes.pop(key, None)), shape)
+    return shape
+
+
+def strides_of(node: fx.Node) -> Shape:
+    """Strides of a tensor node [elements].
+
+    Raises:
+        TypeError: If the node holds no tensor.
+    """
+    val = value_of(node)
+    if val is None:
+        raise TypeError(f"{node.name} holds no tensor")
+    return tuple(dim_of(stride) for stride in val.stride())
+
+
+def requested_shape(size: Sequence[object]) -> Shape | None:
+    """The sizes that a call such as ``expand`` asks for; None if one is neither number nor node."""
+    found: list[Dim] = []
+    for asked in size:
+        value = asked.meta.get("val") if isinstance(asked, fx.Node) else asked
+        if not isinstance(value, int | torch.SymInt):
+            return None
+        found.append(dim_of(value))
+    return tuple(found)
+
+
+# --- questions
+
+
+def equal(a: Dim, b: Dim) -> bool:
+    """True if two sizes are known to be equal."""
+    return bool(a == b)  # of expressions: whether they are written alike
+
+
+def is_one(size: Dim) -> bool:
+    """True if a size is known to be 1."""
+    return equal(size, 1)
+
+
+def is_zero(size: Dim) -> bool:
+    """True if a size is known to be 0."""
+    return equal(size, 0)
+
+
+def same_shape(a: Sequence[Dim], b: Sequence[Dim]) -> bool:
+    """True if two shapes are known to be equal, size by size."""
+    return len(a) == len(b) and all(map(equal, a, b))
+
+
+def all_one(sizes: Iterable[Dim]) -> bool:
+    """True if every size is known to be 1."""
+    return all(map(is_one, sizes))
+
+
+def index_of(size: Dim, sizes: Sequence[Dim], start: int = 0) -> int | None:
+    """Where a size first stands among others, from a position on; None if it does not."""
+    return next((i for i in range(start, len(sizes)) if equal(sizes[i], size)), None)
+
+
+# --- products
+
+
+def numel(shape: Sequence[Dim]) -> Dim:
+    """The product of the sizes."""
+    total: Dim = 1
+    for size in shape:
+        total = total * size
+    return total if isinstance(total, int) else _multiplied_out(total)
+
+
+def prefix_products(shape: Sequence[Dim]) -> Shape:
+    """The products of the first 0, 1, 2, ... sizes."""
+    return tuple(numel(shape[:n]) for n in range(len(shape) + 1))
+
+
+# --- layouts
+
+
+def same_strides(a: fx.Node, b: fx.Node) -> bool:
+    """True if two tensors of equal shape are known to have equal strides."""
+    shape = shape_of(a)
+    if not same_shape(shape, shape_of(b)):
+        return False
+    return all(
+        is_one(size) or equal(one, other)
+        for size, one, other in zip(shape, strides_of(a), strides_of(b), strict=True)
+    )
+
+
+def is_contiguous(node: fx.Node) -> bool:
+    """True if a tensor is known to lie row by row in memory, without gaps."""
+    expected: Dim = 1
+    for size, stride in zip(reversed(shape_of(node)), reversed(strides_of(node)), strict=True):
+        if not is_one(size) and not equal(stride, expected):
+            return False
+        expected = numel((expected, size))
+    return True
+
+
+def is_column_major(node: fx.Node) -> bool:
+    """True if a matrix is known to lie transposed in memory: column by column."""
+    if value_of(node) is None or len(shape_of(node)) != 2:
+        return False
+    if any(map(is_one, shape_of(node))):
+        return False
+    first, last = strides_of(node)
+    return is_one(first) and not is_one(last)
+
+
+@lru_cache(maxsize=1 << 14)
+def _multiplied_out(size: sympy.Expr) -> Dim:
+    """The one way to write an expression here, so that equal products are written alike."""
+    expanded = sympy.expand(size)
+    return int(expanded) if expanded.is_Integer else expanded
