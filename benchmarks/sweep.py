@@ -194,7 +194,7 @@ def measured(layer: Layer, device: torch.device, rounds: int) -> Result:
             # What ran before leaves the caches as it likes them.
             random.shuffle(turns)
             for name, run in turns:
-                times[name].append(seconds(run, repeats=1))
+                times[name].append(seconds(run, device, repeats=1))
     least = {name: min(measured) for name, measured in times.items()}
     result = Result(layer, {name: least[name] for name in plans}, least["again"])
     for policy, objective in policies.items():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
@@ -44,6 +46,16 @@ APART: dict[str, Any] = (
     {"isolate_recompiles": True}
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters
     else {}
+)
+
+#: The settings of Inductor that hold passes of others.
+_CUSTOM_PASSES = tuple(
+    name
+    for name in (
+        *("pre_grad_custom_pass", "joint_custom_pre_pass", "joint_custom_post_pass"),
+        *("post_grad_custom_pre_pass", "post_grad_custom_post_pass"),
+    )
+    if hasattr(inductor_config, name)
 )
 
 
@@ -109,8 +121,18 @@ def partitioned(
 
 def compile_graph(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
     """A graph of ATen operators, compiled by Inductor without the passes of the user or ours."""
-    compiled = torch._inductor.compile(gm, inputs, options={"joint_custom_pre_pass": None})
+    compiled = torch._inductor.compile(gm, inputs, options=dict.fromkeys(_CUSTOM_PASSES))
     return cast(Callable[..., Any], compiled)
+
+
+def compiler_settings() -> str:
+    """A digest of the settings of Inductor that the code it makes depends on, in this context.
+
+    They are those that Inductor's own caches are keyed by, without its functions and passes.
+    """
+    settings = inductor_config.save_config_portable()
+    plain = json.dumps(settings, sort_keys=True, default=lambda value: type(value).__qualname__)
+    return hashlib.sha256(plain.encode()).hexdigest()[:24]
 
 
 @cache

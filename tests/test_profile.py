@@ -3,8 +3,10 @@
 import itertools
 import logging
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,8 +16,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import runlora_fx
+from runlora_fx import Options, RunloraPass
 from runlora_fx.cost_model import store
-from runlora_fx.cost_model.devices import machine
+from runlora_fx.cost_model.devices import cpu as cpu_kind
+from runlora_fx.cost_model.devices import measure, registry
 from runlora_fx.cost_model.devices.fit import fit_rates
 from runlora_fx.cost_model.devices.machine import DTYPES, Machine, default_profile, key_of
 from runlora_fx.cost_model.ops import Add, GemmShape, Hold, MatMul
@@ -192,7 +197,7 @@ def cpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., MachineProfile]:
     ) -> MachineProfile:
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
         monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-        monkeypatch.setattr(machine, "_half_flags", lambda: flags)
+        monkeypatch.setattr(cpu_kind, "_half_flags", lambda: flags)
         return default_profile(CPU, dtype)
 
     return profile
@@ -233,14 +238,8 @@ def test_this_cpu_has_a_profile_and_a_name(dtype: str) -> None:
     key = key_of(CPU, dtype)
     assert key.dtype == dtype
     assert key.torch == torch.__version__
-    assert key.threads == torch.get_num_threads()
+    assert f"threads={torch.get_num_threads()}" in key.settings
     assert torch.backends.cpu.get_cpu_capability() in key.device
-
-
-def test_another_thread_count_is_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    key = key_of(CPU, "float32")
-    monkeypatch.setattr(torch, "get_num_threads", lambda: key.threads + 1)
-    assert key_of(CPU, "float32") == key._replace(threads=key.threads + 1)
 
 
 # --- what NVIDIA's GPUs can be expected to do
@@ -331,7 +330,7 @@ def test_a_gpu_is_known_by_name_and_capability_whatever_the_threads(
     gpu("A100")
     key = key_of(GPU, "bfloat16")
     assert "A100" in key.device
-    assert key.threads == 0
+    assert "threads" not in key.settings
     monkeypatch.setattr(torch, "get_num_threads", lambda: 17)
     assert key_of(GPU, "bfloat16") == key
     gpu("H100")
@@ -391,3 +390,164 @@ def test_a_damaged_file_is_as_good_as_none(caplog: pytest.LogCaptureFixture) -> 
     for _ in range(2):
         assert Machine(use_stored=True).profile(CPU, "float32") == default_profile(CPU, "float32")
     assert len([r for r in caplog.records if r.levelno >= logging.WARNING]) == 1
+
+
+# --- what identifies what is known
+
+#: How to change each setting that changes the time of a product, and the dtypes that it concerns.
+HALF, ALL = ("bfloat16", "float16"), tuple(DTYPES)
+SETTINGS: dict[
+    str, tuple[torch.device, Callable[[pytest.MonkeyPatch], object], tuple[str, ...]]
+] = {
+    "threads": (CPU, lambda p: p.setattr(torch, "get_num_threads", lambda: 17), ALL),
+    "deterministic": (
+        CPU,
+        lambda p: p.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True),
+        ALL,
+    ),
+    "fp32 precision": (CPU, lambda p: torch.set_float32_matmul_precision("medium"), ("float32",)),
+    "fp32 precision of every backend": (
+        CPU,
+        lambda p: setattr(torch.backends, "fp32_precision", "tf32"),
+        ("float32",),
+    ),
+    "fp32 precision of oneDNN": (
+        CPU,
+        lambda p: setattr(torch.backends.mkldnn, "fp32_precision", "bf16"),
+        ("float32",),
+    ),
+    "oneDNN": (CPU, lambda p: torch.backends.mkldnn.set_flags(_enabled=False), ALL),
+    "environment": (CPU, lambda p: p.setenv("ONEDNN_MAX_CPU_ISA", "SSE41"), ALL),
+    "fp32 precision of a GPU": (
+        GPU,
+        lambda p: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+        ("float32",),
+    ),
+    "reduction in bf16": (
+        GPU,
+        lambda p: setattr(
+            torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False
+        ),
+        ("bfloat16",),
+    ),
+    "reduction in fp16": (
+        GPU,
+        lambda p: setattr(
+            torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", False
+        ),
+        ("float16",),
+    ),
+    "accumulation in fp16": (
+        GPU,
+        lambda p: setattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", True),
+        ("float16",),
+    ),
+    "library": (
+        GPU,
+        lambda p: p.setattr(torch.backends.cuda, "preferred_blas_library", lambda: "cublaslt"),
+        ALL,
+    ),
+}
+
+
+@pytest.fixture
+def restored_settings() -> Iterator[None]:
+    """Put the settings of torch that a test changes back."""
+    cuda, mkldnn = torch.backends.cuda.matmul, torch.backends.mkldnn
+    cuda_names = [
+        "allow_bf16_reduced_precision_reduction",
+        "allow_fp16_reduced_precision_reduction",
+        "allow_fp16_accumulation",
+    ]
+    before = {name: getattr(cuda, name) for name in cuda_names}
+    yield
+    mkldnn.set_flags(_enabled=True)
+    for name, value in before.items():
+        setattr(cuda, name, value)
+    torch.backends.fp32_precision = mkldnn.fp32_precision = "none"
+    mkldnn.matmul.fp32_precision = cuda.fp32_precision = "none"
+
+
+@pytest.mark.usefixtures("restored_settings", "no_profile")
+@pytest.mark.parametrize("name", SETTINGS)
+def test_each_setting_that_changes_times_is_part_of_the_key_and_of_the_identity(
+    name: str, gpu: Callable[[str], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu("A100")
+    device, change, dtypes = SETTINGS[name]
+    keys = {dtype: key_of(device, dtype) for dtype in DTYPES}
+    machine, identity = Machine(use_stored=True), Machine(use_stored=True).identity()
+    known, unused = RunloraPass(Options()), RunloraPass(Options(objective="flops"))
+    before = known.uuid(), unused.uuid()
+    change(monkeypatch)
+    assert {dtype for dtype in DTYPES if key_of(device, dtype) != keys[dtype]} == set(dtypes)
+    assert machine.identity() != identity
+    assert known.uuid() != before[0]
+    assert RunloraPass(Options()).uuid() == known.uuid()
+    # Counting FLOPs depends on none of them.
+    assert unused.uuid() == before[1]
+    # Neither is what was measured under one setting taken for what holds under another.
+    store.add(key_of(device, dtypes[0]), MEASURED)
+    assert store.load(keys[dtypes[0]]) == Record()
+
+
+# --- kinds of devices
+
+
+XPU, MPS, NPU = torch.device("xpu", 0), torch.device("mps", 0), torch.device("privateuseone", 0)
+
+
+@pytest.fixture
+def every_device(gpu: Callable[[str], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have torch find one of each kind."""
+    gpu("A100")
+    intel = SimpleNamespace(name="Intel Max", gpu_eu_count=1024)
+    monkeypatch.setattr(torch.xpu, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda _: intel)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "get_name", lambda: "Apple M1", raising=False)
+    monkeypatch.setattr(torch.backends.mps, "get_core_count", lambda: 8, raising=False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: NPU)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+
+
+def test_kinds_of_devices_are_found_by_their_files() -> None:
+    assert set(registry.entries()) == {"cpu", "cuda", "xpu", "mps"}
+    assert registry.entry_of(NPU).type == "unknown"
+    assert registry.entry_of(torch.device("meta")).type == "unknown"
+
+
+@pytest.mark.usefixtures("every_device", "no_profile")
+@pytest.mark.parametrize("device", (CPU, GPU, XPU, MPS, NPU), ids=lambda device: device.type)
+def test_every_kind_has_a_name_a_profile_and_a_part_in_the_identity(device: torch.device) -> None:
+    assert registry.present() == [CPU, GPU, MPS, XPU, NPU]
+    for dtype in DTYPES:
+        profile = default_profile(device, dtype)
+        assert profile.seconds(MatMul(1, 512, 512, 512, 4)) > 0
+        before = key_of(device, dtype), Machine(use_stored=True).identity()
+        store.add(key_of(device, dtype), MEASURED)
+        assert key_of(device, dtype) == before[0]
+        assert Machine(use_stored=True).identity() != before[1]
+    assert len({key_of(d, "float32").device for d in registry.present()}) == 5
+
+
+def test_a_graph_computes_on_the_accelerator_that_its_tensors_are_on() -> None:
+    meta = torch.device("meta")
+    for device in (GPU, XPU, MPS, NPU):
+        assert registry.computing([CPU, meta, device]) == device
+    assert registry.computing([meta, CPU]) == registry.computing([]) == CPU
+
+
+def test_a_device_without_random_numbers_gets_those_of_the_host() -> None:
+    meta = torch.device("meta")
+    assert registry.entry_of(meta).generator(meta) is None
+    drawn = measure.random_tensor(3, 4, dtype=torch.bfloat16, device=meta)
+    assert (drawn.shape, drawn.dtype, drawn.device) == ((3, 4), torch.bfloat16, meta)
+    assert measure.matmul_seconds(GemmShape(1, 2, 3, 4), torch.float32, meta) > 0
+
+
+def test_no_other_module_compares_types_of_devices() -> None:
+    package = Path(runlora_fx.__file__).parent
+    pattern = re.compile(r"\.type\s*(==|!=|in\b|not in\b)")
+    files = [path for path in package.rglob("*.py") if path.parent.name != "devices"]
+    assert [str(path) for path in files if pattern.search(path.read_text("utf-8"))] == []

@@ -19,7 +19,7 @@ from runlora_fx.cost_model.ops import GemmShape
 from runlora_fx.cost_model.profile import MachineProfile
 from runlora_fx.cost_model.store import FOLDER_VARIABLE, Key, Record
 
-KEY = Key("a device 9.0", "float32", "2.13.0", 2)
+KEY = Key("a device 9.0", "float32", "2.13.0", "threads=2")
 RATES = {
     "flops_per_s": 1.0e11,
     "read_bytes_per_s": 2.0e10,
@@ -67,11 +67,11 @@ def test_what_was_added_is_read_back_and_nothing_else_is(caplog: pytest.LogCaptu
         {"device": "a device 9.1"},
         {"dtype": "bfloat16"},
         {"torch": "2.13.0+cpu"},
-        {"threads": 1},
+        {"settings": "threads=1"},
     ),
     ids=lambda change: next(iter(change)),
 )
-def test_each_device_dtype_version_and_thread_count_has_its_own(change: dict[str, Any]) -> None:
+def test_each_device_dtype_version_and_setting_has_its_own(change: dict[str, Any]) -> None:
     other = KEY._replace(**change)
     store.add(KEY, FULL)
     assert store.load(other) == Record()
@@ -123,7 +123,7 @@ def test_the_folder_is_the_platforms_unless_it_is_given(
 
 def content(**changes: Any) -> dict[str, Any]:
     whole = {
-        "format": 2,
+        "format": 3,
         "key": KEY._asdict(),
         "rates": dict(RATES),
         "products": [[list(map(int, SHAPE)), 1.25e-6]],
@@ -146,13 +146,13 @@ BAD: dict[str, bytes] = {
     "a pickle": b"\x80\x04cos\nsystem\n(S'true'\ntR.",
     "another value": b"[1, 2]",
     "null": b"null",
-    "without a part": json.dumps({"format": 2, "key": KEY._asdict()}).encode(),
+    "without a part": json.dumps({"format": 3, "key": KEY._asdict()}).encode(),
     "deeply nested": b"[" * 200_000,
     "larger than any": WHOLE.encode() + b" " * (4 << 20),
     **{
         name: json.dumps(content(**changes)).encode()
         for name, changes in {
-            "another format": {"format": 1},
+            "another format": {"format": 2},
             "of another version": {"key": {**KEY._asdict(), "torch": "2.12.0"}},
             "of another machine": {"key": {**KEY._asdict(), "device": "another"}},
             "an unknown key": {"key": {**KEY._asdict(), "more": 1}},
@@ -268,7 +268,7 @@ def test_what_killed_writers_left_does_no_harm_and_is_removed_in_the_end() -> No
     store.add(KEY, FULL)
     new, old = (store.folder() / f"{file_of(KEY).stem}{name}.tmp" for name in ("new", "old"))
     for path in (new, old):
-        path.write_text('{"format": 2, "key"', encoding="utf-8")
+        path.write_text('{"format": 3, "key"', encoding="utf-8")
     os.utime(old, (time.time() - 2 * store._ABANDONED_S,) * 2)
     assert store.load(KEY) == FULL
     store.add(KEY, Record(products={SHAPE: 2.0}))

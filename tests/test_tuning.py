@@ -27,14 +27,14 @@ from checks import (
 )
 from market import FFN, HIDDEN, randomise_lora_b
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 from torch.utils.flop_counter import FlopCounterMode
 
 import runlora_fx
 from runlora_fx.cost_model import store
-from runlora_fx.cost_model.devices import measure
+from runlora_fx.cost_model.devices import cpu, measure
 from runlora_fx.cost_model.devices.machine import key_of
 from runlora_fx.cost_model.ops import GemmShape
 from runlora_fx.passes.tune import pricing
@@ -273,9 +273,9 @@ def test_settings_are_as_they_were_and_measurements_are_made_without_them(
 
     real = measure.seconds
 
-    def spy(run: Callable[[], object], repeats: int = 2) -> float:
+    def spy(run: Callable[[], object], device: torch.device, repeats: int = 2) -> float:
         inside.add(settings())
-        return real(run, repeats)
+        return real(run, device, repeats)
 
     monkeypatch.setattr(measure, "seconds", spy)
     model, x = model_of(), activation(MANY)
@@ -295,7 +295,7 @@ def test_settings_are_as_they_were_and_measurements_are_made_without_them(
         (False, False, three_threads)
     }
     for dtype in ("bfloat16", "float32"):
-        assert store.load(key_of(CPU, dtype)._replace(threads=three_threads)).products
+        assert store.load(key_of(CPU, dtype)).products
 
 
 # --- "plans"
@@ -312,7 +312,7 @@ class Clock:
         self.flops: list[int] = []
         self._seconds = seconds
 
-    def __call__(self, run: Callable[[], object], repeats: int = 1) -> float:
+    def __call__(self, run: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
         with FlopCounterMode(display=False) as counter:
             run()
         self.flops.append(counter.get_total_flops())
@@ -371,7 +371,7 @@ def test_the_plan_that_ran_fastest_is_emitted(
 
 @pytest.mark.usefixtures("without_graph_caches")
 def test_a_tie_leaves_the_graph_as_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "seconds", lambda run, repeats=1: 1e-3)
+    monkeypatch.setattr(trial, "seconds", lambda run, device, repeats=1: 1e-3)
     model = model_of()
     compiled = compile_tuned(model, "plans")
     assert_same_outputs_and_grads(model, compiled, [activation(MANY)], RTOL)
@@ -397,6 +397,97 @@ def test_a_trial_that_fails_keeps_the_decision(
     assert report() == wanted
     assert not store.load(key_of(CPU, "float32")).plans
     assert not [r for r in caplog.records if r.levelname == "WARNING"]
+
+
+# --- what a trial is known by
+
+
+class Scaled(nn.Module):
+    """An adapted layer, and an elementwise product with a tensor that is no leaf of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = model_of()
+
+    def forward(self, x: Tensor, by: Tensor) -> Tensor:
+        scaled: Tensor = self.layer(x) * by
+        return scaled
+
+
+SIDE_INPUTS = {
+    "as large": lambda: torch.randn(MANY, FFN),
+    "transposed": lambda: torch.randn(FFN, MANY).t(),
+    "repeated": lambda: torch.randn(1, FFN).expand(MANY, FFN),
+    "a row": lambda: torch.randn(1, FFN),
+    "whole numbers": lambda: torch.ones(MANY, FFN, dtype=torch.int64),
+}
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Have plans of fewer FLOPs run faster."""
+    clock = Clock(lambda flops: 1e-12 * flops)
+    monkeypatch.setattr(trial, "seconds", clock)
+    return clock
+
+
+@pytest.mark.usefixtures("without_graph_caches")
+def test_times_hold_for_the_layouts_of_all_inputs_that_they_were_taken_with(clock: Clock) -> None:
+    with torch.no_grad():
+        for count, by in enumerate(SIDE_INPUTS.values(), 1):
+            compile_tuned(Scaled(), "plans")(activation(MANY), by())
+            assert "measured" in reason()
+            assert len(store.load(key_of(CPU, "float32")).plans) == count
+        taken = len(clock.flops)
+        for by in SIDE_INPUTS.values():
+            compile_tuned(Scaled(), "plans")(activation(MANY), by())
+    assert len(clock.flops) == taken
+
+
+@pytest.mark.usefixtures("without_graph_caches")
+def test_equal_layers_are_tried_once(clock: Clock) -> None:
+    layers = [nn.Linear(HIDDEN, HIDDEN, bias=False) for _ in range(4)]
+    model = nn.Sequential(*(nn.Sequential(layer, nn.GELU()) for layer in layers))
+    names = [f"{i}.0" for i in range(len(layers))]
+    model = get_peft_model(model, LoraConfig(r=RANK, target_modules=names)).eval()
+    with torch.no_grad():
+        compile_tuned(model, "plans")(activation(MANY))
+    # The first has no GELU in front of it.
+    assert len(report().sites) == len(layers)
+    assert len(store.load(key_of(CPU, "float32")).plans) == 2
+
+
+@pytest.mark.usefixtures("without_graph_caches")
+def test_trials_are_compiled_with_the_settings_of_the_graph_and_known_by_them(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, seen = trial.compile_graph, []
+
+    def spy(gm: fx.GraphModule, inputs: list[object]) -> Callable[..., object]:
+        seen.append(inductor_config.max_fusion_size)
+        return real(gm, inputs)
+
+    monkeypatch.setattr(trial, "compile_graph", spy)
+    with torch.no_grad():
+        for size in (33, 34, 33):
+            with inductor_config.patch(max_fusion_size=size):
+                compile_tuned(model_of(), "plans")(activation(MANY))
+    assert list(dict.fromkeys(seen)) == [33, 34]
+    assert seen == sorted(seen)  # nothing is tried again
+    assert len(store.load(key_of(CPU, "float32")).plans) == 2
+
+
+@pytest.mark.usefixtures("without_graph_caches")
+def test_trials_are_known_by_the_settings_of_every_dtype(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A region in bf16 may hold products in fp32, behind casts."""
+    model, x = model_of().to(torch.bfloat16), activation(MANY).to(torch.bfloat16)
+    with torch.no_grad():
+        for precision in ("highest", "medium", "highest"):
+            monkeypatch.setattr(cpu, "fp32_precision", lambda _, found=precision: found)
+            compile_tuned(model, "plans")(x)
+    assert len(store.load(key_of(CPU, "bfloat16")).plans) == 2
 
 
 # --- processes

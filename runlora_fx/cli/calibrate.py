@@ -23,6 +23,7 @@ from runlora_fx.cost_model.devices.measure import (
     random_tensor,
     undisturbed,
 )
+from runlora_fx.cost_model.devices.registry import fastest
 from runlora_fx.cost_model.ops import Add, GemmShape
 from runlora_fx.cost_model.store import Record
 
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     parser.add_argument(
         "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
+        default=fastest().type,
         help="the device to measure, as torch names it",
     )
     parser.add_argument(
@@ -108,7 +109,7 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.empty(0, device=name).device
         random_tensor(1, dtype=torch.float32, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise ValueError(f"--device {name} cannot be used: {error}") from None
     return device
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from runlora_fx.cli.demo_data import batches, corpus
+from runlora_fx.cost_model.devices.registry import entry_of
 
 BACKENDS = {"eager": None, "inductor": "inductor", "runlora": "runlora"}
 
@@ -167,14 +168,14 @@ def _step(variant: Variant, batch: Tensor, step: int, dtype: str) -> None:
     watch: AbstractContextManager[Any] = nullcontext()
     if step == UNTIMED_STEPS - 1:
         watch = _count_saved(variant, batch)
-    _synchronize(batch.device)
+    entry_of(batch.device).synchronise(batch.device)
     start = time.perf_counter()
     with watch, torch.autocast(batch.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
         loss = variant.model(input_ids=batch, labels=batch).loss
     loss.backward()
     variant.optimizer.step()
     variant.optimizer.zero_grad()
-    _synchronize(batch.device)
+    entry_of(batch.device).synchronise(batch.device)
     seconds = time.perf_counter() - start
     if step == 0:
         variant.first_seconds = seconds
@@ -203,9 +204,3 @@ def _count_saved(variant: Variant, batch: Tensor) -> Iterator[None]:
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         yield
     variant.saved_bytes = sum(saved.values())
-
-
-def _synchronize(device: torch.device) -> None:
-    """Wait until the device has done its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -1,8 +1,11 @@
 """What was measured, on disk: JSON files in the platform's cache folder.
 
-One file for each device, dtype, torch version and thread count. Files are read defensively (one
-that is not ours, damaged or from another version counts as absent), written atomically, merged
-under a lock between processes, and bounded in size and number.
+Example: ``nvidia-a100-sxm4-40gb-8-0-bfloat16-1f0c...json`` holds what a calibration found for one
+device, dtype, version of torch and combination of settings.
+
+Invariant: :func:`load` never raises. A file that is not ours, damaged or from another version
+counts as absent. Files are written atomically, merged under a lock between processes, and bounded
+in size and number.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ _log = logging.getLogger("runlora_fx")
 #: Where the files are, if the user wants them elsewhere.
 FOLDER_VARIABLE = "RUNLORA_CACHE_DIR"
 
-_FORMAT = 2
+_FORMAT = 3
 _MAX_ENTRIES = 4096
 _MAX_FILES = 64
 _MAX_FILE_BYTES = 4 << 20
@@ -55,13 +58,13 @@ class Key(NamedTuple):
         device: The model of the device, with what distinguishes one from another.
         dtype: Of the elements, as torch names it.
         torch: Version of torch.
-        threads: Threads that torch computes with; 0 on devices without.
+        settings: Of the process, those that change times: ``name=value``, sorted.
     """
 
     device: str
     dtype: str
     torch: str
-    threads: int
+    settings: str
 
     @property
     def file_name(self) -> str:

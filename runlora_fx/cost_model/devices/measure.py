@@ -1,19 +1,25 @@
-"""Measurement: the time of single operations on a device, taken wherever it is asked for.
+"""Measurement: the time of single operations on a device, also in the middle of a compilation.
 
-Also inside a compilation, where fake tensors, Dynamo's modes and the user's settings are in force:
-data is real and random, and the user's random numbers, autocast and gradient mode stay as they are.
+Example: ``matmul_seconds(GemmShape(1, 256, 768, 768), torch.float32, device)`` multiplies random
+matrices until the time is known, and answers ``2.1e-3``.
+
+Invariant: data is real and random, and the device has done its work before the clock is read. The
+fake tensors of a trace around it do not reach it. The user's random state, autocast and gradient
+mode stay as they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from timeit import default_timer
 
 import torch
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from runlora_fx._torch_compat import outside_all_modes
+from runlora_fx.cost_model.devices.registry import entry_of
 from runlora_fx.cost_model.ops import GemmShape
 
 #: The shortest time that one measurement adds up [s], and how often it is repeated.
@@ -27,24 +33,41 @@ def undisturbed(device: torch.device) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(outside_all_modes())
         stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.autocast(device.type, enabled=False))
+        if torch.amp.is_autocast_available(device.type):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
         yield
 
 
 def random_tensor(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Normally distributed numbers; the user's random state is not touched."""
-    generator = torch.Generator(device).manual_seed(0)
+    generator = entry_of(device).generator(device)
+    if generator is None:  # drawn on the host, and copied
+        host = torch.Generator().manual_seed(0)
+        return torch.randn(shape, generator=host).to(device, dtype)
+    generator.manual_seed(0)
     return torch.randn(shape, generator=generator, device=device).to(dtype)
 
 
-def seconds(run: Callable[[], object], repeats: int = _REPEATS) -> float:
+def seconds(run: Callable[[], object], device: torch.device, repeats: int = _REPEATS) -> float:
     """The time of a call [s]: the least of some medians, since disturbances only add.
+
+    Args:
+        run: What to call.
+        device: Where it computes; the clock is read when the device has done its work.
+        repeats: How many medians are taken.
 
     Raises:
         RuntimeError: What the call raises, such as that memory does not suffice.
     """
+
+    def clock() -> float:
+        synchronise(device)
+        return default_timer()
+
+    synchronise = entry_of(device).synchronise
     run()
-    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+    threads = torch.get_num_threads()
+    timer = Timer("run()", globals={"run": run}, timer=clock, num_threads=threads)
     times = [timer.blocked_autorange(min_run_time=_MIN_RUN_S).median for _ in range(repeats)]
     return float(min(times))
 
@@ -61,14 +84,14 @@ def matmul_seconds(shape: GemmShape, dtype: torch.dtype, device: torch.device) -
     out = torch.empty((b, m, n), dtype=dtype, device=device)
     if b == 1:
         left, right, out = left[0], right[0], out[0]
-    return seconds(lambda: torch.matmul(left, right, out=out))
+    return seconds(lambda: torch.matmul(left, right, out=out), device)
 
 
 def add_seconds(rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> float:
     """The time of an elementwise sum of two matrices [s]."""
     a, b = (random_tensor(rows, cols, dtype=dtype, device=device) for _ in range(2))
     out = torch.empty_like(a)
-    return seconds(lambda: torch.add(a, b, out=out))
+    return seconds(lambda: torch.add(a, b, out=out), device)
 
 
 def _operand(

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from runlora_fx._torch_compat import fake_mode_of, guard_range, size_hint
+from runlora_fx.cost_model.devices.registry import computing
 from runlora_fx.passes.algebra.posed import Dim
 from runlora_fx.passes.levels.level import Dialect
 from runlora_fx.passes.levels.sizes import value_of
@@ -79,4 +80,4 @@ def device_of(graph: fx.Graph) -> torch.device:
     """Where a graph computes: the accelerator, if any of its tensors is on one."""
     values = (value_of(node) for node in graph.nodes)
     devices = dict.fromkeys(value.device for value in values if value is not None)
-    return next((d for d in devices if d.type not in ("cpu", "meta")), torch.device("cpu"))
+    return computing(devices)

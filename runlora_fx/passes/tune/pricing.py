@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from runlora_fx.cost_model.devices.machine import DTYPES, Machine
+from runlora_fx.cost_model.devices.machine import DTYPES, Machine, settings_of
 from runlora_fx.cost_model.devices.measure import matmul_seconds, undisturbed
 from runlora_fx.cost_model.objective import Objective
 from runlora_fx.cost_model.ops import GemmShape
@@ -70,6 +70,11 @@ class Pricing:
             )
         return self._objectives[dtype]
 
+    @property
+    def settings(self) -> str:
+        """The settings that times on the device hold for, whatever the dtypes."""
+        return settings_of(self.device)
+
     def record(self, dtype: str) -> Record:
         """What was measured on the device."""
         return self._machine.record(self.device, dtype)
@@ -111,7 +116,10 @@ class Pricing:
                 try:
                     took = matmul_seconds(shape, getattr(torch, dtype), self.device)
                     times[shape] = min(took, times.get(shape, took))
-                except RuntimeError as error:  # out of memory, or a dtype the device has not
+                except (
+                    RuntimeError,
+                    TypeError,
+                ) as error:  # no memory for it, or no such dtype there
                     failed.add(shape)
                     _log.info("runlora could not measure %s in %s: %s", shape, dtype, error)
         return times

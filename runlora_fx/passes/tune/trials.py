@@ -1,4 +1,12 @@
-"""Trials: the best few plans of a region, compiled with what is around them, run and timed."""
+"""Trials: the best few plans of a region, compiled with what is around them, run and timed.
+
+Example: a LoRA layer with a GELU behind it, at 256 tokens, comes with two paths. The plan that
+merges the weights is tried beside it: ``"changed: 12.4% less time measured (810 us -> 710 us)"``.
+
+Invariant: a time is only used again for the same problem in the same region graph, compiled with
+the same settings of the compiler, on a device of the same model under the same settings. A trial
+that fails keeps the predicted decision.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +14,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +23,8 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import fx
 
-from runlora_fx._torch_compat import compile_graph, partitioned
-from runlora_fx.cost_model.devices.measure import seconds, undisturbed
+from runlora_fx._torch_compat import compile_graph, compiler_settings, partitioned
+from runlora_fx.cost_model.devices.measure import random_tensor, seconds, undisturbed
 from runlora_fx.cost_model.objective import Objective
 from runlora_fx.cost_model.store import Record
 from runlora_fx.passes.algebra.plan import Plan, Problem
@@ -24,8 +33,8 @@ from runlora_fx.passes.levels.sizes import value_of
 from runlora_fx.passes.lower.dots import spell_out
 from runlora_fx.passes.read.analysis import Analysis
 from runlora_fx.passes.search.decide import Decision, alternatives, judge
-from runlora_fx.passes.tune.excerpt import Excerpt, excerpt
 from runlora_fx.passes.tune.pricing import Pricing
+from runlora_fx.passes.tune.region_graph import RegionGraph, region_graph
 
 _log = logging.getLogger("runlora_fx")
 
@@ -55,12 +64,12 @@ def try_out(analysis: Analysis, pricing: Pricing, decisions: Sequence[Decision])
             objective = pricing.objective(problem.dtype)
             plans = _candidates(problem, objective, decision)
             if len(plans) > 1 and not analysis.posed[i].is_symbolic:
-                cut = excerpt(
+                tried = region_graph(
                     analysis.graph, analysis.reader, analysis.phases, analysis.regions.regions[i]
                 )
-                key = (problem, _digest(cut.module.code))
+                key = (problem, tried.signature)
                 if key not in settled:
-                    settled[key] = _tried(analysis, pricing, decision, problem, plans, cut)
+                    settled[key] = _tried(analysis, pricing, decision, problem, plans, tried)
                 decided[i] = settled[key]
             progress.advance(task)
     return decided
@@ -90,19 +99,23 @@ def _tried(
     decision: Decision,
     problem: Problem,
     plans: dict[str, Plan | None],
-    cut: Excerpt,
+    tried: RegionGraph,
 ) -> Decision:
     """The decision for the plan that runs in the least time."""
     # Sets have no order that holds from process to process.
     key = _digest(
-        [replace(problem, kept=frozenset()), sorted(map(repr, problem.kept)), cut.module.code]
+        [
+            replace(problem, kept=frozenset()),
+            sorted(map(repr, problem.kept)),
+            *(tried.signature, pricing.settings, compiler_settings()),
+        ]
     )
     times = {
         k: t for k, t in pricing.record(problem.dtype).plans.get(key, {}).items() if k in plans
     }
     if times.keys() != plans.keys():
         try:
-            times = _times(analysis, problem, plans, cut, pricing.device)
+            times = _times(analysis, problem, plans, tried, pricing.device)
         except Exception as error:  # whatever fails in a trial must not fail the compilation
             _log.info("runlora could not try the plans of a region: %r", error)
             return decision
@@ -125,39 +138,41 @@ def _times(
     analysis: Analysis,
     problem: Problem,
     plans: dict[str, Plan | None],
-    cut: Excerpt,
+    tried: RegionGraph,
     device: torch.device,
 ) -> dict[str, float]:
     """The time of each plan, forward and backward [s].
 
     Raises:
-        Exception: If the excerpt does not pose the problem, or something cannot be compiled or run.
+        Exception: If the region graph does not pose the problem, or something cannot be compiled
+            or run.
     """
-    graphs = {name: _planned(analysis, problem, plan, cut) for name, plan in plans.items()}
+    graphs = {name: _planned(analysis, problem, plan, tried) for name, plan in plans.items()}
 
     def measure() -> dict[str, float]:
         with undisturbed(device):
-            runs = {name: _compiled(graph, cut) for name, graph in graphs.items()}
+            runs = {name: _compiled(graph, tried) for name, graph in graphs.items()}
             rounds = [
                 {
-                    name: sum(seconds(run, repeats=1) for run in run_all)
+                    name: sum(seconds(run, device, repeats=1) for run in run_all)
                     for name, run_all in runs.items()
                 }
                 for _ in range(_ROUNDS)
             ]
         return {name: min(times[name] for times in rounds) for name in runs}
 
-    # What a compilation keeps in thread-local state is not for the compilations in here.
+    # What a compilation keeps in thread-local state is not for the compilations in here. The
+    # settings of Inductor are: they lie in context variables from torch 2.13 on.
     with ThreadPoolExecutor(1) as executor:
-        return executor.submit(measure).result()
+        return executor.submit(copy_context().run, measure).result()
 
 
 def _planned(
-    analysis: Analysis, problem: Problem, plan: Plan | None, cut: Excerpt
+    analysis: Analysis, problem: Problem, plan: Plan | None, tried: RegionGraph
 ) -> fx.GraphModule:
-    """A copy of an excerpt, computed by a plan."""
+    """A copy of a region graph, computed by a plan."""
     copied = fx.Graph()
-    output = copied.graph_copy(cut.module.graph, {})
+    output = copied.graph_copy(tried.module.graph, {})
     copied.output(output)
     module = fx.GraphModule({}, copied)
     if plan is not None:
@@ -172,13 +187,13 @@ def _planned(
     return module
 
 
-def _compiled(module: fx.GraphModule, cut: Excerpt) -> list[Callable[[], object]]:
+def _compiled(module: fx.GraphModule, tried: RegionGraph) -> list[Callable[[], object]]:
     """Calls that run the forward and, if there is one, the backward on random data."""
     inputs = {n.name: _random(n) for n in module.graph.nodes if n.op == "placeholder"}
-    if not cut.is_joint:
+    if not tried.is_joint:
         forward, given = compile_graph(module, list(inputs.values())), list(inputs.values())
         return [lambda: forward(*given)]
-    parts = partitioned(module, list(inputs.values()), cut.forward_outputs)
+    parts = partitioned(module, list(inputs.values()), tried.forward_outputs)
     calls: list[Callable[[], object]] = []
     known = dict(inputs)
     for part in parts:
@@ -200,15 +215,14 @@ def _call(compiled: Callable[..., object], given: list[Any]) -> Callable[[], obj
 
 
 def _random(node: fx.Node) -> Any:
-    """Random data like a node's example value."""
+    """Random data like a node's example value: strides too, also those of an expanded tensor."""
     val = value_of(node)
     if val is None:
         return node.meta.get("val")
-    generator = torch.Generator(val.device).manual_seed(0)
-    data = torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=val.device)
-    if val.dtype.is_floating_point:
-        return data.normal_(generator=generator)
-    return data.random_(0, 2, generator=generator)
+    spans = ((size - 1) * stride for size, stride in zip(val.shape, val.stride(), strict=True))
+    memory = random_tensor(1 + sum(spans), dtype=torch.float32, device=val.device)
+    data = memory.to(val.dtype) if val.dtype.is_floating_point else (memory > 0).to(val.dtype)
+    return data.as_strided(val.shape, val.stride())
 
 
 def _digest(of: object) -> str:

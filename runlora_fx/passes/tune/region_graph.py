@@ -1,4 +1,16 @@
-"""Excerpts: a region of a graph with the pointwise operations around it, as a graph of its own."""
+"""Region graphs: one region, with the pointwise operations around it, as a graph of its own.
+
+A plan is not timed alone, for the compiler fuses what is next to it. In ::
+
+    h = gelu(z);  y = h @ w.T + 2 * (h @ a.T) @ b.T;  out = relu(y) + r
+
+the region is what computes ``y``. Its graph has the inputs ``z, w, a, b, r`` and the output
+``relu(y) + r``.
+
+Invariant: from equal inputs the region graph computes what the whole graph computes. Everything
+that its time depends on, shapes and strides of all inputs included, is in
+:attr:`RegionGraph.signature`.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +31,12 @@ _DEPTH = 3
 
 
 @dataclass(frozen=True)
-class Excerpt:
-    """A part of a graph.
+class RegionGraph:
+    """A region as a graph of its own.
 
     Attributes:
-        module: Its graph: inputs that need no tangent first, then the tangents; outputs of the
-            forward first, then those of the backward.
+        module: Its inputs are the forward's first, then the tangents; its outputs are the
+            forward's first, then the backward's.
         forward_outputs: How many of the outputs are the forward's.
         is_joint: Whether there is a backward.
     """
@@ -33,8 +45,28 @@ class Excerpt:
     forward_outputs: int
     is_joint: bool
 
+    @property
+    def signature(self) -> str:
+        """What its time depends on: its code, and the dtypes, shapes and strides of its inputs.
 
-def excerpt(graph: fx.Graph, reader: GraphReader, phases: Phases, region: Region) -> Excerpt:
+        Also inputs that are no leaves of the problem count: a residual that is added behind the
+        region, a mask. Nodes are numbered, so that equal layers have equal signatures, in every
+        process.
+        """
+        numbers = {node: i for i, node in enumerate(self.module.graph.nodes)}
+        lines = []
+        for node, i in numbers.items():
+            if node.op == "placeholder":
+                lines.append(f"%{i}: {_layout(node)}")
+                continue
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: f"%{numbers[n]}")
+            lines.append(f"%{i} = {_named(node.target)} {args} {kwargs}")
+        return "\n".join(lines)
+
+
+def region_graph(
+    graph: fx.Graph, reader: GraphReader, phases: Phases, region: Region
+) -> RegionGraph:
     """What computes a region's roots, with the pointwise operations before and after."""
     roots = {root.node for root, _ in region.demands}
     inner = _linear(reader, roots)
@@ -60,7 +92,24 @@ def excerpt(graph: fx.Graph, reader: GraphReader, phases: Phases, region: Region
     new.output(tuple(copies[node] for node in results))
     forward = sum(not phases.runs_backward(node) for node in results)
     is_joint = any(node in phases.tangent for node in given)
-    return Excerpt(fx.GraphModule({}, new), forward, is_joint)
+    return RegionGraph(fx.GraphModule({}, new), forward, is_joint)
+
+
+def _named(target: object) -> str:
+    """An operator's name; no address of a function is in it."""
+    if isinstance(target, str | torch._ops.OpOverload):
+        return str(target)
+    return f"{getattr(target, '__module__', '')}.{getattr(target, '__name__', type(target))}"
+
+
+def _layout(node: fx.Node) -> str:
+    """How an input lies in memory."""
+    val = value_of(node)
+    if val is None:
+        return str(node.meta.get("val"))
+    # As text: to compare symbolic sizes would guard them.
+    shape, stride = (tuple(map(str, sizes)) for sizes in (val.shape, val.stride()))
+    return f"{val.dtype} {shape} {stride} {val.device.type}"
 
 
 def _linear(reader: GraphReader, roots: Iterable[fx.Node]) -> set[fx.Node]:

@@ -1,0 +1,108 @@
+"""The CPU: known by its model and instruction sets; threads and rounding change its times.
+
+Example: ``"AMD EPYC 7B13 AVX2"`` with ``{"threads": 2, "deterministic": False, "onednn": True}``.
+
+Invariant: the profile depends on the model and the settings only.
+"""
+
+from __future__ import annotations
+
+import platform
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from runlora_fx.cost_model.devices.device import Device, Settings, environment, fp32_precision
+from runlora_fx.cost_model.profile import MachineProfile
+
+#: Of what a CPU can do at best, the share that products of real sizes reach.
+_EFFICIENCY = 0.6
+
+#: FLOP in single precision per core and clock cycle, by instruction set.
+_FLOPS_PER_CYCLE = {"AVX512": 64, "AVX2": 32}
+_FLOPS_PER_CYCLE_OTHER = 16
+
+#: How much faster instructions for 16-bit floats are, by the name of the CPU's flag.
+_HALF_SPEEDUP = {"amx_bf16": 8, "avx512_bf16": 2}
+_HERTZ = 2.5e9
+_BYTES_PER_S = 1.2e10
+
+#: What the libraries read when they are loaded: other instructions, other rounding.
+_ENVIRONMENT = (
+    *("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"),
+    *("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR"),
+)
+
+#: Attributes that torch makes when it is imported: a type checker does not see them.
+_ONEDNN: Any = torch.backends.mkldnn
+
+
+class Cpu(Device):
+    """The host."""
+
+    type = "cpu"
+    is_host = True
+
+    def present(self) -> list[torch.device]:
+        """There is one."""
+        return [torch.device("cpu")]
+
+    def model(self, device: torch.device) -> str:
+        """The model as the system names it, with its instruction sets."""
+        return _model()
+
+    def settings(self, dtype: str) -> Settings:
+        """Threads, oneDNN, and the rounding of 32-bit operands."""
+        found: dict[str, object] = {
+            "threads": torch.get_num_threads(),
+            "onednn": torch.backends.mkldnn.enabled,
+            **environment(_ENVIRONMENT),
+        }
+        if dtype == "float32":
+            found["fp32_precision"] = fp32_precision(_ONEDNN.matmul)
+        return found
+
+    def profile(self, device: torch.device, dtype: str) -> MachineProfile:
+        """By the instruction set and the number of threads."""
+        itemsize = getattr(torch, dtype).itemsize
+        per_cycle = _FLOPS_PER_CYCLE.get(
+            torch.backends.cpu.get_cpu_capability(), _FLOPS_PER_CYCLE_OTHER
+        )
+        rate = per_cycle * _HERTZ * torch.get_num_threads() * _EFFICIENCY
+        if itemsize == 8:
+            rate /= 2
+        elif itemsize == 2:
+            rate *= max((_HALF_SPEEDUP[flag] for flag in _half_flags()), default=1)
+        bandwidth = _BYTES_PER_S * torch.get_num_threads() ** 0.5
+        return MachineProfile(rate, 2 * bandwidth, bandwidth, bandwidth, 3e-6)
+
+    def synchronise(self, device: torch.device) -> None:
+        """A call has done its work when it returns."""
+
+
+@cache
+def _model() -> str:
+    named = (line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name"))
+    name = next(named, platform.processor() or platform.machine())
+    return " ".join([name, torch.backends.cpu.get_cpu_capability(), *_half_flags()])
+
+
+@cache
+def _half_flags() -> tuple[str, ...]:
+    """The flags of the CPU's instructions for 16-bit floats."""
+    flags = {flag for line in _cpuinfo() if line.startswith("flags") for flag in line.split()}
+    return tuple(sorted(flags & _HALF_SPEEDUP.keys()))
+
+
+@cache
+def _cpuinfo() -> tuple[str, ...]:
+    """What Linux tells of the CPU; nothing on other systems."""
+    try:
+        return tuple(Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines())
+    except OSError:
+        return ()
+
+
+DEVICE = Cpu()

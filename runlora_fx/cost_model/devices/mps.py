@@ -1,0 +1,67 @@
+"""Apple's GPUs, which torch calls ``mps``: known by name and cores.
+
+Example: ``"Apple M1 Pro, 16 cores"`` with ``{"deterministic": False}``.
+
+Invariant: the profile depends on the model and the settings only. It was written from data sheets
+and has not been compared with a device.
+"""
+
+from __future__ import annotations
+
+import platform
+from functools import cache
+
+import torch
+
+from runlora_fx.cost_model.devices.device import Device, Settings, environment
+from runlora_fx.cost_model.profile import MachineProfile
+
+#: Of one core: multiply-adds of 128 lanes at 1.4 GHz, in 32 and in 16 bits; its share of memory.
+_FLOPS_PER_S = 2 * 128 * 1.4e9
+_BYTES_PER_S = 1e10
+
+#: The cores of the smallest model, for versions of torch that do not tell.
+_CORES = 8
+
+#: Of what a GPU can do at best, the share that products of real sizes reach.
+_EFFICIENCY = 0.6
+
+_ENVIRONMENT = ("PYTORCH_MPS_PREFER_METAL", "PYTORCH_MPS_FAST_MATH")
+
+
+class Mps(Device):
+    """The GPU of a Mac."""
+
+    type = "mps"
+
+    def present(self) -> list[torch.device]:
+        """The one of a Mac."""
+        return [torch.device("mps", 0)] if torch.backends.mps.is_available() else []
+
+    def model(self, device: torch.device) -> str:
+        """The chip, and how many cores its GPU has."""
+        name = getattr(torch.backends.mps, "get_name", platform.processor)()
+        return f"{name}, {_cores()} cores"
+
+    def settings(self, dtype: str) -> Settings:
+        """Which kernels are taken."""
+        return environment(_ENVIRONMENT)
+
+    def profile(self, device: torch.device, dtype: str) -> MachineProfile:
+        """By the number of cores."""
+        rate = _cores() * _FLOPS_PER_S * _EFFICIENCY
+        bandwidth = _cores() * _BYTES_PER_S
+        return MachineProfile(rate, bandwidth, bandwidth, bandwidth, 1e-5)
+
+    def synchronise(self, device: torch.device) -> None:
+        """Wait for the kernels of all streams."""
+        torch.mps.synchronize()
+
+
+@cache
+def _cores() -> int:
+    count = getattr(torch.backends.mps, "get_core_count", None)
+    return int(count()) if count is not None else _CORES
+
+
+DEVICE = Mps()

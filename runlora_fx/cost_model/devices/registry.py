@@ -1,0 +1,57 @@
+"""The kinds of devices that are known, and which of them a graph runs on.
+
+A kind is a module of this folder with an object ``DEVICE``; :mod:`unknown` stands for all others::
+
+    entry_of(torch.device("mps"))   ->  mps.DEVICE
+    entry_of(torch.device("npu"))   ->  unknown.DEVICE
+
+Invariant: no other module compares ``device.type`` with anything.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Iterable
+from functools import cache
+from importlib import import_module
+from types import MappingProxyType
+
+import torch
+
+from runlora_fx.cost_model import devices
+from runlora_fx.cost_model.devices.device import Device
+from runlora_fx.cost_model.devices.unknown import DEVICE as UNKNOWN
+
+CPU = torch.device("cpu")
+
+
+@cache
+def entries() -> MappingProxyType[str, Device]:
+    """All kinds by type, without the unknown ones."""
+    names = sorted(module.name for module in pkgutil.iter_modules(devices.__path__))
+    modules = (import_module(f"{devices.__name__}.{name}") for name in names)
+    found = (getattr(module, "DEVICE", None) for module in modules)
+    return MappingProxyType({d.type: d for d in found if d is not None and d is not UNKNOWN})
+
+
+def entry_of(device: torch.device) -> Device:
+    """What is known of the kind of a device."""
+    return entries().get(device.type, UNKNOWN)
+
+
+def present() -> list[torch.device]:
+    """All devices of this machine: the host first."""
+    kinds = sorted(entries().values(), key=lambda kind: not kind.is_host)
+    known = [device for kind in kinds for device in kind.present()]
+    return known + [device for device in UNKNOWN.present() if device.type not in entries()]
+
+
+def computing(candidates: Iterable[torch.device]) -> torch.device:
+    """Of the devices that a graph's tensors are on, the one that computes."""
+    others = (d for d in candidates if not entry_of(d).is_host and d.type != "meta")
+    return next(others, CPU)
+
+
+def fastest() -> torch.device:
+    """The first accelerator of this machine; the CPU if there is none."""
+    return computing(present())

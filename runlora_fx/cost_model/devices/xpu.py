@@ -1,0 +1,68 @@
+"""Intel's GPUs, which torch calls ``xpu``: known by name; oneDNN's rounding changes their times.
+
+Example: ``"Intel(R) Data Center GPU Max 1550, 1024 units"`` with ``{"deterministic": False}``.
+
+Invariant: the profile depends on the model and the settings only. It was written from data sheets
+and has not been compared with a device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from runlora_fx.cost_model.devices.device import Device, Settings, environment, fp32_precision
+from runlora_fx.cost_model.profile import MachineProfile
+
+#: FLOP per vector engine and clock cycle, in 16-bit floats and in single precision: those of Arc.
+_FLOPS_PER_CYCLE = (128, 16)
+_HERTZ = 2e9
+_BYTES_PER_S = 4.5e11
+
+#: Of what a GPU can do at best, the share that products of real sizes reach.
+_EFFICIENCY = 0.6
+
+_ENVIRONMENT = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")
+
+#: Attributes that torch makes when it is imported: a type checker does not see them.
+_ONEDNN: Any = torch.backends.mkldnn
+
+
+class Xpu(Device):
+    """Intel's GPUs."""
+
+    type = "xpu"
+
+    def present(self) -> list[torch.device]:
+        """All GPUs that this process may use."""
+        return [torch.device("xpu", i) for i in range(torch.xpu.device_count())]
+
+    def model(self, device: torch.device) -> str:
+        """The name, and how many vector engines it has."""
+        properties = torch.xpu.get_device_properties(device)
+        return f"{properties.name}, {properties.gpu_eu_count} units"
+
+    def settings(self, dtype: str) -> Settings:
+        """How oneDNN may round 32-bit operands."""
+        found: dict[str, object] = {**environment(_ENVIRONMENT)}
+        if dtype == "float32":
+            found["fp32_precision"] = fp32_precision(_ONEDNN.matmul)
+            # The older switch, which only Intel's GPUs read.
+            found["allow_tf32"] = torch.backends.mkldnn.allow_tf32
+        return found
+
+    def profile(self, device: torch.device, dtype: str) -> MachineProfile:
+        """By the number of vector engines."""
+        half, single = _FLOPS_PER_CYCLE
+        per_cycle = {"float64": single / 2, "float32": single}.get(dtype, half)
+        units = torch.xpu.get_device_properties(device).gpu_eu_count
+        rate = units * _HERTZ * per_cycle * _EFFICIENCY
+        return MachineProfile(rate, _BYTES_PER_S, _BYTES_PER_S, _BYTES_PER_S, 1e-5)
+
+    def synchronise(self, device: torch.device) -> None:
+        """Wait for the kernels of all streams."""
+        torch.xpu.synchronize(device)
+
+
+DEVICE = Xpu()
