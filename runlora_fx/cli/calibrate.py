@@ -108,7 +108,7 @@ def _device(name: str) -> torch.device:
     """
     try:
         device = torch.empty(0, device=name).device
-        random_tensor(1, dtype=torch.float32, device=device)
+        random_tensor(1, dtype=torch.float32, device=device).tolist()  # meta tensors hold no data
     except (RuntimeError, AssertionError, TypeError) as error:
         raise ValueError(f"--device {name} cannot be used: {error}") from None
     return device
