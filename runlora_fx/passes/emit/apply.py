@@ -10,6 +10,7 @@ from runlora_fx.passes.algebra.plan import Plan, Step, Value, product_step
 from runlora_fx.passes.algebra.polynomials import IDENTITY, normalise
 from runlora_fx.passes.emit.dequantised import recompute_dequantised
 from runlora_fx.passes.emit.emitter import Emitter
+from runlora_fx.passes.emit.layout import is_relied_on
 from runlora_fx.passes.emit.verify import VerificationError, verify
 from runlora_fx.passes.emit.writer import EmissionError, Writer
 from runlora_fx.passes.levels import forms
@@ -153,4 +154,18 @@ def _replace(
     for node in reversed(list(graph.nodes)):
         if node in reader.forms and not node.users:
             graph.erase_node(node)
+    _drop_copies(graph, emitter.copied)
     graph.lint()
+
+
+def _drop_copies(graph: fx.Graph, copied: Mapping[fx.Node, fx.Node]) -> None:
+    """Take out the copies of roots whose strides nobody relies on."""
+    for copy, made in copied.items():
+        if is_relied_on(copy):
+            continue
+        node = copy
+        node.replace_all_uses_with(made)
+        while node is not made and not node.users:
+            below = node.all_input_nodes[0]
+            graph.erase_node(node)
+            node = below

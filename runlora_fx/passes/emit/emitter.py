@@ -26,6 +26,7 @@ from runlora_fx.passes.algebra.polynomials import (
     normalise,
 )
 from runlora_fx.passes.algebra.posed import Dim
+from runlora_fx.passes.emit.layout import is_relied_on, memory_order
 from runlora_fx.passes.emit.writer import EmissionError, Writer
 from runlora_fx.passes.levels.forms import Identity, Permute, Reshape
 from runlora_fx.passes.levels.sizes import (
@@ -34,6 +35,7 @@ from runlora_fx.passes.levels.sizes import (
     is_one,
     numel,
     same_shape,
+    same_strides,
     shape_of,
     value_of,
 )
@@ -55,6 +57,7 @@ class Emitter:
 
     Attributes:
         recomputed: Nodes of the forward that the backward computes again by itself.
+        copied: By the copy of a root that has the strides it came with, the root as it was made.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class Emitter:
         self._lasting = set(lasting)
         self._made: dict[Value, tuple[fx.Node, bool]] = {}
         self.recomputed: list[fx.Node] = []
+        self.copied: dict[fx.Node, fx.Node] = {}
         self._of_values: set[fx.Node] = set()
         self._uses = self._count_uses(roots)
 
@@ -124,7 +128,20 @@ class Emitter:
         result = self._writer.cast(result, _dtype_of(root.node))
         if result is root.node or not same_shape(shape_of(result), shape):
             raise EmissionError(f"{root.node.name} cannot be written in its shape {shape}")
-        return result
+        return self._in_layout(root, result)
+
+    def _in_layout(self, root: Root, emitted: fx.Node) -> fx.Node:
+        """An emitted root with the strides that it came with, as a copy if it has others."""
+        if same_strides(emitted, root.node):
+            return emitted
+        order = memory_order(root.node, self._hint)
+        if order is not None:
+            copied = self._writer.laid_out(emitted, order)
+            self.copied[copied] = emitted
+            return copied
+        if is_relied_on(root.node):
+            raise EmissionError(f"{root.node.name} cannot be written with its strides")
+        return emitted
 
     # -- roots ---------------------------------------------------------------------------------
 
@@ -345,7 +362,9 @@ class Emitter:
         """A product with a diagonal matrix: rows or columns scaled by its vector."""
         left, right = (step.right.T, step.left.T) if transposed else (step.left, step.right)
         diagonal, scaled = (left, right) if left.is_diagonal else (right, left)
-        node, scalar = self._operand(scaled, value.backward)
+        # Scaling is elementwise: its result lies in memory as its operand does.
+        scalar, turned, core = normalise(scaled)
+        node = self._matrix(self._value(core, value.backward), turned, prefer=turned)
         vector, by = self._vector(diagonal)
         size = numel(shape_of(vector))
         shape = (*shape_of(node)[:-1], 1) if left is diagonal else (size,)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import fx
 
 from runlora_fx.passes.algebra.polynomials import Polynomial, of_factors
+from runlora_fx.passes.emit.layout import is_relied_on
 from runlora_fx.passes.levels.cuts import Cut
-from runlora_fx.passes.levels.sizes import same_shape, shape_of, value_of
+from runlora_fx.passes.levels.sizes import same_shape, same_strides, shape_of, strides_of, value_of
 from runlora_fx.passes.read.expand import Addends, Expander, total
 from runlora_fx.passes.read.reader import GraphReader
 
@@ -47,6 +48,10 @@ def verify(reader: GraphReader, emitted: fx.Node, root: fx.Node, expected: Polyn
     is_alike = same_shape(shape_of(emitted), shape_of(root))
     if not is_alike or new.dtype != old.dtype or new.device != old.device:
         raise VerificationError(f"{root.name}: emitted {new!r} in the place of {old!r}")
+    if not same_strides(emitted, root) and is_relied_on(root):
+        raise VerificationError(
+            f"{root.name}: emitted with strides {strides_of(emitted)}, came with {strides_of(root)}"
+        )
     try:
         found = total(_ReadBack(reader, expected).operand(emitted, reader.cuts[root]))
     except _Unreadable as error:

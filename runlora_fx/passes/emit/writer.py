@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -11,7 +11,8 @@ from torch import fx
 from runlora_fx._torch_compat import in_fake_mode, is_sym_int
 from runlora_fx.passes.algebra.posed import Dim
 from runlora_fx.passes.emit.nodes import Inserter, values_of
-from runlora_fx.passes.levels.forms import Reshape
+from runlora_fx.passes.levels.cuts import inverse
+from runlora_fx.passes.levels.forms import Copy, Reshape
 from runlora_fx.passes.levels.level import Dialect
 from runlora_fx.passes.levels.sizes import (
     Shape,
@@ -104,6 +105,18 @@ class Writer:
         # Whoever casts here may: also a leaf to a narrower dtype, where the reader would stop.
         self._reader.forms[node] = Reshape(a)
         return node
+
+    def laid_out(self, a: fx.Node, order: Sequence[int]) -> fx.Node:
+        """A copy of ``a`` that lies in memory with its dimensions in an order, outermost first."""
+        permuted = self._permute(a, order)
+        copied = self._call(self._calls.clone, permuted, memory_format=torch.contiguous_format)
+        # The reader stops where a copy changes the layout; this one is read through.
+        self._reader.forms[copied] = Copy(permuted)
+        return self._permute(copied, inverse(tuple(order)))
+
+    def _permute(self, a: fx.Node, dims: Sequence[int]) -> fx.Node:
+        is_trivial = list(dims) == list(range(len(dims)))
+        return a if is_trivial else self._call(self._calls.permute, a, list(dims))
 
     def transpose(self, a: fx.Node) -> fx.Node:
         """The transpose of a matrix, or of each in a batch."""

@@ -149,6 +149,7 @@ ATEN = Dialect(
         reshape=_aten.reshape.default,
         size=_aten.sym_size.int,
         cast=torch.ops.prims.convert_element_type.default,
+        clone=_aten.clone.default,
         einsum=_aten.einsum.default,
         merged=torch.ops.runlora.merged.default,
     ),

@@ -37,6 +37,7 @@ class Calls:
     reshape: Callable[..., Any]
     size: Callable[..., Any]
     cast: Callable[..., Any]
+    clone: Callable[..., Any]
     einsum: Callable[..., Any] | None = None
     stacked: Callable[..., Any] | None = None
     merged: Callable[..., Any] | None = None

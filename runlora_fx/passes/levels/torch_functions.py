@@ -144,6 +144,7 @@ TORCH = Dialect(
         reshape=torch.reshape,
         size=torch.ops.aten.sym_size.int,
         cast=torch.Tensor.to,
+        clone=torch.clone,
         stacked=torch.matmul,
     ),
 )

@@ -1,0 +1,139 @@
+"""Layouts: the strides of a tensor, and whether its readers rely on them.
+
+A plan may compute a root transposed. ``(W X')'`` holds the numbers of ``X W'`` with strides (1, N)
+instead of (o, 1). An addition takes both. Fused attention and ``view`` do not.
+
+Invariant: a root keeps its strides, unless every reader is on a closed list of operators that take
+any strides. Strides of dimensions of size 1 mean nothing and are not compared. No comparison makes
+a guard: symbolic strides are equal if their expressions are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import fx
+
+from runlora_fx.passes.algebra.posed import Dim
+from runlora_fx.passes.levels.sizes import equal, is_one, numel, shape_of, strides_of, value_of
+
+#: What a reader makes of a layout: its result has a layout of its own; the result's layout follows;
+#: or the reader may be wrong or fail with another one.
+_Reading: TypeAlias = Literal["ignores", "follows", "relies"]
+
+_aten = torch.ops.aten
+
+#: The result's layout is the same whatever the operands' are.
+_IGNORING = frozenset(
+    [
+        *(_aten.mm.default, _aten.bmm.default, _aten.addmm.default, _aten.baddbmm.default),
+        *(_aten.mv.default, _aten.dot.default, _aten.contiguous.default),
+        torch.ops.runlora.merged.default,
+    ]
+)
+
+#: Besides pointwise operators: any layout is right, and the result's follows from it.
+_FOLLOWING = frozenset(
+    [
+        *(_aten.permute.default, _aten.transpose.int, _aten.t.default, _aten.reshape.default),
+        *(_aten.unsqueeze.default, _aten.squeeze.default, _aten.squeeze.dim, _aten.squeeze.dims),
+        *(_aten.expand.default, _aten.slice.Tensor, _aten.select.int, _aten.alias.default),
+        *(_aten.detach.default, _aten.split.Tensor, _aten.split_with_sizes.default),
+        *(_aten.unbind.int, _aten.cat.default, _aten.stack.default, _aten.clone.default),
+        *(_aten._to_copy.default, _aten.to.dtype, torch.ops.prims.convert_element_type.default),
+        *(_aten.sum.default, _aten.sum.dim_IntList, _aten.mean.default, _aten.mean.dim),
+        *(_aten.amax.default, _aten.amin.default, _aten.linalg_vector_norm.default),
+        *(_aten.var.correction, _aten.var_mean.correction, _aten.native_layer_norm.default),
+        *(_aten._softmax.default, _aten._log_softmax.default),
+        *(_aten.matmul.default, _aten.linear.default, _aten.einsum.default),
+    ]
+)
+
+#: Torch functions, methods and Python operators that take any layout, by name.
+_FOLLOWING_NAMES = frozenset(
+    [
+        *("add", "sub", "mul", "div", "truediv", "neg", "relu", "gelu", "silu", "sigmoid", "tanh"),
+        *("softmax", "log_softmax", "layer_norm", "sum", "mean", "float", "to", "getitem"),
+        *("matmul", "mm", "bmm", "linear", "einsum", "permute", "transpose", "t", "reshape"),
+        *("flatten", "unsqueeze", "squeeze", "contiguous", "clone"),
+    ]
+)
+
+#: Where functions have names that mean what they mean in torch.
+_KNOWN_MODULES = ("torch", "torch.nn.functional", "torch._C._nn", "_operator")
+
+
+def memory_order(node: fx.Node, hint: Callable[[Dim], int]) -> list[int] | None:
+    """The dimensions of a tensor from the outermost in memory to the innermost.
+
+    Args:
+        node: A tensor.
+        hint: The size of a symbolic dimension.
+
+    Returns:
+        The permutation that makes the tensor contiguous; None if none does.
+    """
+    shape, strides = shape_of(node), strides_of(node)
+    order = sorted(range(len(shape)), key=lambda d: (not is_one(shape[d]), -hint(strides[d])))
+    expected: Dim = 1
+    for d in reversed(order):
+        if not is_one(shape[d]) and not equal(strides[d], expected):
+            return None
+        expected = numel((expected, shape[d]))
+    return order
+
+
+def is_relied_on(node: fx.Node) -> bool:
+    """Whether a reader of a tensor, or of what has its layout, relies on its strides.
+
+    What leaves the graph is read by the user, who may take a view of it.
+    """
+    seen: set[fx.Node] = set()
+    pending = [(user, node) for user in node.users]
+    while pending:
+        user, read = pending.pop()
+        reading = _reading(user, read)
+        if reading == "relies":
+            return True
+        if reading == "follows" and user not in seen:
+            seen.add(user)
+            pending.extend((below, user) for below in user.users)
+    return False
+
+
+def _reading(user: fx.Node, node: fx.Node) -> _Reading:
+    target: Any = user.target
+    if isinstance(target, torch._ops.OpOverload):
+        return _reading_of_operator(user, node, target)
+    if user.op == "call_method":
+        return "follows" if target in _FOLLOWING_NAMES else "relies"
+    if user.op != "call_function":
+        return "relies"
+    is_known = getattr(target, "__module__", None) in (*_KNOWN_MODULES, None)
+    return "follows" if is_known and _name(target) in _FOLLOWING_NAMES else "relies"
+
+
+def _reading_of_operator(user: fx.Node, node: fx.Node, target: torch._ops.OpOverload) -> _Reading:
+    if target is _aten.copy_.default:
+        return "ignores" if user.args[0] is not node else "relies"
+    if target in _IGNORING or user.kwargs.get("memory_format") is torch.contiguous_format:
+        return "ignores"
+    is_random = torch.Tag.nondeterministic_seeded in target.tags
+    if target._schema.is_mutable or is_random:
+        return "relies"  # random numbers are drawn in the order of the memory
+    if torch.Tag.pointwise not in target.tags and target not in _FOLLOWING:
+        return "relies"
+    return "ignores" if _is_new_vector(user, target) else "follows"
+
+
+def _is_new_vector(node: fx.Node, target: torch._ops.OpOverload) -> bool:
+    """Whether a node makes new memory with one dimension: there is one way to lie there."""
+    val = value_of(node)
+    is_new = all(result.alias_info is None for result in target._schema.returns)
+    return is_new and val is not None and val.dim() <= 1
+
+
+def _name(target: Any) -> str:
+    return str(getattr(target, "__name__", ""))
