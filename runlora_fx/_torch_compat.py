@@ -164,3 +164,17 @@ def inductor_compiler(mode: str | None, options: Mapping[str, Any]) -> Any:
 def is_sym_int(node: fx.Node) -> bool:
     """Whether a node holds a symbolic integer."""
     return isinstance(node.meta.get("val"), torch.SymInt)
+
+
+def is_composite(operator: torch._ops.OpOverload) -> bool:
+    """Whether an operator is composed of others, also where gradients are recorded."""
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    return bool(operator.has_kernel_for_dispatch_key(key))
+
+
+def storage_of(tensor: torch.Tensor) -> object:
+    """What two tensors have in common exactly if they share memory, as far as torch tells."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return id(tensor)

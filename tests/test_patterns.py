@@ -16,8 +16,8 @@ import runlora_fx
 from runlora_fx.passes.algebra.polynomials import Polynomial
 from runlora_fx.passes.levels.aten import ATEN
 from runlora_fx.passes.levels.torch_functions import TORCH
+from runlora_fx.passes.read.effects import Effects
 from runlora_fx.passes.read.example_values import annotate
-from runlora_fx.passes.read.opaque import opaque_nodes
 from runlora_fx.passes.read.reader import GraphReader
 
 TOKENS, IN, OUT, RANK = 96, 32, 48, 4
@@ -66,7 +66,7 @@ def polynomials(gm: fx.GraphModule, level: str, inputs: list[Tensor]) -> list[st
     """The polynomial of each root of a graph."""
     annotate(gm, inputs)
     dialect = TORCH if level == "torch" else ATEN
-    reader = GraphReader(gm.graph, dialect, opaque_nodes(gm.graph, dialect))
+    reader = GraphReader(gm.graph, dialect, Effects(gm.graph))
     return [spelled(reader.expression(root), reader) for root in reader.roots]
 
 

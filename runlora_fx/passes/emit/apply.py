@@ -70,7 +70,7 @@ def apply(analysis: Analysis, plans: Mapping[int, Plan], lasting: Collection[fx.
             reader.leaves.matrices[leaf] for i in plans for leaf in analysis.posed[i].matrices
         )
         for node in dict.fromkeys(leaf.node for leaf in leaves if leaf.node is not None):
-            recompute_dequantised(node)
+            recompute_dequantised(node, analysis.effects)
 
 
 def _whole_plan(analysis: Analysis, plans: Mapping[int, Plan]) -> Plan:

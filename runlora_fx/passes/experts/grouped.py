@@ -36,6 +36,7 @@ from runlora_fx.passes.experts.stacks import (
     untransposed,
 )
 from runlora_fx.passes.levels.sizes import shape_of, value_of
+from runlora_fx.passes.read.effects import Effects
 
 _aten = torch.ops.aten
 _GROUPED = "aten._grouped_mm.default"
@@ -98,7 +99,7 @@ def split_grouped_products(graph: fx.Graph, *, may_guard: bool = False) -> list[
         The merged stacks, and whether their products were split.
     """
     found: list[Mixture] = []
-    insert = Inserter(graph)
+    insert, effects = Inserter(graph), Effects(graph)
     for node in list(graph.nodes):
         merged = merged_stack(node)
         products = None if merged is None else _products(node)
@@ -106,6 +107,8 @@ def split_grouped_products(graph: fx.Graph, *, may_guard: bool = False) -> list[
             continue
         gradients = _gradients(graph, merged, products)
         if gradients is None:
+            continue
+        if any(map(effects.is_overwritten, _involved(node, products, gradients))):
             continue
         mode = insert.mode if may_guard else None
         mixture = _mixture(node, merged, products, gradients, mode)
@@ -123,6 +126,14 @@ def split_grouped_products(graph: fx.Graph, *, may_guard: bool = False) -> list[
 
 
 # --- what is looked for
+
+
+def _involved(stack: fx.Node, products: list[_Product], gradients: list[_Gradient]) -> set[fx.Node]:
+    """What is read at another place after a split, and what is written there."""
+    nodes = {stack, *(p.node for p in products)}
+    nodes |= {reader for gradient in gradients for reader, _, _ in gradient.readers}
+    read = {x for node in nodes for x in node.all_input_nodes}
+    return nodes | read | {x for gradient in gradients for x in (gradient.left, gradient.right)}
 
 
 def _products(stack: fx.Node, *, turned: bool = False) -> list[_Product] | None:

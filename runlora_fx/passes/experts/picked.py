@@ -33,6 +33,7 @@ from runlora_fx.passes.experts.stacks import (
     untransposed,
 )
 from runlora_fx.passes.levels.sizes import value_of
+from runlora_fx.passes.read.effects import Effects
 from runlora_fx.passes.read.phases import recompute
 
 _aten = torch.ops.aten
@@ -50,7 +51,7 @@ def split_gathered_weights(graph: fx.Graph) -> list[Mixture]:
     Returns:
         The merged stacks, and whether their products were split.
     """
-    insert = Inserter(graph)
+    insert, effects = Inserter(graph), Effects(graph)
     found: list[Mixture] = []
     for node in list(graph.nodes):
         merged = merged_stack(node)
@@ -60,6 +61,8 @@ def split_gathered_weights(graph: fx.Graph) -> list[Mixture]:
         uses = [batched_uses(pick) if _indices(pick, node) is not None else None for pick in picks]
         sums = _scattered(graph, merged)
         if None in uses or not picks:
+            continue
+        if any(map(effects.is_overwritten, _involved(node, picks, uses, sums))):
             continue
         mixture = _mixture(node, merged, picks, sums)
         if mixture.flops_split >= mixture.flops_merged:
@@ -76,6 +79,16 @@ def split_gathered_weights(graph: fx.Graph) -> list[Mixture]:
 
 
 # --- what is looked for
+
+
+def _involved(
+    stack: fx.Node, picks: list[fx.Node], uses: list[list[Use] | None], sums: list[_Scatter]
+) -> set[fx.Node]:
+    """What is read at another place after a split, and what is written there."""
+    products = [use.product for group in uses for use in group or []]
+    nodes = {stack, *picks, *products, *(s.node for s in sums)}
+    read = {x for node in nodes for x in node.all_input_nodes}
+    return nodes | read | {x for s in sums for x in (s.column, s.row)}
 
 
 def _indices(pick: fx.Node, stack: fx.Node) -> fx.Node | None:

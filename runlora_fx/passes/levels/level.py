@@ -53,16 +53,18 @@ class Dialect:
         readers: By call target, or by method name where the level has method calls. Each takes the
             node's own arguments and returns its form, or None for "not linear".
         calls: The targets that emission writes.
+        unread: Nodes that must not be read through, whatever they call.
     """
 
     name: str
     graph: str
     readers: Mapping[Any, Reader]
     calls: Calls
+    unread: frozenset[fx.Node] = frozenset()
 
     def read(self, node: fx.Node) -> Form | None:
         """The form of a node, or None if it is not readable linear algebra."""
-        if node.op not in ("call_function", "call_method"):
+        if node.op not in ("call_function", "call_method") or node in self.unread:
             return None
         reader = self.readers.get(node.target)
         if reader is None:

@@ -20,6 +20,7 @@ from runlora_fx.passes.emit.nodes import Inserter
 from runlora_fx.passes.levels.forms import Dots
 from runlora_fx.passes.levels.level import Dialect
 from runlora_fx.passes.levels.sizes import same_shape, shape_of, value_of
+from runlora_fx.passes.read.effects import Effects
 from runlora_fx.passes.read.expand import is_made_of_product
 
 _EINSUM = torch.ops.aten.einsum.default
@@ -73,6 +74,7 @@ class _GatheredDots:
     def __init__(self, graph: fx.Graph, dialect: Dialect) -> None:
         self._graph = graph
         self._dialect = dialect
+        self._effects = Effects(graph)
         self._own = {node for node in graph.nodes if _is_dots(dialect, node)}
         self._gathered: list[_Gathered] = []
 
@@ -114,6 +116,9 @@ class _GatheredDots:
             return None
         product = node.args[0]
         if not isinstance(product, fx.Node) or product.target is not _MUL or product.kwargs:
+            return None
+        # One node in the place of the sum multiplies there.
+        if not self._effects.is_movable(product, node) or self._effects.is_overwritten(node):
             return None
         a, b = product.args
         if len(product.users) > 1 or not (isinstance(a, fx.Node) and isinstance(b, fx.Node)):

@@ -13,7 +13,7 @@ from runlora_fx.cost_model.devices.registry import computing
 from runlora_fx.passes.algebra.posed import Dim
 from runlora_fx.passes.levels.level import Dialect
 from runlora_fx.passes.levels.sizes import value_of
-from runlora_fx.passes.read.opaque import opaque_nodes
+from runlora_fx.passes.read.effects import Effects
 from runlora_fx.passes.read.phases import Phases
 from runlora_fx.passes.read.reader import Casts, GraphReader
 from runlora_fx.passes.read.regions import Regions
@@ -28,6 +28,7 @@ class Analysis:
     Attributes:
         graph: The graph.
         dialect: Its level.
+        effects: What its nodes do besides computing a value.
         reader: Its linear algebra.
         phases: What of it is forward, what backward.
         regions: What is planned together.
@@ -45,7 +46,8 @@ class Analysis:
         self.graph = graph
         self.dialect = dialect
         self._mode = fake_mode_of(node.meta.get("val") for node in graph.nodes)
-        self.reader = GraphReader(graph, dialect, opaque_nodes(graph, dialect), casts=casts)
+        self.effects = Effects(graph)
+        self.reader = GraphReader(graph, dialect, self.effects, casts=casts)
         self.phases = Phases(graph)
         self.regions = Regions(self.reader, self.phases, self.hint)
         self.posed = [self.regions.pose(region) for region in self.regions.regions]

@@ -8,7 +8,7 @@ polynomial of the leaves and roots below it.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from dataclasses import replace
 from typing import Literal, TypeAlias
 
 import torch
@@ -39,6 +39,7 @@ from runlora_fx.passes.levels.forms import (
 )
 from runlora_fx.passes.levels.level import Dialect
 from runlora_fx.passes.levels.sizes import Shape, same_shape, same_strides, shape_of, value_of
+from runlora_fx.passes.read.effects import Effects
 from runlora_fx.passes.read.expand import (
     Addends,
     Expander,
@@ -81,7 +82,7 @@ class GraphReader(Expander):
         self,
         graph: fx.Graph,
         dialect: Dialect,
-        opaque: Collection[fx.Node] = (),
+        effects: Effects,
         *,
         casts: Casts = "joined",
     ) -> None:
@@ -90,12 +91,13 @@ class GraphReader(Expander):
         Args:
             graph: Every tensor node has an example tensor in ``meta["val"]``.
             dialect: The level of the graph.
-            opaque: Never read, never moved, equal to nothing else.
+            effects: What the nodes do besides computing a value.
             casts: What casts between floats are taken for.
         """
-        super().__init__(ValueNumbers(graph, dialect.readers, opaque), Leaves(), {})
-        self._dialect = dialect
-        self._unread = set(opaque)
+        fixed = effects.fixed(lambda node: dialect.read(node) is not None)
+        super().__init__(ValueNumbers(graph, effects, fixed), Leaves(), {})
+        self._dialect = replace(dialect, unread=fixed)
+        self._unread: set[fx.Node] = set()
         self.casts = casts
         # Casts of products to a wider dtype, and the sums that they are only made for.
         self._widened: set[fx.Node] = set()

@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from runlora_fx.passes.read import calls
+from runlora_fx.passes.read.effects import Effects
+
 #: Calls that give the same tensor, to the last bit, for two arguments in either order.
 _COMMUTATIVE = {
     *(torch.ops.aten.add.Tensor, torch.ops.aten.mul.Tensor),
@@ -24,23 +27,20 @@ _COMMUTATIVE = {
 class ValueNumbers:
     """The number of every node of a graph; nodes added later are numbered when asked for."""
 
-    def __init__(
-        self, graph: fx.Graph, pure: Mapping[Any, Any], opaque: Collection[fx.Node] = ()
-    ) -> None:
+    def __init__(self, graph: fx.Graph, effects: Effects, fixed: Collection[fx.Node] = ()) -> None:
         """Number the nodes of a graph.
 
         Args:
             graph: The graph.
-            pure: Call targets beyond ATen operators that are known to be functions of their
-                arguments.
-            opaque: Nodes that equal nothing else, whatever they call.
+            effects: What its nodes do besides computing a value.
+            fixed: Nodes that equal no other node, whatever they call (:meth:`Effects.fixed`).
         """
-        self._pure = pure
+        self._effects = effects
         self._fresh = count()
         self._by_key: dict[Hashable, int] = {}
         self._number: dict[fx.Node, int] = {}
         self._nodes: dict[int, list[fx.Node]] = {}
-        for node in opaque:
+        for node in fixed:
             self._set(node, next(self._fresh))
         for node in graph.nodes:
             self.of(node)
@@ -48,7 +48,10 @@ class ValueNumbers:
     def of(self, node: fx.Node) -> int:
         """The value number of a node whose arguments are numbered already."""
         if node not in self._number:
-            key = self.key(node.op, node.target, node.args, node.kwargs)
+            if node.op == "get_attr":
+                key: Hashable | None = ("get_attr", self._effects.attribute(node))
+            else:
+                key = self.key(node.op, node.target, node.args, node.kwargs)
             number = next(self._fresh) if key is None else self._by_key.get(key)
             if number is None:
                 number = self._by_key[key] = next(self._fresh)
@@ -77,9 +80,8 @@ class ValueNumbers:
         self, op: str, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Hashable | None:
         """What identifies a call; None where two equal calls may give different tensors."""
-        if op == "get_attr":
-            return (op, target)
-        if op not in ("call_function", "call_method") or not self._is_pure(target):
+        is_call = op in ("call_function", "call_method")
+        if not is_call or not calls.is_pure(target, args, kwargs):
             return None
         frozen = self._freeze(args)
         if target in _COMMUTATIVE and isinstance(frozen, tuple) and len(frozen) == 2:
@@ -90,12 +92,6 @@ class ValueNumbers:
         except TypeError:
             return None
         return key
-
-    def _is_pure(self, target: Any) -> bool:
-        if isinstance(target, torch._ops.OpOverload):
-            random = torch.Tag.nondeterministic_seeded in target.tags
-            return not random and not target._schema.is_mutable
-        return target in self._pure
 
     def _freeze(self, x: Any) -> Hashable:
         if isinstance(x, fx.Node):

@@ -21,6 +21,7 @@ import torch
 from torch import fx
 
 from runlora_fx.passes.levels.sizes import value_of
+from runlora_fx.passes.read.calls import is_pure
 from runlora_fx.passes.read.expand import sources
 from runlora_fx.passes.read.phases import Phases
 from runlora_fx.passes.read.reader import GraphReader
@@ -138,6 +139,5 @@ def _is_fusible(node: fx.Node) -> bool:
     """Whether a node computes a tensor elementwise, and the same one every time."""
     if not isinstance(node.target, torch._ops.OpOverload) or value_of(node) is None:
         return False
-    tags = node.target.tags
-    random = torch.Tag.nondeterministic_seeded in tags
-    return torch.Tag.pointwise in tags and not random and not node.target._schema.is_mutable
+    is_pointwise = torch.Tag.pointwise in node.target.tags
+    return is_pointwise and is_pure(node.target, node.args, node.kwargs)

@@ -1,0 +1,60 @@
+"""Switches: calls that change the mode in which the nodes behind them run.
+
+Graphs of torch functions switch modes by calls without a result:
+
+    _set_grad_enabled(False)                 mode 0: the one that the graph starts in
+    base = x @ w                      ->     mode 1: base passes no gradient on
+    _set_grad_enabled(True)                  mode 0 again
+
+A product under ``no_grad`` passes no gradient on and one under ``autocast`` rounds, so neither may
+move across a switch. Graphs after AOTAutograd have no switches: their modes were traced away.
+
+Invariant: two nodes in mode 0 run under the same grad, autocast, inference and functorch modes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+#: Switches that hold until another call, and take what to switch to.
+_SETTERS = (
+    "set_autocast_enabled",
+    "set_autocast_dtype",
+    "set_autocast_cache_enabled",
+    "set_default_dtype",
+    "set_default_device",
+    "set_deterministic",
+    "use_deterministic_algorithms",
+    "set_float32_matmul_precision",
+)
+
+
+def mode_of_nodes(graph: fx.Graph) -> dict[fx.Node, int]:
+    """The mode of every node that does not run in mode 0."""
+    modes: dict[fx.Node, int] = {}
+    entered: list[int] = []
+    count, grad, initial_grad, settings = 0, None, None, 0
+    for node in graph.nodes:
+        name = str(getattr(node.target, "__name__", "")) if node.op == "call_function" else ""
+        if name in ("_set_grad_enabled", "set_grad_enabled"):
+            # The first switch tells what the graph starts with: the opposite.
+            grad = bool(_argument(node))
+            initial_grad = not grad if initial_grad is None else initial_grad
+        elif name.startswith("_enter_") or name.endswith("_increment_nesting"):
+            count += 1
+            entered.append(count)
+        elif name.startswith("_exit_") or name.endswith("_decrement_nesting"):
+            entered = entered[:-1]
+        elif name.strip("_").startswith(_SETTERS):
+            count += 1
+            settings = count
+        elif node.op != "output" and (entered or settings or grad != initial_grad):
+            # Twice the number, plus one where gradients are not recorded as in the beginning.
+            modes[node] = 2 * (entered[-1] if entered else settings) + (grad != initial_grad)
+    return modes
+
+
+def _argument(node: fx.Node) -> Any:
+    return node.args[0] if node.args else next(iter(node.kwargs.values()))
