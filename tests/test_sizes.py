@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 import runlora_fx
 from runlora_fx import joint_pass
 from runlora_fx.passes.levels import sizes
-from runlora_fx.passes.levels.cuts import Cut, broadcast_cut, permuted_cut, recut
+from runlora_fx.passes.levels.cuts import Cut, Repetition, permuted_cut, recut, repetition
 
 STRICT: Any = {"runlora.strict": True}
 
@@ -41,8 +41,9 @@ def test_questions_about_symbols_add_no_guards() -> None:
     assert sizes.same_strides(node, node)
     assert recut(shape, Cut(0, 2), (sizes.numel((a, b)), c)) == Cut(0, 1)
     assert permuted_cut(shape, Cut(0, 2), (2, 0, 1)) == (Cut(0, 1), True)
-    assert broadcast_cut((c,), shape, Cut(0, 2)) == Cut(0, 0)
-    assert broadcast_cut((b,), shape, Cut(0, 2)) is None
+    assert repetition((c,), shape, Cut(0, 2)) == Repetition(Cut(0, 0), rows=True)
+    assert repetition((a, b, 1), shape, Cut(0, 2)) == Repetition(Cut(0, 2), rows=False)
+    assert repetition((b,), shape, Cut(0, 2)) is None
     assert len(env.guards) == before
 
 

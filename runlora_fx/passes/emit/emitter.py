@@ -10,12 +10,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import fx
 
-from runlora_fx.passes.algebra.plan import Keep, Plan, Product, Step, Sum, Value, step_operands
+from runlora_fx.passes.algebra.plan import (
+    Keep,
+    Plan,
+    Product,
+    Step,
+    Sum,
+    Value,
+    product_step,
+    step_operands,
+)
 from runlora_fx.passes.algebra.polynomials import (
     IDENTITY,
     ONE,
@@ -24,6 +33,7 @@ from runlora_fx.passes.algebra.polynomials import (
     Polynomial,
     Scalar,
     normalise,
+    of_factors,
 )
 from runlora_fx.passes.algebra.posed import Dim
 from runlora_fx.passes.emit.layout import is_relied_on, memory_order
@@ -50,6 +60,33 @@ class _Operands(NamedTuple):
     a: fx.Node
     b: fx.Node
     scalar: Scalar
+
+
+class _Vector(NamedTuple):
+    """One row, or one column, that a matrix repeats; times a scalar."""
+
+    node: fx.Node
+    scalar: Scalar
+    times: Dim
+    is_row: bool
+
+
+class _Lacks(NamedTuple):
+    """What a sum of vectors still has to be repeated to, to be a matrix; None for a full side."""
+
+    rows: Dim | None = None
+    cols: Dim | None = None
+    is_empty: bool = True
+
+    def filled_by(self, vector: _Vector) -> _Lacks:
+        """What it lacks once a vector is added to it: a row and a column fill each other."""
+        is_row = vector.is_row
+        if self.is_empty:
+            return _Lacks(vector.times if is_row else None, None if is_row else vector.times, False)
+        return _Lacks(self.rows if is_row else None, None if is_row else self.cols, False)
+
+
+_NOTHING = _Lacks(is_empty=False)
 
 
 class Emitter:
@@ -177,20 +214,23 @@ class Emitter:
         A product is accumulated onto a bias, and outside roots onto a leaf (the base weight), by
         one ``addmm``. A root's other addends stay plain additions: they fuse with its readers.
         """
-        order = {"row": 0, "leaf": 1, "product": 2, "identity": 3}
-        kinds = [self._kind(part) for part in parts]
+        order = {"vector": 0, "leaf": 1, "product": 2, "identity": 3}
+        kinds = [self._kind(part, backward) for part in parts]
         total: fx.Node | None = None
         takes_product = False
+        lacks = _Lacks()
         for kind, part in sorted(zip(kinds, parts, strict=True), key=lambda kp: order[kp[0]]):
             scalar, transposed, core = part
             value, turned = self._value(core, backward), transposed != flip
-            if kind == "row":
-                node, scalar = self._row(part, flip, backward)
-                takes_product = total is None and scalar.is_one
-                total = self._add(total, node, scalar)
+            if kind == "vector":
+                vector = self._vector_to_repeat(part, flip, backward)
+                takes_product = total is None and vector.scalar.is_one
+                total = self._add(total, vector.node, vector.scalar)
+                lacks = lacks.filled_by(vector)
                 continue
             if kind == "identity":
                 assert total is not None, "the identity is only ever added to something"
+                total, lacks = self._filled(total, lacks), _NOTHING
                 total = self._add(total, self._identity_like(total), scalar)
                 continue
             fused = kind == "product" and (total is None or takes_product)
@@ -200,9 +240,10 @@ class Emitter:
             else:
                 a, b, by = operands
                 total = self._add_product(total, a, b, by * scalar)
-            takes_product = not is_root and kind != "row"
+            takes_product = not is_root
+            lacks = _NOTHING
         assert total is not None
-        return total
+        return self._filled(total, lacks)
 
     def _add_product(
         self, total: fx.Node | None, a: fx.Node, b: fx.Node, scalar: Scalar
@@ -223,16 +264,18 @@ class Emitter:
             node = form.source
         return node in self._lasting
 
-    def _kind(self, part: Normalised) -> str:
+    def _kind(self, part: Normalised, backward: bool) -> str:
         if part.core.leaf is not None:
             return "leaf"
         if part.core == IDENTITY:
             return "identity"
         if part.core.is_dots:
             return "product"
-        factors = part.core.shown
-        end = factors[-1] if part.transposed else factors[0]
-        return "row" if len(part.core) == 1 and self._is_ones(end) else "product"
+        return (
+            "product"
+            if self._broadcast_step(self._value(part.core, backward)) is None
+            else "vector"
+        )
 
     def _identity_like(self, total: fx.Node) -> fx.Node:
         """The identity matrix of the graph that can be added to a square matrix."""
@@ -243,16 +286,58 @@ class Emitter:
                 return node
         raise EmissionError(f"no identity matrix of shape {shape} stands before {total.name}")
 
-    def _row(self, part: Normalised, flip: bool, backward: bool) -> tuple[fx.Node, Scalar]:
-        """The row that a broadcast part repeats, ready to be added; a column if flipped."""
-        word = part.core.terms[0][0]
-        word = word.T if part.transposed else word
-        row = Polynomial(((word._replace(factors=word.factors[1:], scalars=()), 1.0),))
-        _, transposed, core = normalise(row)
-        if core.leaf is not None and core.leaf.transposed == transposed and not flip:
-            return self._leaf_node(core.leaf), part.scalar
-        node = self._matrix(self._value(core, backward), transposed != flip)
-        return node, part.scalar
+    def _vector_to_repeat(self, part: Normalised, flip: bool, backward: bool) -> _Vector:
+        """The row that a broadcast part repeats, or the column, as it is laid in the result."""
+        step = self._broadcast_step(self._value(part.core, backward))
+        assert step is not None
+        turned = part.transposed != flip
+        left, right = (step.right.T, step.left.T) if turned else (step.left, step.right)
+        is_row = self._ones_side(left, right) == "left"
+        ones, vector = (left, right) if is_row else (right, left)
+        (by, _, bare), (c, transposed, core) = normalise(ones), normalise(vector)
+        times = self._leaves.matrices[bare.terms[0][0].factors[0].leaf].rows
+        is_as_it_is = is_row and core.leaf is not None and core.leaf.transposed == transposed
+        if is_as_it_is and core.leaf is not None and not self._is_ones(core.leaf):
+            node = self._leaf_node(core.leaf)
+        else:
+            node = self._matrix(self._value(core, backward), transposed)
+        return _Vector(node, part.scalar * by * c, times, is_row)
+
+    def _filled(self, total: fx.Node, lacks: _Lacks) -> fx.Node:
+        """A sum of vectors, repeated to the matrix that it is."""
+        if lacks.rows is not None:
+            return self._writer.repeat(total, lacks.rows, rows=True)
+        return total if lacks.cols is None else self._writer.repeat(total, lacks.cols, rows=False)
+
+    def _broadcast_step(self, value: Value) -> Product | None:
+        """The step by which a value repeats a row or a column; None if it does not."""
+        step, core = self._steps.get(value), value.core
+        if core.is_dots:
+            return None
+        if step is None and len(core) == 1 and len(core.words[0].factors) == 2:
+            first, last = core.words[0].factors
+            step = product_step(of_factors((first,)), of_factors((last,)))
+            step = Product(step.left, step.right.scaled(Scalar(1.0, core.words[0].scalars)))
+        if not isinstance(step, Product) or self._ones_side(step.left, step.right) is None:
+            return None
+        return step
+
+    def _ones_side(self, left: Polynomial, right: Polynomial) -> Literal["left", "right"] | None:
+        """Which operand is the column of ones that repeats a row, or the row of ones."""
+        first, last = left.leaf, right.leaf
+        if first is not None and not first.transposed and self._is_ones(first):
+            return "left"
+        if last is not None and last.transposed and self._is_ones(last):
+            return "right"
+        return None
+
+    def _totalled(self, value: Value, step: Product, transposed: bool) -> fx.Node:
+        """A product with the row of ones on the left, or the column on the right: a sum."""
+        left, right = (step.right.T, step.left.T) if transposed else (step.left, step.right)
+        rows = self._ones_side(left.T, right.T) == "left"
+        ones, summed = (left, right) if rows else (right, left)
+        node, scalar = self._operand(summed, value.backward)
+        return self._scaled(self._writer.total(node, rows=rows), scalar * normalise(ones).scalar)
 
     def _add(self, total: fx.Node | None, node: fx.Node, scalar: Scalar) -> fx.Node:
         if total is None:
@@ -311,6 +396,13 @@ class Emitter:
             node = self._dots(value, step)
         elif step.left.is_diagonal or step.right.is_diagonal:
             node = self._stretched(value, step, transposed)
+        elif self._broadcast_step(value) is not None:
+            part = Normalised(ONE, False, value.core)
+            vector = self._vector_to_repeat(part, transposed, value.backward)
+            lacks = _Lacks().filled_by(vector)
+            node = self._scaled(self._filled(vector.node, lacks), vector.scalar)
+        elif self._ones_side(step.left.T, step.right.T) is not None:
+            node = self._totalled(value, step, transposed)
         else:
             node = self._product(*self._operands(value, step, transposed))
         # Not the value alone, but all it is made by: the partitioner would save the last of them.
@@ -369,7 +461,8 @@ class Emitter:
         size = numel(shape_of(vector))
         shape = (*shape_of(node)[:-1], 1) if left is diagonal else (size,)
         vector = self._writer.reshape(vector, shape)
-        return self._scaled(self._writer.scale(node, vector), scalar * by)
+        stretched = self._writer.stretch(node, vector, rows=left is diagonal)
+        return self._scaled(stretched, scalar * by)
 
     def _vector(self, diagonal: Polynomial) -> tuple[fx.Node, Scalar]:
         """The vector of a diagonal matrix: a leaf, or a leaf ``g`` in ``c (I + a diag(g))``."""
@@ -393,6 +486,8 @@ class Emitter:
         if value.core.is_dots:
             return None
         if step.left.is_diagonal or step.right.is_diagonal:
+            return None
+        if self._ones_side(step.left.T, step.right.T) is not None:
             return None
         batch = self._leaves.matrices[value.core.shown[0].leaf].batched
         return None if batch else self._operands(value, step, transposed)
@@ -427,10 +522,8 @@ class Emitter:
         and rounded once when it is added to a bf16 weight.
         """
         nodes = (self._leaves.matrices[i].node for i in sorted(value.core.leaves))
-        return min(
-            (_dtype_of(node) for node in nodes if node is not None),
-            key=lambda dtype: dtype.itemsize,
-        )
+        dtypes = [_dtype_of(node) for node in nodes if node is not None]
+        return min(dtypes or [self._writer.dtype], key=lambda dtype: dtype.itemsize)
 
     def _value(self, core: Polynomial, backward: bool) -> Value:
         nodes = (self._leaves.matrices[i].node for i in core.leaves)
@@ -439,17 +532,18 @@ class Emitter:
     # -- leaves --------------------------------------------------------------------------------
 
     def _is_ones(self, factor: Factor) -> bool:
-        return self._leaves.matrices[factor.leaf].node is None
+        return self._leaves.matrices[factor.leaf].is_ones
 
     def _leaf_node(self, factor: Factor) -> fx.Node:
-        node = self._leaves.matrices[factor.leaf].node
-        if node is None:
-            raise EmissionError("a plan materialises the ones that broadcast a bias")
-        return node
+        return self._leaves.matrices[factor.leaf].origin.write(self._writer)
 
     def _leaf(self, factor: Factor) -> fx.Node:
         leaf, node = self._leaves.matrices[factor.leaf], self._leaf_node(factor)
-        as_it_is = not self._writer.flattens and equal(shape_of(node)[-1], leaf.cols)
+        as_it_is = (
+            not self._writer.flattens
+            and len(shape_of(node)) > 1
+            and equal(shape_of(node)[-1], leaf.cols)
+        )
         if not as_it_is or factor.transposed or leaf.batched:
             node = self._flat(factor.leaf, node)
         return self._writer.transpose(node) if factor.transposed else node

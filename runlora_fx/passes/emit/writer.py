@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any, cast
 
 import torch
@@ -12,12 +14,13 @@ from runlora_fx._torch_compat import in_fake_mode, is_sym_int
 from runlora_fx.passes.algebra.posed import Dim
 from runlora_fx.passes.emit.nodes import Inserter, values_of
 from runlora_fx.passes.levels.cuts import inverse
-from runlora_fx.passes.levels.forms import Copy, Reshape
+from runlora_fx.passes.levels.forms import Broadcast, Copy, Ones, Reshape, Stretch, Total
 from runlora_fx.passes.levels.level import Dialect
 from runlora_fx.passes.levels.sizes import (
     Shape,
     dim_of,
     equal,
+    factors_of,
     index_of,
     same_shape,
     shape_of,
@@ -91,6 +94,13 @@ class Writer:
         """``a + by`` for a number."""
         return a if by == 0.0 else self._call(self._calls.add, a, by)
 
+    def stretch(self, a: fx.Node, vector: fx.Node, *, rows: bool) -> fx.Node:
+        """``a * vector``: each row of a matrix, or each column, times an entry of the vector."""
+        node = self._call(self._calls.mul, a, vector)
+        # A column times a column could as well be read as an elementwise product.
+        self._reader.forms[node] = Stretch(a, vector, rows)
+        return node
+
     def divide(self, a: fx.Node, by: fx.Node) -> fx.Node:
         """``a / by``."""
         return self._call(self._calls.div, a, by)
@@ -136,6 +146,37 @@ class Writer:
             return self._call(self._calls.reshape, a, sizes)
         return self._call(self._calls.view, a, sizes)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the root that is written now."""
+        like = value_of(self._insert.anchor)
+        assert like is not None
+        return like.dtype
+
+    def ones(self, rows: Dim) -> fx.Node:
+        """A column of ones of shape (rows, 1), in the dtype and on the device of the root."""
+        like = value_of(self._insert.anchor)
+        assert like is not None
+        sizes = [self._size(rows), 1]
+        node = self._call(self._calls.full, sizes, 1.0, dtype=like.dtype, device=like.device)
+        self._reader.forms[node] = Ones()
+        return node
+
+    def repeat(self, a: fx.Node, times: Dim, *, rows: bool) -> fx.Node:
+        """One row repeated to a number of rows, or one column to a number of columns."""
+        sizes = [self._size(times), -1] if rows else [-1, self._size(times)]
+        node = self._call(self._calls.expand, a, sizes)
+        self._reader.forms[node] = Broadcast(a)
+        return node
+
+    def total(self, a: fx.Node, *, rows: bool) -> fx.Node:
+        """The sum of the rows of a matrix as one row, or of its columns as one column."""
+        n = len(shape_of(a))
+        dims = list(range(n - 1)) if rows else [n - 1]
+        node = self._call(self._calls.sum, a, dims, True)
+        self._reader.forms[node] = Total(a, rows)
+        return self.reshape(node, (1, shape_of(a)[-1])) if rows else node
+
     def dots(self, a: fx.Node, b: fx.Node, *, rows: bool) -> fx.Node:
         """The dot products of the rows of two matrices, or those of their columns."""
         if self._calls.einsum is None:
@@ -172,8 +213,10 @@ class Writer:
             return [size if isinstance(size, int) else -1 for size in shape]
         return [size if isinstance(size, int) else self._size(size) for size in shape]
 
-    def _size(self, size: Dim) -> fx.Node:
-        """A node that holds a symbolic size, from the graph or from a tensor that has it."""
+    def _size(self, size: Dim) -> int | fx.Node:
+        """A size, or a node that holds it: from the graph, or from a tensor that has it."""
+        if isinstance(size, int):
+            return size
         limit = self._position[self._insert.anchor]
         tensors: list[tuple[fx.Node, int]] = []
         for node, position in self._position.items():
@@ -184,6 +227,10 @@ class Writer:
             where = None if value_of(node) is None else index_of(size, shape_of(node))
             if where is not None:
                 tensors.append((node, where))
+        factors = [] if tensors else factors_of(size)
+        if factors:
+            first, *others = map(self._size, factors)
+            return reduce(lambda a, b: self._call(operator.mul, a, b), others, first)
         if not tensors:
             raise EmissionError(f"no tensor before {self._insert.anchor.name} has the size {size}")
         return self._call(self._calls.size, *tensors[0])

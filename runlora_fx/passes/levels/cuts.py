@@ -95,10 +95,30 @@ def inverse(dims: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(result)
 
 
-def broadcast_cut(term: Shape, shape: Shape, cut: Cut) -> Cut | None:
-    """The cut that shows a bias as one row, if it broadcasts over exactly the rows of a sum."""
-    cols = shape[cut.cols :]
-    lead = len(term) - len(cols)
-    if cut.rows != 0 or lead < 0 or same_shape(term, shape):
+class Repetition(NamedTuple):
+    """How a smaller tensor is repeated to fill a matrix.
+
+    Attributes:
+        cut: Shows the smaller tensor as one row, or as one column.
+        rows: Whether it is a row, repeated for every row of the matrix; else a column.
+    """
+
+    cut: Cut
+    rows: bool
+
+
+def repetition(term: Shape, shape: Shape, cut: Cut) -> Repetition | None:
+    """How a tensor of one shape broadcasts over the matrix that a cut shows of another.
+
+    Returns:
+        None if the shapes are equal, or if the tensor is neither one row nor one column.
+    """
+    if cut.rows != 0 or same_shape(term, shape):
         return None
-    return Cut(0, lead) if same_shape(term[lead:], cols) and all_one(term[:lead]) else None
+    rows, cols = shape[: cut.cols], shape[cut.cols :]
+    lead = len(term) - len(cols)
+    if lead >= 0 and same_shape(term[lead:], cols) and all_one(term[:lead]):
+        return Repetition(Cut(0, lead), rows=True)
+    if len(term) == len(shape) and same_shape(term[: cut.cols], rows) and all_one(term[cut.cols :]):
+        return Repetition(cut, rows=False)
+    return None

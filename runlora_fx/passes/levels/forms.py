@@ -117,6 +117,31 @@ class Identity:
 
 
 @dataclass(frozen=True)
+class Ones:
+    """A tensor of ones: the column of ones times a row of ones."""
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """The source, repeated to the node's shape: the column of ones times a row, or a column."""
+
+    source: fx.Node
+
+
+@dataclass(frozen=True)
+class Total:
+    """The sum of the source's rows, as one row (``1' M``), or of its columns (``M 1``).
+
+    Attributes:
+        source: Seen as a matrix by its last dimension.
+        rows: Whether its rows are added up; else its columns.
+    """
+
+    source: fx.Node
+    rows: bool
+
+
+@dataclass(frozen=True)
 class Cast:
     """The source in another dtype: a border of the region, unless it changes nothing."""
 
@@ -124,7 +149,20 @@ class Cast:
 
 
 Form: TypeAlias = (
-    Product | Dots | Sum | Scale | Stretch | Shift | Reshape | Copy | Permute | Identity | Cast
+    Product
+    | Dots
+    | Sum
+    | Scale
+    | Stretch
+    | Shift
+    | Reshape
+    | Copy
+    | Permute
+    | Identity
+    | Ones
+    | Broadcast
+    | Total
+    | Cast
 )
 
 

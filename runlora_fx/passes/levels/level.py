@@ -38,6 +38,9 @@ class Calls:
     size: Callable[..., Any]
     cast: Callable[..., Any]
     clone: Callable[..., Any]
+    full: Callable[..., Any]
+    expand: Callable[..., Any]
+    sum: Callable[..., Any]
     einsum: Callable[..., Any] | None = None
     stacked: Callable[..., Any] | None = None
     merged: Callable[..., Any] | None = None

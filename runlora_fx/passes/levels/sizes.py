@@ -129,6 +129,13 @@ def numel(shape: Sequence[Dim]) -> Dim:
     return total if isinstance(total, int) else _multiplied_out(total)
 
 
+def factors_of(size: Dim) -> list[Dim]:
+    """The sizes whose product a size is; none if it is no product."""
+    if isinstance(size, int) or not size.is_Mul:
+        return []
+    return [_multiplied_out(factor) for factor in size.args]
+
+
 def prefix_products(shape: Sequence[Dim]) -> Shape:
     """The products of the first 0, 1, 2, ... sizes."""
     return tuple(numel(shape[:n]) for n in range(len(shape) + 1))

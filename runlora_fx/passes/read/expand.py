@@ -15,18 +15,21 @@ from runlora_fx.passes.algebra import polynomials as algebra
 from runlora_fx.passes.algebra.polynomials import Polynomial, Scalar
 from runlora_fx.passes.levels.cuts import (
     Cut,
-    broadcast_cut,
     inverse,
+    last_dim_cut,
     permuted_cut,
     recut,
+    repetition,
     same_matrix,
 )
 from runlora_fx.passes.levels.forms import (
+    Broadcast,
     Cast,
     Copy,
     Dots,
     Form,
     Identity,
+    Ones,
     Permute,
     Product,
     Reshape,
@@ -34,6 +37,7 @@ from runlora_fx.passes.levels.forms import (
     Shift,
     Stretch,
     Sum,
+    Total,
     products,
 )
 from runlora_fx.passes.levels.level import Dialect
@@ -46,6 +50,9 @@ _DEPTH = 6
 
 #: What the graph adds up to a value: one polynomial for each product or leaf.
 Addends: TypeAlias = tuple[Polynomial, ...]
+
+#: The terms of a sum with their coefficients.
+Terms: TypeAlias = tuple[tuple[fx.Node | Product, float], ...]
 
 
 class Expander(ABC):
@@ -73,8 +80,13 @@ class Expander(ABC):
                 left, right = self.factors(form)
                 return ((total(left) @ total(right)).dots,)
             case Sum(terms):
-                scaled = (_scaled(self._term(shape, cut, term), Scalar(c)) for term, c in terms)
-                return tuple(p for addends in scaled for p in addends)
+                return self._sum(terms, shape, cut)
+            case Broadcast(source):
+                return self.broadcast(source, shape, cut)
+            case Ones():
+                return self._ones(shape, cut)
+            case Total() as form:
+                return self._total(form, shape, cut)
             case Copy(source):
                 return self.operand(source, cut)
             case Reshape(source):
@@ -128,18 +140,50 @@ class Expander(ABC):
                 return self.diagonal(source).scaled(Scalar(by))
         return self.leaves.diagonal(self.values, vector)
 
-    def _term(self, shape: Shape, cut: Cut, term: fx.Node | Product) -> Addends:
-        """One term of a sum, broadcast to the sum's shape."""
-        if isinstance(term, Product):
-            return self.product(term)
-        broadcast = broadcast_cut(shape_of(term), shape, cut)
-        if broadcast is None:
-            return self.operand(term, cut)
-        rows = cut.extents(shape)[1]
-        if is_one(rows):  # added to a row, nothing is repeated
-            return self.operand(term, broadcast)
-        ones = self.leaves.ones(rows)
-        return tuple(ones @ p for p in self.operand(term, broadcast))
+    def _sum(self, terms: Terms, shape: Shape, cut: Cut) -> Addends | None:
+        found: list[Polynomial] = []
+        for term, c in terms:
+            below = (
+                self.product(term)
+                if isinstance(term, Product)
+                else self.broadcast(term, shape, cut)
+            )
+            if below is None:
+                return None
+            found += _scaled(below, Scalar(c))
+        return tuple(found)
+
+    def broadcast(self, source: fx.Node, shape: Shape, cut: Cut) -> Addends | None:
+        """A tensor repeated to a shape: the column of ones times a row, or a column times a row."""
+        if same_shape(shape_of(source), shape):
+            return self.operand(source, cut)
+        lies = repetition(shape_of(source), shape, cut)
+        if lies is None:
+            return None
+        _, rows, cols = cut.extents(shape)
+        ones = self.leaves.ones(rows if lies.rows else cols)
+        below = self.operand(source, lies.cut)
+        return tuple(ones @ p if lies.rows else p @ ones.T for p in below)
+
+    def _ones(self, shape: Shape, cut: Cut) -> Addends | None:
+        batch, rows, cols = cut.extents(shape)
+        return (self.leaves.ones(rows) @ self.leaves.ones(cols).T,) if is_one(batch) else None
+
+    def _total(self, form: Total, shape: Shape, cut: Cut) -> Addends | None:
+        """``1' M`` or ``M 1``: the same vector, shown as a row or as a column."""
+        source = shape_of(form.source)
+        seen = last_dim_cut(len(source))
+        _, rows, cols = seen.extents(source)
+        below = self.operand(form.source, seen)
+        size = cols if form.rows else rows
+        ones = self.leaves.ones(rows if form.rows else cols)
+        totals = tuple(ones.T @ p if form.rows else p @ ones for p in below)
+        shown = cut.extents(shape)
+        if same_shape(shown, (1, 1, size) if form.rows else (1, size, 1)):
+            return totals
+        if same_shape(shown, (1, size, 1) if form.rows else (1, 1, size)):
+            return _transposed(totals)
+        return None
 
     def _scalar(self, form: Scale) -> Scalar:
         by = form.by
@@ -183,6 +227,8 @@ def sources(form: Form) -> list[fx.Node]:
         case Shift(source, _):
             return [source]
         case Reshape(source) | Copy(source) | Permute(source, _) | Cast(source):
+            return [source]
+        case Broadcast(source) | Total(source, _):
             return [source]
     return []
 

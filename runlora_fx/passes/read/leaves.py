@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import fx
 
@@ -15,12 +15,53 @@ from runlora_fx.passes.levels.sizes import Shape, is_one, numel, same_shape, sha
 from runlora_fx.passes.read.value_numbers import ValueNumbers
 
 
+class LeafWriter(Protocol):
+    """What emission offers to an origin that has to write its tensor."""
+
+    def ones(self, rows: Dim) -> fx.Node:
+        """A column of ones of shape (rows, 1), in the dtype and on the device of the root."""
+
+
+class Origin(Protocol):
+    """Where the tensor of a leaf comes from: a node holds it, or it is written when needed."""
+
+    @property
+    def node(self) -> fx.Node | None:
+        """The node that holds the tensor; None if it has to be written."""
+
+    def write(self, writer: LeafWriter) -> fx.Node:
+        """The tensor, written where the writer stands if no node holds it."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """A node of the graph holds the tensor."""
+
+    node: fx.Node
+
+    def write(self, writer: LeafWriter) -> fx.Node:
+        """The node that holds it; nothing is written."""
+        return self.node
+
+
+@dataclass(frozen=True)
+class Ones:
+    """The column of ones that broadcasts a row over ``rows`` rows; no node holds it."""
+
+    rows: Dim
+    node: None = None
+
+    def write(self, writer: LeafWriter) -> fx.Node:
+        """A column of ones."""
+        return writer.ones(self.rows)
+
+
 @dataclass(frozen=True)
 class Leaf:
     """A tensor that no linear node made, as a matrix (or a batch of them).
 
     Attributes:
-        node: The tensor, or None for the column of ones that broadcasts a bias over rows.
+        origin: Where the tensor comes from.
         batch: Matrices in the batch; 1 for a plain matrix.
         rows: Rows of each.
         cols: Columns of each.
@@ -28,12 +69,22 @@ class Leaf:
         diagonal: Whether it is the diagonal matrix of a vector.
     """
 
-    node: fx.Node | None
+    origin: Origin
     batch: Dim
     rows: Dim
     cols: Dim
     batched: bool
     diagonal: bool = False
+
+    @property
+    def node(self) -> fx.Node | None:
+        """The node that holds the tensor; None if it has to be written."""
+        return self.origin.node
+
+    @property
+    def is_ones(self) -> bool:
+        """Whether it is the column of ones that broadcasts a row."""
+        return isinstance(self.origin, Ones)
 
 
 class ScalarLeaf(NamedTuple):
@@ -59,7 +110,7 @@ class Leaves:
         key = (number, extents)
         if key not in self._index:
             self._index[key] = len(self.matrices)
-            self.matrices.append(Leaf(values.first(number), *extents, batched))
+            self.matrices.append(Leaf(Held(values.first(number)), *extents, batched))
         found = algebra.leaf(self._index[key])
         return found.T if turned else found
 
@@ -70,11 +121,13 @@ class Leaves:
         return None if index is None else Factor(index, turned)
 
     def ones(self, rows: Dim) -> Polynomial:
-        """The column of ones that repeats a row."""
+        """The column of ones that repeats a row: the identity where there is one row."""
+        if is_one(rows):
+            return algebra.IDENTITY
         key = ("ones", rows)
         if key not in self._index:
             self._index[key] = len(self.matrices)
-            self.matrices.append(Leaf(None, 1, rows, 1, False))
+            self.matrices.append(Leaf(Ones(rows), 1, rows, 1, False))
         return algebra.leaf(self._index[key])
 
     def diagonal(self, values: ValueNumbers, vector: fx.Node) -> Polynomial:
@@ -83,7 +136,9 @@ class Leaves:
         key = ("diagonal", number)
         if key not in self._index:
             self._index[key] = len(self.matrices)
-            self.matrices.append(Leaf(values.first(number), 1, size, size, False, diagonal=True))
+            self.matrices.append(
+                Leaf(Held(values.first(number)), 1, size, size, False, diagonal=True)
+            )
         return algebra.leaf(self._index[key], diagonal=True)
 
     def scalar(self, values: ValueNumbers, node: fx.Node, *, inverse: bool) -> Scalar:

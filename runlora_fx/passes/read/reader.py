@@ -17,10 +17,10 @@ from torch import fx
 from runlora_fx.passes.algebra.polynomials import Factor, Polynomial
 from runlora_fx.passes.levels.cuts import (
     Cut,
-    broadcast_cut,
     last_dim_cut,
     permuted_cut,
     recut,
+    repetition,
     same_matrix,
 )
 from runlora_fx.passes.levels.forms import (
@@ -362,10 +362,8 @@ class GraphReader(Expander):
         if cut is None:
             return None
         fits = all(
-            same_shape(shape, shape_of(term))
-            or broadcast_cut(shape_of(term), shape, cut) is not None
-            for term, _ in form.terms
-            if isinstance(term, fx.Node)
+            same_shape(term, shape) or ((lies := repetition(term, shape, cut)) and lies.rows)
+            for term in (shape_of(term) for term, _ in form.terms if isinstance(term, fx.Node))
         )
         return cut if fits else None
 
@@ -449,11 +447,11 @@ class GraphReader(Expander):
                 return source is node and by is not node and self._shows(node, self.cuts[user])
             case Sum(terms):
                 shape, cut = shape_of(user), self.cuts[user]
-                broadcast = broadcast_cut(shape_of(node), shape, cut)
+                lies = repetition(shape_of(node), shape, cut)
                 return all(
                     fits(term)
                     if isinstance(term, Product)
-                    else term is not node or self._shows(node, broadcast or cut)
+                    else term is not node or self._shows(node, lies.cut if lies else cut)
                     for term, _ in terms
                 )
         return True
@@ -517,7 +515,7 @@ class GraphReader(Expander):
         )
 
     def _is_ones(self, factor: Factor) -> bool:
-        return self.leaves.matrices[factor.leaf].node is None
+        return self.leaves.matrices[factor.leaf].is_ones
 
     def _stop_operands(self, node: fx.Node) -> bool:
         """Make the sums below a product roots, so that its polynomial stays small."""

@@ -133,7 +133,7 @@ class Regions:
         if len(part) != 1:
             return False
         leaves = self._reader.leaves.matrices
-        return sum(leaves[f.leaf].node is not None for f in part.terms[0][0].factors) <= 1
+        return sum(not leaves[f.leaf].is_ones for f in part.terms[0][0].factors) <= 1
 
     # -- the graph as it came ------------------------------------------------------------------
 
@@ -299,7 +299,7 @@ class Regions:
     def _spec(self, own: int, index: int, dims: DimClasses) -> LeafSpec:
         leaf = dims.leaves[own]
         batch, rows, cols = dims.of(own)
-        if leaf.node is None:
+        if leaf.is_ones or leaf.node is None:
             return LeafSpec(rows, cols, batch, kind="ones")
         if leaf.diagonal:  # a vector: whoever holds it holds next to nothing
             return LeafSpec(rows, cols, batch, "diagonal", leaf.node in self._phases.tangent)
