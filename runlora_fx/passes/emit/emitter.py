@@ -9,7 +9,7 @@ through whatever reads it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -37,6 +37,7 @@ from runlora_fx.passes.algebra.polynomials import (
 )
 from runlora_fx.passes.algebra.posed import Dim
 from runlora_fx.passes.emit.layout import is_relied_on, memory_order
+from runlora_fx.passes.emit.orientation import orientations, stands_transposed
 from runlora_fx.passes.emit.writer import EmissionError, Writer
 from runlora_fx.passes.levels.forms import Identity, Permute, Reshape
 from runlora_fx.passes.levels.sizes import (
@@ -103,7 +104,7 @@ class Emitter:
         phases: Phases,
         writer: Writer,
         plan: Plan,
-        roots: Iterable[Root],
+        roots: Sequence[Root],
         existing: Mapping[tuple[Value, Step], tuple[fx.Node, bool]],
         came: Collection[tuple[Value, Step]],
         hint: Callable[[Dim], int],
@@ -138,6 +139,7 @@ class Emitter:
         self.copied: dict[fx.Node, fx.Node] = {}
         self._of_values: set[fx.Node] = set()
         self._uses = self._count_uses(roots)
+        self._orientations = orientations(plan.steps, roots, self._value)
 
     def emit(self, root: Root) -> fx.Node:
         """Write a root anew, in front of the node that holds it now.
@@ -361,8 +363,15 @@ class Emitter:
     def _as_made(self, value: Value, prefer: bool | None = None) -> tuple[fx.Node, bool]:
         """The node that holds a value, and whether it holds its transpose."""
         if value not in self._made:
-            self._made[value] = self._make(value, self._lies(value) if prefer is None else prefer)
+            turned = self._orientations.get(value, prefer)
+            if turned is None:
+                turned = stands_transposed(value.core, self._size)
+            self._made[value] = self._make(value, turned)
         return self._made[value]
+
+    def _size(self, factor: Factor) -> int:
+        leaf = self._leaves.matrices[factor.leaf]
+        return self._hint(leaf.rows) * self._hint(leaf.cols)
 
     def _make(self, value: Value, transposed: bool) -> tuple[fx.Node, bool]:
         if value.core.leaf is not None:
@@ -551,17 +560,6 @@ class Emitter:
     def _flat(self, leaf: int, node: fx.Node) -> fx.Node:
         spec = self._leaves.matrices[leaf]
         return self._writer.reshape(node, _matrix_shape(spec.batch, spec.rows, spec.cols))
-
-    def _lies(self, value: Value) -> bool:
-        """Whether to compute a value transposed: its largest leaf should stand untransposed."""
-        leaves = self._leaves.matrices
-
-        def size(factor: Factor) -> int:
-            leaf = leaves[factor.leaf]
-            return self._hint(leaf.rows) * self._hint(leaf.cols)
-
-        factors = (f for word in value.core.words for f in word.without_diagonals)
-        return max(factors, key=size).transposed
 
     def _count_uses(self, roots: Iterable[Root]) -> Counter[Value]:
         """How often each value is read, by steps of either phase and by roots."""
