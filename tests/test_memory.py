@@ -18,10 +18,12 @@ from checks import (
 )
 from market import lora_layers, randomise_lora_b
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import profile
 
 import runlora_fx
+from runlora_fx.passes.emit.kept import stop_keeping_what_escapes
 from runlora_fx.runtime import kept_weights as reuse
 
 RTOL = 1e-5
@@ -301,6 +303,66 @@ def test_tensors_without_versions_are_not_kept(made: Kept) -> None:
         found = torch.ops.runlora.merged(*args)
         torch.testing.assert_close(found, torch.addmm(*args[:3], alpha=0.5))
     assert runlora_fx.forget_merged_weights() == 0
+
+
+#: Ways in which a merged weight leaves the graph, or is written to in it.
+ESCAPES: dict[str, Callable[[Tensor], Tensor]] = {
+    "itself": lambda m: m,
+    "a transpose": lambda m: m.t(),
+    "a row": lambda m: m[0],
+    "a view": lambda m: torch.ops.aten.view.default(m, [-1]),
+    "an alias": lambda m: torch.ops.aten.alias.default(m.t()),
+    "a copy that a compiler takes out": lambda m: m.clone(),
+    "added to zero": lambda m: m + 0,
+    "an update that a compiler makes in place": lambda m: m.index_fill(
+        0, torch.tensor([0]), 1.0
+    ).sum(),
+}
+ONLY_READ: dict[str, Callable[[Tensor], Tensor]] = {
+    "multiplied": lambda m: m.t() @ m,
+    "measured": lambda m: m.norm(dim=1),
+    "scaled and multiplied": lambda m: (2 * m) @ m,
+}
+
+
+def _with_kept_weight(show: Callable[[Tensor], Tensor]) -> tuple[fx.GraphModule, list[Tensor]]:
+    def fn(w: Tensor, b: Tensor, a: Tensor) -> Tensor:
+        return show(torch.ops.runlora.merged(w, b, a, 2.0))
+
+    inputs = [torch.randn(8, 8), torch.randn(8, 2), torch.randn(2, 8)]
+    gm = make_fx(fn)(*inputs)
+    stop_keeping_what_escapes(gm.graph, torch.ops.aten.addmm.default)
+    gm.recompile()
+    runlora_fx.forget_merged_weights()  # of tracing
+    return gm, inputs
+
+
+@pytest.mark.parametrize("escape", ESCAPES)
+def test_a_kept_weight_does_not_leave_the_graph(escape: str, made: Kept) -> None:
+    gm, inputs = _with_kept_weight(ESCAPES[escape])
+    wanted = gm(*inputs).clone()
+    gm(*inputs).zero_()  # the user edits the output in place
+    torch.testing.assert_close(gm(*inputs), wanted)
+    assert runlora_fx.forget_merged_weights() == 0
+
+
+@pytest.mark.parametrize("reader", ONLY_READ)
+def test_a_weight_that_is_only_read_is_kept(reader: str, made: Kept) -> None:
+    gm, inputs = _with_kept_weight(ONLY_READ[reader])
+    gm(*inputs)
+    assert runlora_fx.forget_merged_weights() == 4 * 8 * 8
+
+
+def test_a_weight_made_of_one_that_is_not_kept_is_not_kept_either(made: Kept) -> None:
+    merge = torch.ops.runlora.merged
+
+    def fn(w: Tensor, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        first = merge(w, b, a, 1.0)
+        return first, merge(first.t(), b, a, 1.0) @ w
+
+    inputs = [torch.randn(8, 8), torch.randn(8, 2), torch.randn(2, 8)]
+    gm = make_fx(fn)(*inputs)
+    assert stop_keeping_what_escapes(gm.graph, torch.ops.aten.addmm.default) == 2
 
 
 def test_reuse_belongs_to_fast() -> None:

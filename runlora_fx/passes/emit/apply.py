@@ -10,6 +10,7 @@ from runlora_fx.passes.algebra.plan import Plan, Step, Value, product_step
 from runlora_fx.passes.algebra.polynomials import IDENTITY, normalise
 from runlora_fx.passes.emit.dequantised import recompute_dequantised
 from runlora_fx.passes.emit.emitter import Emitter
+from runlora_fx.passes.emit.kept import stop_keeping_what_escapes
 from runlora_fx.passes.emit.layout import is_relied_on
 from runlora_fx.passes.emit.verify import VerificationError, verify
 from runlora_fx.passes.emit.writer import EmissionError, Writer
@@ -71,6 +72,8 @@ def apply(analysis: Analysis, plans: Mapping[int, Plan], lasting: Collection[fx.
         )
         for node in dict.fromkeys(leaf.node for leaf in leaves if leaf.node is not None):
             recompute_dequantised(node, analysis.effects)
+    if analysis.dialect.calls.merged is not None:
+        stop_keeping_what_escapes(analysis.graph, analysis.dialect.calls.addmm)
 
 
 def _whole_plan(analysis: Analysis, plans: Mapping[int, Plan]) -> Plan:
