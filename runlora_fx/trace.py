@@ -14,8 +14,7 @@ from runlora_fx._torch_compat import APART
 from runlora_fx.backend import aot_backend
 from runlora_fx.joint_pass import run
 from runlora_fx.options import Options
-from runlora_fx.passes.levels.aten import DIFFERENTIABLE_ATEN
-from runlora_fx.passes.levels.torch_functions import TORCH
+from runlora_fx.passes.levels.differentiable import level_of
 from runlora_fx.passes.lower.modules import Lowering
 from runlora_fx.passes.read.example_values import annotate
 from runlora_fx.report.data import Report, merged
@@ -43,12 +42,11 @@ def rewrite(
         ValueError: If an option is not valid, or if there are neither metadata nor example inputs.
     """
     chosen = Options.of(options)
-    is_aten = any(isinstance(node.target, torch._ops.OpOverload) for node in gm.graph.nodes)
     result = _copy(gm)
     lowering = Lowering(result)
     annotate(result, example_inputs)
     lowering.lift_attributes()
-    run(result.graph, DIFFERENTIABLE_ATEN if is_aten else TORCH, chosen)
+    run(result.graph, level_of(result.graph), chosen)
     lowering.undo()
     result.graph.lint()
     result.recompile()

@@ -40,7 +40,8 @@ def _neg(a: Any) -> Form | None:
 
 def _einsum(equation: str, *operands: Any) -> Form | None:
     nested = len(operands) == 1 and isinstance(operands[0], list | tuple)
-    return builders.einsum(equation, operands[0] if nested else operands)
+    factors = operands[0] if nested else operands
+    return builders.einsum(equation, factors) or builders.dots(equation, factors)
 
 
 def _addmm(c: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any = 1) -> Form | None:
@@ -148,6 +149,7 @@ TORCH = Dialect(
         sum=torch.sum,
         cast=torch.Tensor.to,
         clone=torch.clone,
+        einsum=torch.einsum,
         stacked=torch.matmul,
     ),
 )
