@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import runlora_fx
+from runlora_fx.passes.read.effects import Effects
 
 Fn = Callable[..., Any]
 
@@ -342,3 +343,164 @@ def test_mutation(level: str, fn: Fn) -> None:
     if level == "runlora_eager" and fn is _dropout_that_drops_nothing_is_an_alias:
         pytest.skip("AOTAutograd copies there, also under aot_eager")
     assert_same(fn, level)
+
+
+# --- mutation that costs nothing
+
+
+def _before_the_first_reader(x: Any, w: Any, a: Any, b: Any, t: Any, v: Any) -> Any:
+    x.relu_()
+    return x @ w + x @ a @ b
+
+
+def _activation_in_place(x: Any, w: Any, a: Any, b: Any, t: Any, v: Any) -> Any:
+    h = F.relu(x @ v, inplace=True)
+    return h @ w + h @ a @ b
+
+
+def _another_tensor(x: Any, w: Any, a: Any, b: Any, t: Any, v: Any) -> Any:
+    base = x @ w
+    t.add_(1)
+    return base + x @ a @ b, t
+
+
+def _residual_added_in_place(x: Any, w: Any, a: Any, b: Any, t: Any, v: Any) -> Any:
+    h = x.clone()
+    h += torch.tanh(h @ w + h @ a @ b)
+    h += torch.tanh(h @ v + h @ a @ b)
+    return h
+
+
+@pytest.mark.parametrize(
+    ("fn", "changes"),
+    [
+        (_before_the_first_reader, 1),
+        (_activation_in_place, 1),
+        (_another_tensor, 1),
+        (_residual_added_in_place, 2),
+        (_after_the_last_reader, 1),
+    ],
+    ids=lambda x: getattr(x, "__name__", "").strip("_"),
+)
+@pytest.mark.parametrize("level", LEVELS)
+def test_mutation_elsewhere_costs_nothing(level: str, fn: Fn, changes: int) -> None:
+    assert_same(fn, level)
+    assert _changes() == changes
+
+
+# --- what a graph shares
+
+
+class _Tied(nn.Module):
+    """One weight under two names, and a buffer that is a view of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        _, w, a, b, _, _ = inputs()
+        self.w = self.again = nn.Parameter(w, requires_grad=False)
+        self.register_buffer("turned", self.w.detach().t())
+        self.a, self.b = nn.Parameter(a), nn.Parameter(b)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x @ self.w
+        self.turned.mul_(2)
+        return y + x @ self.a @ self.b, x @ self.again
+
+
+@pytest.mark.parametrize("level", ["symbolic_trace", "make_fx"])
+def test_tied_attributes_are_one_memory(level: str) -> None:
+    def traced(model: nn.Module, x: Tensor) -> fx.GraphModule:
+        return fx.symbolic_trace(model) if level == "symbolic_trace" else make_fx(model)(x)
+
+    x, model = inputs()[0], _Tied()
+    model.requires_grad_(False)
+    gm = traced(model, x)
+    model = _Tied().requires_grad_(False)
+    expected = model(x)
+    gm = fx.symbolic_trace(_Tied().requires_grad_(False))
+    new = runlora_fx.rewrite(gm, [x], strict=True)
+    torch.testing.assert_close(new(x), expected)
+    torch.testing.assert_close(new.turned, model.turned)
+
+
+def test_attributes_are_told_apart_by_their_storage() -> None:
+    graph = fx.symbolic_trace(_Tied()).graph
+    effects, by_name = Effects(graph), {n.target: n for n in graph.nodes if n.op == "get_attr"}
+    w, again, turned, a = (by_name[name] for name in ("w", "again", "turned", "a"))
+    assert effects.memory_of(w) == effects.memory_of(again) == effects.memory_of(turned)
+    assert effects.memory_of(w).isdisjoint(effects.memory_of(a))
+    assert effects.attribute(w) != effects.attribute(again)  # it was modified in between
+
+
+def test_movement_is_asked_for_two_places() -> None:
+    def fn(x: Any, w: Any) -> Any:
+        product = x @ w
+        view = x.view(-1)
+        noise = torch.rand_like(x)
+        view.add_(1)
+        return product + noise, product * 2
+
+    graph = fx.symbolic_trace(fn).graph
+    effects, nodes = Effects(graph), {node.name: node for node in graph.nodes}
+    product, view, noise, write = (nodes[n] for n in ("matmul", "view", "rand_like", "add_"))
+    later, last = nodes["add"], nodes["mul"]
+    assert effects.writes(write) == effects.memory_of(nodes["x"]) == effects.memory_of(view)
+    assert effects.is_movable(product, write)
+    assert not effects.is_movable(product, later)
+    assert effects.is_movable(later, last)
+    assert effects.is_random(noise)
+    assert not effects.is_movable(noise, write)
+    assert effects.version(nodes["x"], product) == 0
+    assert effects.version(nodes["x"], later) == 1
+
+
+def test_modes_are_counted_from_the_first() -> None:
+    graphs: list[fx.GraphModule] = []
+
+    def fn(x: Tensor) -> Tensor:
+        y = x + 1
+        with torch.no_grad():
+            z = x + 2
+        with torch.autocast("cpu", torch.bfloat16):
+            u = x + 3
+        return y + z + u
+
+    torch._dynamo.reset()
+    torch.compile(fn, backend=lambda gm, _: graphs.append(gm) or gm, fullgraph=True)(torch.ones(2))
+    effects = Effects(graphs[0].graph)
+    adds = [node for node in graphs[0].graph.nodes if "add" in str(node.target)]
+    y, z, u, *rest = (effects.mode_of(node) for node in adds)
+    assert y == 0
+    assert len({y, z, u}) == 3
+    assert rest == [0, 0]
+    assert not effects.is_movable(adds[0], adds[1])
+
+
+def test_a_graph_that_an_operator_calls_is_looked_into() -> None:
+    def fn(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        def block(x: Tensor) -> Tensor:
+            return torch.tanh(x @ w + x @ a @ b)
+
+        y = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+        return x @ w + y + x @ a @ b
+
+    graphs: list[fx.GraphModule] = []
+    given = [z.requires_grad_() for z in inputs()[:4]]
+    torch._dynamo.reset()
+    torch.compile(fn, backend=lambda gm, _: graphs.append(gm) or gm, fullgraph=True)(*given)
+    (call,) = (n for n in graphs[0].graph.nodes if "checkpoint" in str(n.target))
+    effects = Effects(graphs[0].graph)
+    assert not effects.writes(call)
+    assert not effects.is_random(call)
+    assert not effects.is_pure(call)
+
+
+def test_two_results_of_one_value_stay_two_tensors() -> None:
+    def fn(x: Any, w: Any, a: Any, b: Any, t: Any, v: Any) -> Any:
+        return x @ w + x @ a @ b, x @ w + x @ a @ b
+
+    for level in ("symbolic_trace", *LEVELS):
+        one, other = rewritten(fn, level)(*inputs())
+        wanted = other.clone()
+        one.zero_()
+        torch.testing.assert_close(other, wanted)
