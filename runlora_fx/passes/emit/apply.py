@@ -12,6 +12,7 @@ from runlora_fx.passes.emit.dequantised import recompute_dequantised
 from runlora_fx.passes.emit.emitter import Emitter
 from runlora_fx.passes.emit.kept import stop_keeping_what_escapes
 from runlora_fx.passes.emit.layout import is_relied_on
+from runlora_fx.passes.emit.results import keep_results_apart, memory_of_results
 from runlora_fx.passes.emit.verify import VerificationError, verify
 from runlora_fx.passes.emit.writer import EmissionError, Writer
 from runlora_fx.passes.levels import forms
@@ -65,7 +66,9 @@ def apply(analysis: Analysis, plans: Mapping[int, Plan], lasting: Collection[fx.
         analysis.hint,
         lasting,
     )
+    memory = memory_of_results(analysis.graph, analysis.effects)
     _replace(analysis.graph, reader, writer, emitter, roots)
+    keep_results_apart(analysis.graph, memory, analysis.dialect.calls.clone)
     if analysis.phases.is_joint:
         leaves = (
             reader.leaves.matrices[leaf] for i in plans for leaf in analysis.posed[i].matrices

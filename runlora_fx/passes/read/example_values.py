@@ -49,7 +49,25 @@ def annotate(gm: fx.GraphModule, example_inputs: Sequence[Any] | None) -> None:
     # make_fx of real tensors gives every node a mode of its own, and modes do not mix.
     mode = modes[0] if len(modes) == 1 else FakeTensorMode(allow_non_fake_inputs=True)
     with torch.no_grad():
-        FakeTensorProp(gm, mode).propagate_dont_convert_inputs(*(_fake(x, mode) for x in given))
+        _Propagation(gm, mode).propagate_dont_convert_inputs(*(_fake(x, mode) for x in given))
+
+
+class _Propagation(FakeTensorProp):
+    """Computes example tensors only: what modifies a parameter or buffer leaves the real one."""
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self._example(super().get_attr(target, args, kwargs))
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        module = self.fetch_attr(target)
+        state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        examples = {name: self._example(tensor) for name, tensor in state.items()}
+        return torch.func.functional_call(module, examples, args, kwargs)
+
+    def _example(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
+            return value
+        return self._mode.from_tensor(value, static_shapes=True)
 
 
 def _modes(values: Sequence[object]) -> list[FakeTensorMode]:

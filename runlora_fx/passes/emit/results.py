@@ -1,0 +1,80 @@
+"""Results: what a graph returns stays in as many pieces of memory as before.
+
+Two roots of one value are emitted once. Whoever called the graph may write to one of them:
+
+    return x @ w + x @ a @ b, x @ w + x @ a @ b        ->        return y, y.clone()
+
+Invariant: two results of a graph share memory, with each other or with an input, only if they did
+before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+
+from runlora_fx.passes.emit.nodes import Inserter
+from runlora_fx.passes.read.effects import Effects, Memory
+
+
+def results_of(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes that a graph returns, one for every place among its results."""
+    found: list[fx.Node] = []
+
+    def see(node: fx.Node) -> fx.Node:
+        found.append(node)
+        return node
+
+    fx.node.map_arg(graph.output_node().args, see)
+    return found
+
+
+def memory_of_results(graph: fx.Graph, effects: Effects) -> list[frozenset[Memory]]:
+    """The memory that each result of a graph may lie in."""
+    return [effects.memory_of(node) for node in results_of(graph)]
+
+
+def keep_results_apart(
+    graph: fx.Graph, before: list[frozenset[Memory]], clone: Callable[..., Any]
+) -> int:
+    """Copy the results that share memory since a graph was rewritten, in place.
+
+    Args:
+        graph: The rewritten graph.
+        before: :func:`memory_of_results` of the graph as it came.
+        clone: The operator that copies a tensor.
+
+    Returns:
+        The number of copies.
+    """
+    effects, results = Effects(graph), results_of(graph)
+    inputs = [node for node in graph.nodes if node.op in ("placeholder", "get_attr")]
+    given = frozenset[Memory]().union(*map(effects.memory_of, inputs))
+    first: dict[Memory, int] = {}
+    shared: list[int] = []
+    for i, node in enumerate(results):
+        memory = effects.memory_of(node)
+        others = {first[m] for m in memory if m in first}
+        is_given = not memory.isdisjoint(given) and before[i].isdisjoint(given)
+        if is_given or any(before[i].isdisjoint(before[j]) for j in others):
+            shared.append(i)
+            continue
+        for m in memory:
+            first.setdefault(m, i)
+    if shared:
+        _copy(graph, shared, clone)
+    return len(shared)
+
+
+def _copy(graph: fx.Graph, which: list[int], clone: Callable[..., Any]) -> None:
+    """Return copies of some results."""
+    insert, output = Inserter(graph), graph.output_node()
+    insert.move_to(output)
+    place = iter(range(len(results_of(graph))))
+
+    def copied(node: fx.Node) -> fx.Node:
+        return insert(clone, node) if next(place) in which else node
+
+    output.args = fx.node.map_arg(output.args, copied)
