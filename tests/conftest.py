@@ -16,14 +16,8 @@ from runlora_fx.cost_model.devices.machine import DTYPES, key_of
 from runlora_fx.cost_model.store import FOLDER_VARIABLE, Record
 
 FLOPS_BOUND = {
-    "flops_per_s": 1e12,
-    "read_bytes_per_s": 1e25,
-    "write_bytes_per_s": 1e25,
-    "add_bytes_per_s": 1e25,
-    "launch_s": 1e-25,
-    "slower_nn": 1.0,
-    "slower_nt": 1.0,
-    "slower_tn": 1.0,
+    **dict.fromkeys(("flops.nn", "flops.nt", "flops.tn"), 1e-12),
+    **dict.fromkeys(("read", "written", "elementwise", "launches"), 1e-25),
 }
 
 # Profiles are kept by thread count: the processes that tests start have to use as many. Tests run

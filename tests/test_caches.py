@@ -53,11 +53,13 @@ class UsersPass(CustomGraphPass):
 
 # By name of the folder: of the number that is stored there in each process.
 BOUND_BY_FLOPS = {
-    "flops_per_s": 1e12, "read_bytes_per_s": 1e25, "write_bytes_per_s": 1e25,
-    "add_bytes_per_s": 1e25, "launch_s": 1e-25,
-    "slower_nn": 1.0, "slower_nt": 1.0, "slower_tn": 1.0,
+    **dict.fromkeys(("flops.nn", "flops.nt", "flops.tn"), 1e-12),
+    **dict.fromkeys(("read", "written", "elementwise", "launches"), 1e-25),
 }
-BOUND_BY_LAUNCHES = {**BOUND_BY_FLOPS, "flops_per_s": 1e25, "launch_s": 1.0}
+BOUND_BY_LAUNCHES = {
+    **BOUND_BY_FLOPS,
+    **dict.fromkeys(("flops.nn", "flops.nt", "flops.tn"), 1e-25), "launches": 1.0,
+}
 
 @contextmanager
 def measured(name, rates):

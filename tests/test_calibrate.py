@@ -12,6 +12,7 @@ import torch
 from runlora_fx.__main__ import main
 from runlora_fx.cli import calibrate as command
 from runlora_fx.cost_model import store
+from runlora_fx.cost_model.cost import TERMS
 from runlora_fx.cost_model.devices.machine import Machine, default_profile, key_of
 from runlora_fx.cost_model.store import FOLDER_VARIABLE
 
@@ -31,7 +32,7 @@ def calibrate(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str
 PLANS = """
 import torch
 from runlora_fx.cost_model.devices.machine import Machine
-print(Machine(use_stored=True).profile(torch.device("cpu"), "float32").flops_per_s)
+print(Machine(use_stored=True).profile(torch.device("cpu"), "float32").seconds_per["flops.nt"])
 """
 
 
@@ -44,12 +45,9 @@ def test_it_measures_stores_and_shows_how_well_the_rates_predict(no_profile: Pat
     assert [path.name for path in no_profile.glob("*.json")] == [key_of(CPU, "float32").file_name]
     record = store.load(key_of(CPU, "float32"))
     assert not record.products
-    assert set(record.rates) == {
-        *("flops_per_s", "read_bytes_per_s", "write_bytes_per_s", "add_bytes_per_s", "launch_s"),
-        *("slower_nn", "slower_nt", "slower_tn"),
-    }
+    assert set(record.seconds_per) == {name for name, term in TERMS.items() if term.is_timed}
     # Of no machine that runs this is a product slower or faster.
-    assert 1e8 < record.rates["flops_per_s"] < 1e15
+    assert 1e8 < 1 / record.seconds_per["flops.nt"] < 1e15
 
     # A table of products, each with two times, and their difference as a share.
     rows = re.findall(
@@ -58,9 +56,10 @@ def test_it_measures_stores_and_shows_how_well_the_rates_predict(no_profile: Pat
     )
     assert len(rows) >= 12
     profile = record.profile(default_profile(CPU, "float32"))
-    assert f"{profile.flops_per_s / 1e9:.0f} GFLOP/s" in done.stdout
+    shown = " ".join(done.stdout.split())
+    assert f"flops.nt {1e-9 / profile.seconds_per['flops.nt']:.3g} GFLOP/s" in shown
     for m, k, n, measured, predicted, error in rows:
-        seconds = 2 * int(m) * int(k) * int(n) / profile.flops_per_s
+        seconds = 2 * int(m) * int(k) * int(n) * profile.seconds_per_flop
         assert int(predicted) >= int(seconds * 1e6) - 1
         if int(measured) > 500:  # shown to the microsecond
             assert int(error) == pytest.approx(100 * (int(predicted) / int(measured) - 1), abs=1)
@@ -69,7 +68,7 @@ def test_it_measures_stores_and_shows_how_well_the_rates_predict(no_profile: Pat
 
     # Another process plans by it, and so does this one.
     other = subprocess.run([sys.executable, "-c", PLANS], capture_output=True, text=True)
-    assert float(other.stdout) == profile.flops_per_s, other.stderr
+    assert float(other.stdout) == profile.seconds_per["flops.nt"], other.stderr
     assert Machine(use_stored=True).profile(CPU, "float32") == profile
 
 

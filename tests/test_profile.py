@@ -21,23 +21,37 @@ from runlora_fx import Options, RunloraPass
 from runlora_fx.cost_model import store
 from runlora_fx.cost_model.devices import cpu as cpu_kind
 from runlora_fx.cost_model.devices import measure, registry
-from runlora_fx.cost_model.devices.fit import fit_rates
+from runlora_fx.cost_model.devices.fit import fit
 from runlora_fx.cost_model.devices.machine import DTYPES, Machine, default_profile, key_of
 from runlora_fx.cost_model.ops import Add, GemmShape, Hold, MatMul
 from runlora_fx.cost_model.profile import DEFAULT_PROFILE, MachineProfile
 from runlora_fx.cost_model.store import Record
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-RATES = {
-    "flops_per_s": 2.0e11,
-    "read_bytes_per_s": 5.0e10,
-    "write_bytes_per_s": 1.0e10,
-    "launch_s": 4.0e-6,
-    "slower_nn": 1.0,
-    "slower_nt": 1.25,
-    "slower_tn": 2.0,
+#: Seconds for one unit of each term.
+PRODUCT_UNITS = {
+    "flops.nn": 5e-12,
+    "flops.nt": 6.25e-12,
+    "flops.tn": 1e-11,
+    "read": 2e-11,
+    "written": 1e-10,
+    "launches": 4e-6,
 }
-KNOWN = MachineProfile(**RATES, add_bytes_per_s=2.0e10)
+UNITS = {**PRODUCT_UNITS, "elementwise": 5e-11}
+KNOWN = MachineProfile(UNITS)
+
+
+def flops_per_s(profile: MachineProfile) -> float:
+    return 1 / profile.seconds_per_flop
+
+
+def read_bytes_per_s(profile: MachineProfile) -> float:
+    return 1 / profile.seconds_per["read"]
+
+
+def written_bytes_per_s(profile: MachineProfile) -> float:
+    return 1 / profile.seconds_per["written"]
+
 
 # --- the formula
 
@@ -56,15 +70,15 @@ def test_the_rate_falls_off_where_a_dimension_is_small(profile: MachineProfile, 
         shape[small] = size
         rates.append(rate(profile, *shape))
     assert rates == sorted(set(rates))
-    assert rates[0] < 0.25 * profile.flops_per_s  # bound by bytes
-    assert 0.9 * profile.flops_per_s < rates[-1] < profile.flops_per_s
+    assert rates[0] < 0.25 * flops_per_s(profile)  # bound by bytes
+    assert 0.9 * flops_per_s(profile) < rates[-1] < flops_per_s(profile)
 
 
 def test_a_tiny_product_costs_a_launch() -> None:
-    assert KNOWN.seconds(MatMul(1, 1, 1, 1, 4)) == pytest.approx(KNOWN.launch_s, rel=1e-3)
+    assert KNOWN.seconds(MatMul(1, 1, 1, 1, 4)) == pytest.approx(UNITS["launches"], rel=1e-3)
 
 
-def test_operations_of_known_size_cost_what_the_rates_say() -> None:
+def test_operations_of_known_size_cost_what_the_units_say() -> None:
     m, k, n = 3, 5, 7
     assert KNOWN.seconds(MatMul(2, m, k, n, 4)) == pytest.approx(
         2 * 2 * m * k * n / 2e11 + 2 * 4 * (m * k + k * n) / 5e10 + 2 * 4 * m * n / 1e10 + 4e-6
@@ -124,65 +138,77 @@ SHAPES = [
 ]
 
 
-def times_of(profile: MachineProfile) -> dict[GemmShape, float]:
-    return {shape: profile.seconds(shape.product(4)) for shape in SHAPES}
+OPERATIONS = [shape.product(4) for shape in SHAPES]
 
 
-def squared_error(rates: dict[str, float], times: dict[GemmShape, float]) -> float:
+def times_of(units: dict[str, float], operations: list[Any] = OPERATIONS) -> dict[Any, float]:
+    profile = MachineProfile(units)
+    return {operation: profile.seconds(operation) for operation in operations}
+
+
+def squared_error(units: dict[str, float], times: dict[Any, float]) -> float:
     """The sum of the squared relative errors of predicted times."""
-    predicted = times_of(MachineProfile(**rates))
-    return sum((predicted[shape] / times[shape] - 1) ** 2 for shape in times)
+    predicted = times_of(units)
+    return sum((predicted[operation] / times[operation] - 1) ** 2 for operation in times)
 
 
 @pytest.mark.parametrize(
     "change",
-    ({}, {"flops_per_s": 6e14, "read_bytes_per_s": 2e12, "write_bytes_per_s": 2e12}),
+    ({}, {"flops.nn": 1e-15, "flops.nt": 2e-15, "flops.tn": 3e-15, "read": 5e-13}),
     ids=("cpu", "gpu"),
 )
-def test_fit_recovers_the_rates_that_times_were_made_from(change: dict[str, float]) -> None:
-    rates = {**RATES, **change}
-    found = fit_rates(times_of(MachineProfile(**rates)), itemsize=4)
-    assert found == pytest.approx(rates, rel=1e-6)
+def test_fit_recovers_the_units_that_times_were_made_from(change: dict[str, float]) -> None:
+    units = {**PRODUCT_UNITS, **change}
+    assert fit(times_of(units)) == pytest.approx(units, rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    "free", [name for name in RATES if name.endswith("es_per_s")] + ["launch_s"]
-)
+def test_fit_finds_exactly_the_terms_that_were_measured() -> None:
+    sums = [Add(1, 2**i, 64, 2, 4) for i in range(3)]
+    assert fit(times_of(UNITS, sums)) == pytest.approx({"elementwise": UNITS["elementwise"]})
+    both = fit(times_of(UNITS, [*OPERATIONS, *sums]))
+    assert both == pytest.approx(UNITS, rel=1e-6)
+    one_layout = [op for op in OPERATIONS if op.layout == "nt"]
+    wanted = {name: PRODUCT_UNITS[name] for name in ("flops.nt", "read", "written", "launches")}
+    assert fit(times_of(UNITS, one_layout)) == pytest.approx(wanted, rel=1e-6)
+    # Held memory takes no time, whoever measures it.
+    assert "held" not in fit({Hold(1, 2, 3, 4): 1.0, **times_of(UNITS, sums)})
+
+
+@pytest.mark.parametrize("free", ("read", "written", "launches"))
 def test_fit_finds_what_costs_nothing(free: str) -> None:
-    rates = {**RATES, free: 1e-30 if free == "launch_s" else 1e30}
-    found = fit_rates(times_of(MachineProfile(**rates)), itemsize=4)
-    others = [name for name in RATES if name != free]
-    assert [found[name] for name in others] == pytest.approx([rates[x] for x in others], rel=1e-6)
-    assert found[free] < 1e-12 if free == "launch_s" else found[free] > 1e15
+    units = {**PRODUCT_UNITS, free: 1e-30}
+    found = fit(times_of(units))
+    assert 0 < found.pop(free) < 1e-12 * UNITS[free] + 1e-17
+    assert found == pytest.approx({n: PRODUCT_UNITS[n] for n in found}, rel=1e-6)
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(st.lists(st.floats(0.5, 2.0), min_size=len(SHAPES), max_size=len(SHAPES)))
-def test_of_noisy_times_no_other_rates_fit_better(noise: list[float]) -> None:
+def test_of_noisy_times_no_other_units_fit_better(noise: list[float]) -> None:
     times = {
-        shape: time * factor
-        for (shape, time), factor in zip(times_of(KNOWN).items(), noise, strict=True)
+        operation: time * factor
+        for (operation, time), factor in zip(times_of(UNITS).items(), noise, strict=True)
     }
-    found = fit_rates(times, itemsize=4)
-    assert found.keys() == RATES.keys()
+    found = fit(times)
+    assert found.keys() == PRODUCT_UNITS.keys()
     assert all(0 < value < math.inf for value in found.values())
     least = squared_error(found, times)
-    assert least <= squared_error(RATES, times) * (1 + 1e-9)
+    assert least <= squared_error(UNITS, times) * (1 + 1e-9)
     for name, factor in itertools.product(found, (0.8, 0.97, 1.03, 1.25)):
         assert least <= squared_error({**found, name: found[name] * factor}, times) * (1 + 1e-9)
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(st.lists(st.floats(1e-9, 1e3), min_size=6, max_size=9))
-def test_whatever_was_measured_no_rate_is_negative(times: list[float]) -> None:
-    found = fit_rates(dict(zip(SHAPES, times, strict=False)), itemsize=2)
+def test_whatever_was_measured_no_unit_is_negative(times: list[float]) -> None:
+    found = fit(dict(zip(OPERATIONS, times, strict=False)))
     assert all(0 < value < math.inf for value in found.values())
 
 
-def test_fit_needs_as_many_products_as_rates() -> None:
-    few = dict(itertools.islice(times_of(KNOWN).items(), 3))
-    with pytest.raises(ValueError, match="needs 6 products or more, got 3"):
-        fit_rates(few, itemsize=4)
+def test_fit_needs_as_many_measurements_as_terms() -> None:
+    few = dict(itertools.islice(times_of(UNITS).items(), 3))
+    with pytest.raises(ValueError, match="needs 6 measurements or more, got 3"):
+        fit(few)
 
 
 # --- what a CPU can be expected to do
@@ -204,17 +230,17 @@ def cpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., MachineProfile]:
 
 
 def test_instruction_sets_and_cores_make_a_cpu_faster(cpu: Callable[..., MachineProfile]) -> None:
-    rates = [cpu("float32", capability=c).flops_per_s for c in ("DEFAULT", "AVX2", "AVX512")]
+    rates = [flops_per_s(cpu("float32", capability=c)) for c in ("DEFAULT", "AVX2", "AVX512")]
     assert rates == sorted(set(rates))
     one, two = cpu("float32", threads=1), cpu("float32", threads=2)
-    assert two.flops_per_s == pytest.approx(2 * one.flops_per_s)
+    assert flops_per_s(two) == pytest.approx(2 * flops_per_s(one))
     # Cores share the memory.
-    assert 1 < two.read_bytes_per_s / one.read_bytes_per_s < 2
+    assert 1 < read_bytes_per_s(two) / read_bytes_per_s(one) < 2
     # From small laptops to large servers.
     for threads, capability in itertools.product((1, 8, 96), ("DEFAULT", "AVX2", "AVX512")):
         profile = cpu("float32", capability, threads)
-        assert 1e10 < profile.flops_per_s < 2e13
-        assert 1e9 < profile.write_bytes_per_s <= profile.read_bytes_per_s < 1e12
+        assert 1e10 < flops_per_s(profile) < 2e13
+        assert 1e9 < written_bytes_per_s(profile) <= read_bytes_per_s(profile) < 1e12
 
 
 def test_wide_floats_are_slower_and_narrow_ones_no_slower(
@@ -224,17 +250,17 @@ def test_wide_floats_are_slower_and_narrow_ones_no_slower(
         for shape in ((2048, 2048, 2048), (16, 2048, 2048), (2048, 8, 2048)):
             times = [cpu(d).seconds(MatMul(1, *shape, s)) for d, s in ((dtype, 2), ("float32", 4))]
             assert times[0] <= times[1]
-    assert cpu("float64").flops_per_s == cpu("float32").flops_per_s / 2
+    assert flops_per_s(cpu("float64")) == flops_per_s(cpu("float32")) / 2
     plain, amx = cpu("bfloat16", "AVX512"), cpu("bfloat16", "AVX512", flags=("amx_bf16",))
-    assert amx.flops_per_s > 4 * plain.flops_per_s
-    assert amx.read_bytes_per_s == plain.read_bytes_per_s
+    assert flops_per_s(amx) > 4 * flops_per_s(plain)
+    assert read_bytes_per_s(amx) == read_bytes_per_s(plain)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_this_cpu_has_a_profile_and_a_name(dtype: str) -> None:
     profile = default_profile(CPU, dtype)
-    assert 0 < profile.launch_s < 1e-3
-    assert 1e9 < profile.flops_per_s < 1e15
+    assert 0 < profile.seconds_per["launches"] < 1e-3
+    assert 1e9 < flops_per_s(profile) < 1e15
     key = key_of(CPU, dtype)
     assert key.dtype == dtype
     assert key.torch == torch.__version__
@@ -303,13 +329,13 @@ def test_gpus_are_expected_to_reach_a_good_part_of_their_data_sheet(
     half, single, memory = GPUS[name][1:]
     for dtype, peak in (("bfloat16", half), ("float16", half), ("float32", single)):
         profile = default_profile(GPU, dtype)
-        assert 0.4 < profile.flops_per_s / (peak * 1e12) < 0.85, dtype
-        assert 0.5 < profile.read_bytes_per_s / (memory * 1e9) < 1, dtype
-    exact = profile.flops_per_s
-    assert default_profile(GPU, "float64").flops_per_s <= exact
+        assert 0.4 < flops_per_s(profile) / (peak * 1e12) < 0.85, dtype
+        assert 0.5 < read_bytes_per_s(profile) / (memory * 1e9) < 1, dtype
+    exact = flops_per_s(profile)
+    assert flops_per_s(default_profile(GPU, "float64")) <= exact
     tf32(True)
-    rounded = default_profile(GPU, "float32").flops_per_s
-    assert exact < rounded < default_profile(GPU, "bfloat16").flops_per_s
+    rounded = flops_per_s(default_profile(GPU, "float32"))
+    assert exact < rounded < flops_per_s(default_profile(GPU, "bfloat16"))
 
 
 def test_gpus_of_the_future_count_as_the_newest_known(
@@ -320,8 +346,8 @@ def test_gpus_of_the_future_count_as_the_newest_known(
     # Some builds of torch tell no clocks.
     future = properties("X1", 99, 0, known.multi_processor_count)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: future)
-    assert default_profile(GPU, "bfloat16").flops_per_s > 0.2 * newest.flops_per_s
-    assert default_profile(GPU, "bfloat16").read_bytes_per_s > 1e11
+    assert flops_per_s(default_profile(GPU, "bfloat16")) > 0.2 * flops_per_s(newest)
+    assert read_bytes_per_s(default_profile(GPU, "bfloat16")) > 1e11
 
 
 def test_a_gpu_is_known_by_name_and_capability_whatever_the_threads(
@@ -347,7 +373,7 @@ def test_a_machine_knows_what_was_stored_when_it_was_first_asked() -> None:
     default = default_profile(CPU, "float32")
     before = Machine(use_stored=True)
     assert before.profile(CPU, "float32") == default
-    store.add(key_of(CPU, "float32"), Record({**RATES, "add_bytes_per_s": 2.0e10}))
+    store.add(key_of(CPU, "float32"), Record(UNITS))
     assert before.profile(CPU, "float32") == default
     assert Machine(use_stored=True).profile(CPU, "float32") == KNOWN
     assert Machine(use_stored=True).profile(CPU, "bfloat16") == default_profile(CPU, "bfloat16")
@@ -367,11 +393,11 @@ def test_what_a_machine_learns_it_knows_and_stores() -> None:
 @pytest.mark.parametrize(
     "newer",
     (
-        Record({**RATES, "add_bytes_per_s": 2.0e10}),
+        Record(UNITS),
         MEASURED,
         Record(plans={"a problem": {"a plan": 1.0}}),
     ),
-    ids=("rates", "products", "plans"),
+    ids=("units", "products", "plans"),
 )
 def test_identity_changes_with_every_number(newer: Record, gpu: Callable[[str], object]) -> None:
     gpu("A100")

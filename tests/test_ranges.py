@@ -27,7 +27,8 @@ from runlora_fx.passes.search.ranges import (
 TOKENS = frozenset([0])
 FLOPS = Objective("flops")
 TIME = Objective("time", profile=DEFAULT_PROFILE)
-GPU = Objective("time", profile=MachineProfile(6e14, 2.7e12, 2.7e12, 2.7e12, 4e-6))
+GPU_PROFILE = MachineProfile({"flops.nn": 1 / 6e14, "read": 1 / 2.7e12, "launches": 4e-6})
+GPU = Objective("time", profile=GPU_PROFILE)
 OBJECTIVES = {"flops": FLOPS, "cpu": TIME, "gpu": GPU}
 
 # in, out, rank

@@ -16,22 +16,21 @@ import pytest
 
 from runlora_fx.cost_model import store
 from runlora_fx.cost_model.ops import GemmShape
-from runlora_fx.cost_model.profile import MachineProfile
+from runlora_fx.cost_model.profile import DEFAULT_PROFILE, MachineProfile
 from runlora_fx.cost_model.store import FOLDER_VARIABLE, Key, Record
 
 KEY = Key("a device 9.0", "float32", "2.13.0", "threads=2")
-RATES = {
-    "flops_per_s": 1.0e11,
-    "read_bytes_per_s": 2.0e10,
-    "write_bytes_per_s": 1.5e10,
-    "add_bytes_per_s": 3.0e10,
-    "launch_s": 2.0e-6,
-    "slower_nn": 1.0,
-    "slower_nt": 1.5,
-    "slower_tn": 2.0,
+UNITS = {
+    "flops.nn": 1e-11,
+    "flops.nt": 1.5e-11,
+    "flops.tn": 2e-11,
+    "read": 5e-11,
+    "written": 6e-11,
+    "elementwise": 3e-11,
+    "launches": 2.0e-6,
 }
 SHAPE = GemmShape(1, 8, 16, 32, False, True)
-FULL = Record(RATES, {SHAPE: 1.25e-6}, {"a problem": {"as it came": 2e-5, "a plan": 1e-5}})
+FULL = Record(UNITS, {SHAPE: 1.25e-6}, {"a problem": {"as it came": 2e-5, "a plan": 1e-5}})
 
 pytestmark = pytest.mark.usefixtures("no_profile")
 
@@ -55,9 +54,7 @@ def test_what_was_added_is_read_back_and_nothing_else_is(caplog: pytest.LogCaptu
     assert store.load(KEY) == Record()
     assert store.add(KEY, FULL) == FULL
     assert store.load(KEY) == FULL
-    assert store.load(KEY).profile(MachineProfile()) == MachineProfile(
-        **RATES, measured=((SHAPE, 1.25e-6),)
-    )
+    assert store.load(KEY).profile(DEFAULT_PROFILE) == MachineProfile(UNITS, ((SHAPE, 1.25e-6),))
     assert not warnings(caplog)
 
 
@@ -99,7 +96,7 @@ def test_newer_numbers_replace_older_ones_and_the_others_stay() -> None:
     other = GemmShape(2, 3, 4, 5)
     store.add(KEY, Record(products={other: 3.0, SHAPE: 4.0}, plans={"a problem": {"x": 1.0}}))
     found = store.load(KEY)
-    assert found.rates == RATES
+    assert found.seconds_per == UNITS
     assert found.products == {SHAPE: 4.0, other: 3.0}
     assert found.plans == {"a problem": {"x": 1.0}}
 
@@ -118,6 +115,14 @@ def test_the_folder_is_the_platforms_unless_it_is_given(
     assert (tmp_path / "not" / "there" / KEY.file_name).exists()
 
 
+def test_a_term_that_was_not_fitted_takes_the_time_of_the_default() -> None:
+    some = {"flops.nn": 1e-11, "launches": 2e-6}
+    store.add(KEY, Record(some))
+    assert store.load(KEY) == Record(some)
+    default = MachineProfile({"flops.nn": 1.0, "read": 3.0})
+    assert store.load(KEY).profile(default) == MachineProfile({**some, "read": 3.0})
+
+
 # --- files that are not as they should be
 
 
@@ -125,7 +130,7 @@ def content(**changes: Any) -> dict[str, Any]:
     whole = {
         "format": 3,
         "key": KEY._asdict(),
-        "rates": dict(RATES),
+        "seconds_per": dict(UNITS),
         "products": [[list(map(int, SHAPE)), 1.25e-6]],
         "plans": {"a problem": {"as it came": 2e-5, "a plan": 1e-5}},
     }
@@ -156,14 +161,14 @@ BAD: dict[str, bytes] = {
             "of another version": {"key": {**KEY._asdict(), "torch": "2.12.0"}},
             "of another machine": {"key": {**KEY._asdict(), "device": "another"}},
             "an unknown key": {"key": {**KEY._asdict(), "more": 1}},
-            "a missing rate": {"rates": {"flops_per_s": 1.0}},
-            "an unknown rate": {"rates": {**RATES, "more": 1.0}},
-            "a NaN": {"rates": {**RATES, "launch_s": float("nan")}},
-            "an infinity": {"rates": {**RATES, "flops_per_s": float("inf")}},
-            "a zero": {"rates": {**RATES, "flops_per_s": 0}},
-            "a text for a number": {"rates": {**RATES, "flops_per_s": "1e9"}},
-            "true for a number": {"rates": {**RATES, "flops_per_s": True}},
-            "more than a float holds": {"rates": {**RATES, "flops_per_s": 10**400}},
+            "an unknown term": {"seconds_per": {**UNITS, "more": 1.0}},
+            "a term that takes no time": {"seconds_per": {**UNITS, "held": 1.0}},
+            "a NaN": {"seconds_per": {**UNITS, "launches": float("nan")}},
+            "an infinity": {"seconds_per": {**UNITS, "flops.nn": float("inf")}},
+            "a zero": {"seconds_per": {**UNITS, "flops.nn": 0}},
+            "a text for a number": {"seconds_per": {**UNITS, "flops.nn": "1e9"}},
+            "true for a number": {"seconds_per": {**UNITS, "flops.nn": True}},
+            "more than a float holds": {"seconds_per": {**UNITS, "flops.nn": 10**400}},
             "a negative time": {"products": [[SIZES, -1e-6]]},
             "no time": {"products": [[SIZES, None]]},
             "too few sizes": {"products": [[SIZES[:-1], 1e-6]]},
@@ -246,7 +251,7 @@ def test_the_oldest_numbers_fall_out_and_files_stay_small() -> None:
     # The widest entries of all: what is written is read again.
     many = {f"{i:024}": names[f"{0:024}"] for i in range(2 * limit)}
     wide = {long._replace(b=b): 1.2345678901234567e-05 for b in range(1, 2 * limit)}
-    merged = store.add(KEY, Record(RATES, wide, many))
+    merged = store.add(KEY, Record(UNITS, wide, many))
     assert len(merged.plans) == len(merged.products) == limit
     assert file_of(KEY).stat().st_size < store._MAX_FILE_BYTES
     assert store.load(KEY) == merged
@@ -327,7 +332,7 @@ def started(script: str, *arguments: object) -> "subprocess.Popen[str]":
 
 def test_processes_that_add_at_once_lose_nothing(caplog: pytest.LogCaptureFixture) -> None:
     count, writers = 40, 3
-    store.add(KEY, Record(RATES))
+    store.add(KEY, Record(UNITS))
     processes = [started(ADDS, 1 + count * i, count) for i in range(writers)]
     for process in processes:
         assert process.stdout is not None
@@ -340,7 +345,7 @@ def test_processes_that_add_at_once_lose_nothing(caplog: pytest.LogCaptureFixtur
     seen = [0]
     while any(process.poll() is None for process in processes):
         record = store.load(KEY)
-        assert record.rates == RATES
+        assert record.seconds_per == UNITS
         seen.append(len(record.products))
     for process in processes:
         _, errors = process.communicate()

@@ -1,40 +1,143 @@
-"""One cost with units, in the search and in the report alike."""
+"""What an operation costs: an amount of each term, such as FLOPs, bytes read, or launches.
+
+Example: a product (512, 768) @ (768, 16) in fp32 whose right operand lies transposed costs ::
+
+    {"flops.nt": 12582912, "read": 1622016, "written": 32768, "launches": 1}
+
+A machine has a time for one unit of each term (:mod:`runlora_fx.cost_model.profile`), and the price
+of an operation is the sum of their products. A new term is one line of :data:`TERMS`: operations
+may mention it from then on, calibration fits it, and files store it.
+
+Invariant: costs are data. No time and no property of a machine is in them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import ItemsView, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import sympy
 
 #: A dimension or an amount: a number where shapes are known, an expression where they are symbols.
 Amount: TypeAlias = int | sympy.Expr
 
+#: What reports add up.
+Total: TypeAlias = Literal["flops", "bytes", "kernels", "saved"]
+
 
 @dataclass(frozen=True)
-class Cost:
-    """What an operation costs the machine.
+class Term:
+    """One thing that takes time, or memory.
 
     Attributes:
-        flops: Floating-point operations of contractions, a multiply-add counted as two [FLOP].
-            Elementwise arithmetic is not counted: it is bound by the bytes it moves.
-        bytes: Memory read and written [B].
-        kernels: Launches.
-        saved: Memory held from the forward to the backward [B].
+        name: How operations mention it.
+        total: The total that it counts towards.
+        meaning: What one unit of it is.
+        like: The term that it takes as long as where a profile says nothing of it; without one it
+            takes no time there.
+        is_timed: Whether a unit of it takes time. Held memory does not: the option ``memory`` says
+            what it is worth.
     """
 
-    flops: Amount = 0
-    bytes: Amount = 0
-    kernels: Amount = 0
-    saved: Amount = 0
+    name: str
+    total: Total
+    meaning: str
+    like: str | None = None
+    is_timed: bool = True
+
+
+#: All terms by name. FLOPs are those of contractions in the profile's dtype, a multiply-add counted
+#: as two. Elementwise arithmetic is bound by the bytes that it moves, and counts by them.
+TERMS: dict[str, Term] = {
+    term.name: term
+    for term in (
+        Term("flops.nn", "flops", "FLOP where both operands lie as they are read"),
+        Term("flops.nt", "flops", "FLOP where the right one lies transposed: X W'", "flops.nn"),
+        Term("flops.tn", "flops", "FLOP where the left one lies transposed: dY' X", "flops.nn"),
+        Term("read", "bytes", "B of an operand of a product"),
+        Term("written", "bytes", "B of the result of a product", "read"),
+        Term("elementwise", "bytes", "B moved by arithmetic that is fused into others", "written"),
+        Term("launches", "kernels", "kernel"),
+        Term("held", "saved", "B kept from the forward to the backward", is_timed=False),
+    )
+}
+
+
+class Cost(Mapping[str, Amount]):
+    """Amounts by term: an immutable mapping that adds and scales.
+
+    A term that is not mentioned has the amount 0.
+    """
+
+    __slots__ = ("_amounts",)
+
+    def __init__(self, amounts: Mapping[str, Amount]) -> None:
+        """Amounts, by the names of terms; nobody may change the mapping afterwards."""
+        self._amounts = amounts
+
+    def __getitem__(self, term: str) -> Amount:
+        return self._amounts.get(term, 0)
+
+    def __contains__(self, term: object) -> bool:
+        return term in self._amounts
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._amounts)
+
+    def __len__(self) -> int:
+        return len(self._amounts)
+
+    def items(self) -> ItemsView[str, Amount]:
+        """The mentioned terms and their amounts; what the search reads, so not by each key."""
+        return self._amounts.items()
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            self.flops + other.flops,
-            self.bytes + other.bytes,
-            self.kernels + other.kernels,
-            self.saved + other.saved,
-        )
+        total = dict(self._amounts)
+        for term, amount in other.items():
+            total[term] = total[term] + amount if term in total else amount
+        return Cost(total)
+
+    def __mul__(self, times: Amount) -> Cost:
+        return Cost({term: amount * times for term, amount in self.items()})
+
+    __rmul__ = __mul__
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Cost) and self._mentioned == other._mentioned
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._mentioned.items()))
+
+    def __repr__(self) -> str:
+        return f"Cost({self._amounts})"
+
+    @property
+    def flops(self) -> Amount:
+        """Floating-point operations of contractions, a multiply-add counted as two [FLOP]."""
+        return self._total("flops")
+
+    @property
+    def bytes(self) -> Amount:
+        """Memory read and written [B]."""
+        return self._total("bytes")
+
+    @property
+    def kernels(self) -> Amount:
+        """Launches."""
+        return self._total("kernels")
+
+    @property
+    def saved(self) -> Amount:
+        """Memory held from the forward to the backward [B]."""
+        return self._total("saved")
+
+    @property
+    def _mentioned(self) -> dict[str, Amount]:
+        return {term: amount for term, amount in self._amounts.items() if amount != 0}
+
+    def _total(self, total: Total) -> Amount:
+        return sum(amount for term, amount in self.items() if TERMS[term].total == total)
 
 
-FREE = Cost()
+FREE = Cost({})

@@ -1,12 +1,21 @@
-"""The objective: how operations are priced, and when a plan is worth changing a graph for."""
+"""The objective: how operations are priced, and when a plan is worth changing a graph for.
+
+Example: under ``"time"`` two small products that share a launch cost more than one large product of
+more FLOPs; under ``"flops"`` they cost less.
+
+Invariant: the price of an operation is the sum over the terms of its cost, each times the weight
+that the objective gives it; under ``"flops"`` it is an exact integer. One exception: a product that
+was measured takes, under ``"time"``, the time that it took.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, TypeAlias
 
-from runlora_fx.cost_model.cost import Cost
+from runlora_fx.cost_model.cost import TERMS, Cost
 from runlora_fx.cost_model.ops import Operation
 from runlora_fx.cost_model.profile import DEFAULT_PROFILE, MachineProfile
 
@@ -45,11 +54,28 @@ class Objective:
 
     def price(self, operation: Operation) -> Price:
         """The price of one operation; the price of a plan is the sum over its operations."""
-        cost = operation.cost
-        held = int(cost.saved) * self.flops_per_saved_byte
-        if self.name == "flops":
-            return (int(cost.flops) + held) * _BYTES + int(cost.bytes) + int(cost.saved)
-        return float(self.profile.seconds(operation)) + held / self.profile.flops_per_s
+        if self.name == "time":
+            known = self.profile.measured_seconds(operation)
+            if known is not None:
+                return known
+        weights = self._weights
+        price: Price = 0
+        for term, amount in operation.cost.items():  # a loop, for it is the search's innermost
+            price += weights[term] * amount
+        return price
+
+    @cached_property
+    def _weights(self) -> Mapping[str, Price]:
+        """The price of one unit of each term."""
+        held = self.flops_per_saved_byte
+        if self.name == "time":
+            worth = held * self.profile.seconds_per_flop
+            return {
+                name: seconds if TERMS[name].is_timed else seconds + worth
+                for name, seconds in self.profile.seconds_per.items()
+            }
+        exact = {"flops": _BYTES, "bytes": 1, "kernels": 0, "saved": held * _BYTES + 1}
+        return {name: exact[term.total] for name, term in TERMS.items()}
 
     def total(self, operations: Iterable[Operation]) -> Price:
         """The price of a plan."""

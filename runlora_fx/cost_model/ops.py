@@ -1,6 +1,10 @@
 """The operations that a plan is made of, and their symbolic costs.
 
-Dimensions are integers (the search, at the hints) or sympy expressions (the report).
+Example: ``MatMul(1, m=s0, k=64, n=8, itemsize=2).cost`` is ``{"flops.nn": 1024*s0, "read":
+128*s0 + 1024, "written": 16*s0, "launches": 1}``.
+
+Invariant: a cost is a polynomial of the dimensions. They are integers in the search, which plans
+at the hints, and sympy expressions in the report.
 """
 
 from __future__ import annotations
@@ -9,6 +13,15 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 from runlora_fx.cost_model.cost import Amount, Cost
+
+#: The term of a product's FLOPs, by whether the left and the right operand lie transposed. Where
+#: both do, it is as if none did: ``(L R)' = R' L'``.
+_FLOPS = {
+    (False, False): "flops.nn",
+    (False, True): "flops.nt",
+    (True, False): "flops.tn",
+    (True, True): "flops.nn",
+}
 
 
 class GemmShape(NamedTuple):
@@ -66,24 +79,21 @@ class MatMul:
 
     @property
     def cost(self) -> Cost:
-        """Flops = 2 b m k n [FLOP]; bytes = b (m k + k n + m n) itemsize [B]; kernels = 1."""
-        return Cost(2 * self.b * self.m * self.k * self.n, self.read + self.written, 1)
-
-    @property
-    def read(self) -> Amount:
-        """B (m k + k n) itemsize [B]."""
-        return self.b * (self.m * self.k + self.k * self.n) * self.itemsize
-
-    @property
-    def written(self) -> Amount:
-        """B m n itemsize [B]."""
-        return self.b * self.m * self.n * self.itemsize
+        """2 b m k n FLOP of the layout; b (m k + k n) and b m n elements moved; 1 kernel."""
+        b, m, k, n = self.b, self.m, self.k, self.n
+        return Cost(
+            {
+                _FLOPS[self.turned]: 2 * b * m * k * n,
+                "read": b * (m * k + k * n) * self.itemsize,
+                "written": b * m * n * self.itemsize,
+                "launches": 1,
+            }
+        )
 
     @property
     def layout(self) -> str:
         """How the operands lie: nn, nt or tn (tt is nn: ``(L R)' = R' L'``)."""
-        left, right = self.turned
-        return "nn" if left == right else ("tn" if left else "nt")
+        return _FLOPS[self.turned].rpartition(".")[2]
 
     @property
     def shape(self) -> GemmShape:
@@ -116,8 +126,9 @@ class Add:
 
     @property
     def cost(self) -> Cost:
-        """Flops = 0; bytes = 3 b m n (operands - 1) itemsize [B]; kernels = 0."""
-        return Cost(0, 3 * self.b * self.m * self.n * (self.operands - 1) * self.itemsize, 0)
+        """Elementwise = 3 b m n (operands - 1) itemsize [B]."""
+        moved = 3 * self.b * self.m * self.n * (self.operands - 1) * self.itemsize
+        return Cost({"elementwise": moved})
 
 
 @dataclass(frozen=True)
@@ -138,8 +149,8 @@ class Stretch:
 
     @property
     def cost(self) -> Cost:
-        """Flops = 0; bytes = 2 b m n itemsize [B]; kernels = 0."""
-        return Cost(0, 2 * self.b * self.m * self.n * self.itemsize, 0)
+        """Elementwise = 2 b m n itemsize [B]."""
+        return Cost({"elementwise": 2 * self.b * self.m * self.n * self.itemsize})
 
 
 @dataclass(frozen=True)
@@ -158,8 +169,8 @@ class Dots:
 
     @property
     def cost(self) -> Cost:
-        """Flops = 0; bytes = 2 m k itemsize [B]; kernels = 0, for it is fused as sums are."""
-        return Cost(0, 2 * self.m * self.k * self.itemsize, 0)
+        """Elementwise = 2 m k itemsize [B], for it is fused as sums are."""
+        return Cost({"elementwise": 2 * self.m * self.k * self.itemsize})
 
 
 @dataclass(frozen=True)
@@ -180,8 +191,8 @@ class Hold:
 
     @property
     def cost(self) -> Cost:
-        """Saved = b m n itemsize [B]."""
-        return Cost(saved=self.b * self.m * self.n * self.itemsize)
+        """Held = b m n itemsize [B]."""
+        return Cost({"held": self.b * self.m * self.n * self.itemsize})
 
 
 Operation: TypeAlias = MatMul | Add | Stretch | Dots | Hold

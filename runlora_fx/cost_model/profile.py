@@ -1,4 +1,19 @@
-"""What a machine can do: the coefficients that turn an operation into seconds."""
+"""What a machine can do: seconds for one unit of each term, and the products measured on it.
+
+Example: where a FLOP takes 7 ps, a byte read 33 ps, a byte written 67 ps and a launch 3 us, the
+product (512, 768) @ (768, 16) in fp32 takes ::
+
+    12582912 * 7e-12 + 1622016 * 33e-12 + 32768 * 67e-12 + 3e-6  =  147 us
+
+It is a sum, not a maximum: so the rate falls off smoothly where a dimension is small. With outputs
+of few columns the operands dominate, with a short inner dimension the result does. And it is linear
+in every dimension, so that sympy can solve it for a break-even.
+
+Invariant: a product that was measured takes the time it took; everything else takes the product of
+its cost and :attr:`MachineProfile.seconds_per`. (Correcting the formula by products of about the
+same shape was tried: it carries the noise of single measurements over to others, and chose worse
+plans than the formula alone.)
+"""
 
 from __future__ import annotations
 
@@ -9,7 +24,8 @@ from typing import TypeAlias
 
 import sympy
 
-from runlora_fx.cost_model.ops import Add, Dots, GemmShape, Hold, MatMul, Operation, Stretch
+from runlora_fx.cost_model.cost import TERMS, Term
+from runlora_fx.cost_model.ops import GemmShape, MatMul, Operation
 
 #: Seconds: a number, or an expression in the graph's symbols.
 Seconds: TypeAlias = float | sympy.Expr
@@ -17,61 +33,48 @@ Seconds: TypeAlias = float | sympy.Expr
 
 @dataclass(frozen=True)
 class MachineProfile:
-    """Sustained rates of one device for one dtype, and the products measured on it.
-
-    A product takes ``FLOPs * slower / flops_per_s + bytes read / read_bytes_per_s + bytes written /
-    write_bytes_per_s + launch_s``, where ``slower`` depends on how the operands lie. The sum lets
-    the rate fall off smoothly where a dimension is small: with outputs of few columns the operands
-    dominate, with a short inner dimension the result does. A product that was itself measured takes
-    the time it took. (Correcting the formula by products of about the same shape was tried: it
-    carries the noise of single measurements over to others, and chose worse plans than the formula
-    alone.)
+    """The times of one device for one dtype.
 
     Attributes:
-        flops_per_s: Rate of a large matrix product in its fastest layout [FLOP/s].
-        read_bytes_per_s: Rate at which the operands of a product are read [B/s].
-        write_bytes_per_s: Rate at which the result of a product is written [B/s].
-        add_bytes_per_s: Rate of fused elementwise arithmetic [B/s].
-        launch_s: Fixed cost of a kernel [s].
-        slower_nn: How many times as long a FLOP takes where both operands lie as they are read.
-        slower_nt: The same where the right operand lies transposed, as in ``X W'``.
-        slower_tn: The same where the left operand lies transposed, as in ``dY' X``.
+        known: Times of one unit [s], by term; terms that are missing take as long as those that
+            they are :attr:`~runlora_fx.cost_model.cost.Term.like`.
         measured: Times of products [s].
     """
 
-    flops_per_s: float = 1.5e11
-    read_bytes_per_s: float = 3e10
-    write_bytes_per_s: float = 1.5e10
-    add_bytes_per_s: float = 1.5e10
-    launch_s: float = 3e-6
-    slower_nn: float = 1.0
-    slower_nt: float = 1.0
-    slower_tn: float = 1.0
+    known: Mapping[str, float]
     measured: tuple[tuple[GemmShape, float], ...] = ()
+
+    @cached_property
+    def seconds_per(self) -> Mapping[str, float]:
+        """The time of one unit of each term [s]."""
+
+        def time(term: Term) -> float:
+            if term.name in self.known:
+                return self.known[term.name]
+            return 0.0 if term.like is None else time(TERMS[term.like])
+
+        return {term.name: time(term) for term in TERMS.values()}
+
+    @property
+    def seconds_per_flop(self) -> float:
+        """The time of a FLOP where the operands lie best [s]."""
+        return min(self.seconds_per[t.name] for t in TERMS.values() if t.total == "flops")
 
     def seconds(self, operation: Operation) -> float:
         """The time of an operation of known size [s], measured if it was and predicted if not."""
+        known = self.measured_seconds(operation)
+        return float(self.formula(operation)) if known is None else known
+
+    def measured_seconds(self, operation: Operation) -> float | None:
+        """The time that an operation took [s]; None if it was not measured."""
         if self.measured and isinstance(operation, MatMul):
-            known = self._times.get(operation.shape)
-            if known is not None:
-                return known
-        return float(self.formula(operation))
+            return self._times.get(operation.shape)
+        return None
 
     def formula(self, operation: Operation) -> Seconds:
-        """The time of an operation as the rates give it; symbolic if its dimensions are [s]."""
-        match operation:
-            case MatMul():
-                slower: float = getattr(self, f"slower_{operation.layout}")
-                return (
-                    operation.cost.flops * (slower / self.flops_per_s)
-                    + operation.read / self.read_bytes_per_s
-                    + operation.written / self.write_bytes_per_s
-                    + self.launch_s
-                )
-            case Add() | Stretch() | Dots():
-                return operation.cost.bytes / self.add_bytes_per_s
-            case Hold():
-                return 0.0
+        """The time of an operation as its cost gives it [s]; symbolic if its dimensions are."""
+        per = self.seconds_per
+        return sum(per[term] * amount for term, amount in operation.cost.items())
 
     @cached_property
     def _times(self) -> Mapping[GemmShape, float]:
@@ -79,13 +82,13 @@ class MachineProfile:
 
     @cached_property
     def _hash(self) -> int:
-        rates = (self.flops_per_s, self.read_bytes_per_s, self.write_bytes_per_s)
-        slower = (self.slower_nn, self.slower_nt, self.slower_tn)
-        return hash((*rates, self.add_bytes_per_s, self.launch_s, *slower, self.measured))
+        return hash((frozenset(self.known.items()), self.measured))
 
     def __hash__(self) -> int:
         return self._hash
 
 
 #: A few cores of a current CPU in fp32; a ratio of FLOPs to bytes that most machines resemble.
-DEFAULT_PROFILE = MachineProfile()
+DEFAULT_PROFILE = MachineProfile(
+    {"flops.nn": 1 / 1.5e11, "read": 1 / 3e10, "written": 1 / 1.5e10, "launches": 3e-6}
+)

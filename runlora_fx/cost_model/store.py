@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
+from runlora_fx.cost_model.cost import TERMS
 from runlora_fx.cost_model.ops import GemmShape
 from runlora_fx.cost_model.profile import MachineProfile
 
@@ -44,11 +45,6 @@ _LOCK_TIMEOUT_S = 10.0
 
 #: No process takes so long to write a file: it was killed while it did [s].
 _ABANDONED_S = 3600.0
-
-_RATES = (
-    *("flops_per_s", "read_bytes_per_s", "write_bytes_per_s", "add_bytes_per_s", "launch_s"),
-    *("slower_nn", "slower_nt", "slower_tn"),
-)
 
 
 class Key(NamedTuple):
@@ -79,26 +75,26 @@ class Record:
     """What is known for a key.
 
     Attributes:
-        rates: Calibrated rates, by attribute of :class:`MachineProfile`; empty if never calibrated.
+        seconds_per: Calibrated times of one unit [s], by term; empty if never calibrated.
         products: Times of single products [s], the latest last.
         plans: Times of whole plans [s], by problem and plan (:mod:`runlora_fx.passes.tune.trials`).
     """
 
-    rates: Mapping[str, float] = field(default_factory=dict)
+    seconds_per: Mapping[str, float] = field(default_factory=dict)
     products: Mapping[GemmShape, float] = field(default_factory=dict)
     plans: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def profile(self, default: MachineProfile) -> MachineProfile:
-        """The profile: calibrated rates, or else the default's, and all products measured."""
-        rates = {name: self.rates.get(name, getattr(default, name)) for name in _RATES}
-        return MachineProfile(**rates, measured=tuple(sorted(self.products.items())))
+        """The profile: calibrated times, or else the default's, and all products measured."""
+        known = {**default.known, **self.seconds_per}
+        return MachineProfile(known, tuple(sorted(self.products.items())))
 
     def updated(self, newer: Record) -> Record:
         """Both, the newer one's numbers where both have some; the oldest fall out if too many."""
         products = {k: v for k, v in self.products.items() if k not in newer.products}
         plans = {k: v for k, v in self.plans.items() if k not in newer.plans}
         return Record(
-            rates=newer.rates or self.rates,
+            seconds_per=newer.seconds_per or self.seconds_per,
             products=_latest({**products, **newer.products}),
             plans=_latest({**plans, **newer.plans}),
         )
@@ -160,7 +156,7 @@ def _warn(message: str) -> None:
 
 def _to_json(record: Record) -> dict[str, Any]:
     return {
-        "rates": dict(record.rates),
+        "seconds_per": dict(record.seconds_per),
         "products": [[list(map(int, shape)), time] for shape, time in record.products.items()],
         "plans": {problem: dict(times) for problem, times in record.plans.items()},
     }
@@ -173,15 +169,16 @@ def _from_json(content: Mapping[str, Any]) -> Record:
         ValueError: If a number is not what it has to be; or another of the errors of taking apart
             what is not built as expected.
     """
-    rates = {name: _positive(rate) for name, rate in content["rates"].items()}
-    if rates and set(rates) != set(_RATES):
-        raise ValueError(f"has the rates {sorted(rates)}")
+    seconds_per = {term: _positive(time) for term, time in content["seconds_per"].items()}
+    unknown = [term for term in seconds_per if term not in TERMS or not TERMS[term].is_timed]
+    if unknown:
+        raise ValueError(f"has the unknown terms {unknown!r:.80}")
     products = {_shape(shape): _positive(seconds) for shape, seconds in content["products"]}
     plans = {
         str(problem): {str(plan): _positive(seconds) for plan, seconds in times.items()}
         for problem, times in content["plans"].items()
     }
-    return Record(rates, _latest(products), _latest(plans))
+    return Record(seconds_per, _latest(products), _latest(plans))
 
 
 def _shape(numbers: list[Any]) -> GemmShape:

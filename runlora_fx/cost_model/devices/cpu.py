@@ -76,7 +76,14 @@ class Cpu(Device):
         elif itemsize == 2:
             rate *= max((_HALF_SPEEDUP[flag] for flag in _half_flags()), default=1)
         bandwidth = _BYTES_PER_S * torch.get_num_threads() ** 0.5
-        return MachineProfile(rate, 2 * bandwidth, bandwidth, bandwidth, 3e-6)
+        return MachineProfile(
+            {
+                "flops.nn": 1 / rate,
+                "read": 1 / (2 * bandwidth),
+                "written": 1 / bandwidth,
+                "launches": 3e-6,
+            }
+        )
 
     def synchronise(self, device: torch.device) -> None:
         """A call has done its work when it returns."""

@@ -83,7 +83,7 @@ class Cuda(Device):
         memory_hertz = getattr(properties, "memory_clock_rate", 2.6e6) * 1e3
         bus_bytes = getattr(properties, "memory_bus_width", 5120) / 8
         bandwidth = 2 * memory_hertz * bus_bytes * 0.8
-        return MachineProfile(rate, bandwidth, bandwidth, bandwidth, 4e-6)
+        return MachineProfile({"flops.nn": 1 / rate, "read": 1 / bandwidth, "launches": 4e-6})
 
     def synchronise(self, device: torch.device) -> None:
         """Wait for the kernels of all streams."""

@@ -1,4 +1,12 @@
-"""Calibration: from measured products to the rates of a machine profile."""
+"""Calibration: from measured operations to the time of one unit of each term.
+
+Example: products in all layouts and some sums, each with the time it took, become ::
+
+    {"flops.nn": 7.1e-12, "flops.nt": 6.9e-12, ..., "launches": 2.4e-6}
+
+Invariant: the terms of the result are exactly the timed ones that the operations mention. None of
+the times is zero or negative.
+"""
 
 from __future__ import annotations
 
@@ -7,76 +15,74 @@ from itertools import chain, combinations
 
 import torch
 
-from runlora_fx.cost_model.ops import GemmShape, MatMul
+from runlora_fx.cost_model.cost import TERMS
+from runlora_fx.cost_model.ops import Operation
 
-#: Stands for "costs nothing" where the fit finds no cost for a byte or a launch.
+#: Stands for "costs nothing" where the fit finds no time for a unit [s].
 _FREE = 1e-18
 
 
-def fit_rates(products: Mapping[GemmShape, float], itemsize: int) -> dict[str, float]:
-    """The rates that predict measured products best, in the sense of least squared relative error.
+def fit(times: Mapping[Operation, float]) -> dict[str, float]:
+    """The times of units that predict operations best: with the least squared relative error.
 
-    ``seconds = c_layout FLOPs + c1 bytes read + c2 bytes written + c3``, with a coefficient for
-    every layout that was measured, none negative, and a FLOP never free.
+    ``seconds = sum over terms of (time of a unit) * (amount)``, no time negative, no FLOP free.
 
     Args:
-        products: Times of products [s].
-        itemsize: Element width [B].
+        times: Times of operations of known size [s].
 
     Returns:
-        ``flops_per_s``, ``read_bytes_per_s``, ``write_bytes_per_s``, ``launch_s`` and, by layout,
-        ``slower_nn``, ``slower_nt``, ``slower_tn``.
+        The time of one unit [s] of every term that an operation mentions.
 
     Raises:
-        ValueError: If there are fewer products than coefficients.
+        ValueError: If there are fewer operations than terms.
     """
-    matmuls = [shape.product(itemsize) for shape in products]
-    layouts = sorted({m.layout for m in matmuls})
-    if len(products) < len(layouts) + 3:
-        raise ValueError(f"needs {len(layouts) + 3} products or more, got {len(products)}")
-    times = torch.tensor(list(products.values()), dtype=torch.float64)
-    solved = _solved(_features(matmuls, layouts) / times[:, None], len(layouts))
+    costs = [operation.cost for operation in times]
+    terms = [
+        name for name, term in TERMS.items() if term.is_timed and any(name in c for c in costs)
+    ]
+    if len(times) < len(terms):
+        raise ValueError(f"needs {len(terms)} measurements or more, got {len(times)}")
+    amounts = [[float(cost[name]) for name in terms] for cost in costs]
+    features = torch.tensor(amounts, dtype=torch.float64)
+    relative = features / torch.tensor(list(times.values()), dtype=torch.float64)[:, None]
+    are_flops = [TERMS[name].total == "flops" for name in terms]
+    columns = [[i] for i in range(len(terms))]
+    solved = _solved(relative, are_flops)
     if solved is None:  # too noisy to tell layouts apart
-        solved = _solved(_features(matmuls, []) / times[:, None], 1) or [_FREE, 0.0, 0.0, 0.0]
-        solved = [*solved[:1] * len(layouts), *solved[1:]]
-    *per_flop, per_read, per_written, launch = solved
-    fastest = min(per_flop)
-    slower = {layout: own / fastest for layout, own in zip(layouts, per_flop, strict=True)}
-    return {
-        "flops_per_s": 1 / fastest,
-        "read_bytes_per_s": 1 / max(per_read, _FREE),
-        "write_bytes_per_s": 1 / max(per_written, _FREE),
-        "launch_s": max(launch, _FREE),
-        **{f"slower_{layout}": slower.get(layout, 1.0) for layout in ("nn", "nt", "tn")},
-    }
+        flops = [i for i, is_flops in enumerate(are_flops) if is_flops]
+        columns = [flops, *([i] for i, is_flops in enumerate(are_flops) if not is_flops)]
+        merged = torch.stack([relative[:, own].sum(1) for own in columns], 1)
+        first = [i == 0 for i in range(len(columns))]
+        solved = _solved(merged, first) or _solved(merged, [False] * len(columns))
+        assert solved is not None  # all times being zero is among what was tried
+    found = {i: time for own, time in zip(columns, solved, strict=True) for i in own}
+    return {name: max(found[i], _FREE) for i, name in enumerate(terms)}
 
 
-def _features(matmuls: Sequence[MatMul], layouts: Sequence[str]) -> torch.Tensor:
-    """What the time of every product is a sum of: FLOPs (by layout, if any are given), the rest."""
-    rows = []
-    for m in matmuls:
-        flops = float(m.cost.flops)
-        apart = [flops * (m.layout == layout) for layout in layouts] or [flops]
-        rows.append([*apart, float(m.read), float(m.written), 1.0])
-    return torch.tensor(rows, dtype=torch.float64)
+def _solved(relative: torch.Tensor, positive: Sequence[bool]) -> list[float] | None:
+    """The times of units that bring every row closest to 1.
 
+    Args:
+        relative: By operation and term, the amount over the operation's time [1/s].
+        positive: By term, whether a unit of it must take time.
 
-def _solved(relative: torch.Tensor, positive: int) -> list[float] | None:
-    """The coefficients that bring every row closest to 1; None if the first ones would vanish."""
+    Returns:
+        The times [s]; None if one that must be positive would not be.
+    """
     scale = relative.norm(dim=0)  # sizes of features differ by many orders of magnitude
-    relative = relative / scale
-    count = relative.shape[1]
-    ones = torch.ones(len(relative), 1, dtype=relative.dtype)
+    scaled = relative / scale
+    count = scaled.shape[1]
+    ones = torch.ones(len(scaled), 1, dtype=scaled.dtype)
+    always = [i for i in range(count) if positive[i]]
+    free = [i for i in range(count) if not positive[i]]
     best, least = None, torch.inf
-    # So few coefficients that every choice of which are zero can be tried.
-    for others in chain.from_iterable(combinations(range(positive, count), k) for k in range(4)):
-        columns = [*range(positive), *others]
-        solved = torch.linalg.lstsq(relative[:, columns], ones, driver="gelsd").solution[:, 0]
-        error = (relative[:, columns] @ solved - 1).norm().item()
-        if (solved >= 0).all() and (solved[:positive] > 0).all() and error < least:
-            best, least = torch.zeros(count, dtype=relative.dtype), error
+    # So few terms that every choice of which are zero can be tried.
+    for others in chain.from_iterable(combinations(free, k) for k in range(len(free) + 1)):
+        columns = [*always, *others]
+        solved = torch.linalg.lstsq(scaled[:, columns], ones, driver="gelsd").solution[:, 0]
+        error = (scaled[:, columns] @ solved - 1).norm().item()
+        own = solved[: len(always)]
+        if (solved >= 0).all() and (own > 0).all() and error < least:
+            best, least = torch.zeros(count, dtype=scaled.dtype), error
             best[columns] = solved
-    if best is None:
-        return None
-    coefficients: list[float] = (best / scale).tolist()
-    return [*(max(c, _FREE) for c in coefficients[:positive]), *coefficients[positive:]]
+    return None if best is None else (best / scale).tolist()

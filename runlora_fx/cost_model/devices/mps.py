@@ -51,7 +51,7 @@ class Mps(Device):
         """By the number of cores."""
         rate = _cores() * _FLOPS_PER_S * _EFFICIENCY
         bandwidth = _cores() * _BYTES_PER_S
-        return MachineProfile(rate, bandwidth, bandwidth, bandwidth, 1e-5)
+        return MachineProfile({"flops.nn": 1 / rate, "read": 1 / bandwidth, "launches": 1e-5})
 
     def synchronise(self, device: torch.device) -> None:
         """Wait for the kernels of all streams."""

@@ -58,7 +58,7 @@ class Xpu(Device):
         per_cycle = {"float64": single / 2, "float32": single}.get(dtype, half)
         units = torch.xpu.get_device_properties(device).gpu_eu_count
         rate = units * _HERTZ * per_cycle * _EFFICIENCY
-        return MachineProfile(rate, _BYTES_PER_S, _BYTES_PER_S, _BYTES_PER_S, 1e-5)
+        return MachineProfile({"flops.nn": 1 / rate, "read": 1 / _BYTES_PER_S, "launches": 1e-5})
 
     def synchronise(self, device: torch.device) -> None:
         """Wait for the kernels of all streams."""
