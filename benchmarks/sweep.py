@@ -41,8 +41,8 @@ from runlora_fx.passes.algebra.plan import Plan, Problem
 from runlora_fx.passes.emit.apply import apply
 from runlora_fx.passes.levels.aten import ATEN
 from runlora_fx.passes.read.analysis import Analysis
-from runlora_fx.passes.search.a_star import cheapest
 from runlora_fx.passes.search.decide import decide
+from runlora_fx.passes.search.frontiers import cheapest
 from runlora_fx.passes.search.ways import Ways
 from runlora_fx.passes.tune.pricing import Pricing
 

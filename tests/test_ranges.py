@@ -14,7 +14,7 @@ from test_search import Shape, lora_layer
 from runlora_fx.cost_model.objective import Objective
 from runlora_fx.cost_model.profile import DEFAULT_PROFILE, MachineProfile
 from runlora_fx.passes.algebra.plan import Plan, Problem, incoming_operations
-from runlora_fx.passes.search.a_star import cheapest
+from runlora_fx.passes.search.frontiers import cheapest
 from runlora_fx.passes.search.ranges import (
     _COMPARED,
     Range,

@@ -14,11 +14,10 @@ from runlora_fx.passes.algebra.plan import (
     incoming_operations,
     total_cost,
 )
-from runlora_fx.passes.search.a_star import SearchLimitError, cheapest
-from runlora_fx.passes.search.ways import Ways
+from runlora_fx.passes.search.frontiers import Proof, first_steps, search
 
-#: Of the effort of the search, what may be spent on each alternative: they are mostly to be shown.
-_SHARE = 0.1
+#: How wide an alternative is searched: they are mostly to be shown.
+_WIDTHS = (16,)
 
 
 @dataclass(frozen=True)
@@ -35,13 +34,15 @@ class Decision:
     """What to do with a problem.
 
     Attributes:
-        plan: The cheapest plan, or None where the search gave up.
+        plan: The cheapest plan, or None where the graph as it came is kept without comparing.
         changed: Whether it replaces the graph as it came.
         before: Cost of the graph as it came, at the hints.
         after: Cost of what will run.
         reason: Why the graph is changed or left alone.
         alternatives: By first step, what else the first demand could have cost.
         lasting: Leaves of which merged weights are kept from call to call.
+        proof: Whether the plan is the cheapest (``"exact"``), or the best that was found.
+        effort: What the search tried: the same on every machine.
     """
 
     plan: Plan | None
@@ -51,17 +52,17 @@ class Decision:
     reason: str
     alternatives: tuple[Alternative, ...] = ()
     lasting: frozenset[int] = frozenset()
+    proof: Proof = "exact"
+    effort: int = 0
 
 
 @lru_cache(maxsize=4096)
 def decide(problem: Problem, objective: Objective) -> Decision:
     """Plan a problem; equal problems (equal layers) are planned once."""
-    try:
-        plan = cheapest(problem, objective)
-    except SearchLimitError as error:
-        before = total_cost(incoming_operations(problem))
-        return Decision(None, False, before, before, f"left alone: {error}")
-    return judge(problem, objective, plan, alternatives(problem, objective))
+    found = search(problem, objective)
+    considered = alternatives(problem, objective)
+    decision = judge(problem, objective, found.plan, considered, found.proof)
+    return replace(decision, effort=found.effort)
 
 
 def judge(
@@ -69,6 +70,7 @@ def judge(
     objective: Objective,
     plan: Plan,
     considered: tuple[Alternative, ...] = (),
+    proof: Proof = "exact",
 ) -> Decision:
     """Whether a plan is worth replacing the graph as it came."""
     ran, runs = incoming_operations(problem), plan.operations(problem)
@@ -77,28 +79,27 @@ def judge(
     is_worth = objective.worthwhile(price_before, price_after)
     if is_worth or objective.holds_less(before, after):
         reason = f"changed: {saving(objective, problem, plan)}"
-        return Decision(plan, True, before, after, reason, considered, problem.lasting)
+        if proof != "exact":
+            reason += " (the best plan found; not all were compared)"
+        return Decision(plan, True, before, after, reason, considered, problem.lasting, proof)
     if replace(objective, margin=0.0).worthwhile(price_before, price_after):
         reason = (
             f"left alone: the cheapest plan saves less than the margin ({objective.margin:.1%})"
         )
     else:
         reason = "left alone: the graph as it came is the cheapest"
-    return Decision(plan, False, before, before, reason, considered)
+        if proof != "exact":
+            reason = "left alone: no cheaper plan was found (not all were compared)"
+    return Decision(plan, False, before, before, reason, considered, proof=proof)
 
 
 @lru_cache(maxsize=4096)
 def alternatives(problem: Problem, objective: Objective) -> tuple[Alternative, ...]:
     """The first demand's possible first steps, each with the cheapest plan that takes it."""
-    ways = Ways(problem, objective).of(problem.demands[0])
-    if len(ways) < 2:
+    steps = first_steps(problem, objective)
+    if len(steps) < 2:
         return ()
-    plans = []
-    for step, *_ in ways:
-        try:
-            plans.append((step, cheapest(problem, objective, step, _SHARE)))
-        except SearchLimitError:
-            continue
+    plans = [(step, search(problem, objective, step, _WIDTHS).plan) for step in steps]
     plans.sort(key=lambda pair: objective.total(pair[1].operations(problem)))
     return tuple(Alternative(step, plan, plan.cost(problem)) for step, plan in plans)
 

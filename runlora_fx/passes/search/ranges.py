@@ -16,11 +16,14 @@ from itertools import accumulate, pairwise
 from runlora_fx.cost_model.objective import Objective, Price
 from runlora_fx.passes.algebra.plan import Plan, Problem, Product, incoming_operations
 from runlora_fx.passes.algebra.polynomials import Polynomial
-from runlora_fx.passes.search.a_star import SearchLimitError, cheapest
+from runlora_fx.passes.search.frontiers import search
 
 #: Sizes at which plans are searched, and sizes at which they are compared [elements].
 _SEARCHED = (1, 16, 64, 256, 1024, 4096, 32768)
 _COMPARED = tuple(dict.fromkeys(round(2 ** (k / 2)) for k in range(35)))
+
+#: How wide plans are searched at each of these sizes; only a few problems need more.
+_WIDTHS = (16, 128)
 
 #: At most so many ranges, and no more than are needed for this share of what could be saved.
 _MAX_RANGES = 4
@@ -92,10 +95,9 @@ def candidates(varying: Varying) -> tuple[Plan | None, ...]:
     """The graph as it came (None) and every plan that is the cheapest at some size."""
     found: dict[frozenset[object], Plan | None] = {frozenset(): None}
     for size in _SEARCHED:
-        try:
-            plan = cheapest(_sized(varying.problem, varying.dims, size), varying.objective)
-        except SearchLimitError:
-            continue
+        plan = search(
+            _sized(varying.problem, varying.dims, size), varying.objective, widths=_WIDTHS
+        ).plan
         found.setdefault(frozenset(plan.steps.items()), plan)
     return tuple(found.values())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
 
@@ -37,7 +37,6 @@ class Ways:
     problem: Problem
     objective: Objective
     _known: dict[Value, list[Way]] = field(default_factory=dict)
-    _least: dict[Value, Price] = field(default_factory=dict)
     _incoming: Mapping[Value, list[Step]] = field(init=False)
     _materialised: set[Polynomial] = field(init=False)
 
@@ -59,33 +58,30 @@ class Ways:
         factor = value.core.leaf
         return factor is not None and (not value.backward or self.problem.leaves[factor.leaf].held)
 
-    def bound(self, frontier: frozenset[Value]) -> Price | None:
-        """A lower bound of the price of what a frontier still needs; None if it cannot be met."""
-        total: Price = 0
-        for value in frontier:
-            if not self.of(value):
-                return None
-            total += self.least(value)
-        return total
-
-    def least(self, value: Value) -> Price:
-        """The price of the cheapest step that makes a value."""
-        if value not in self._least:
-            self._least[value] = min((price for _, price, _ in self.of(value)), default=0)
-        return self._least[value]
-
     def of(self, value: Value) -> list[Way]:
         """All ways to make a value: (step, its price, the operands that need a step)."""
         if value not in self._known:
-            self._known[value] = [
-                (step, self._price(value, step), operands)
-                for step in dict.fromkeys(self._steps(value))
-                for operands in [self.operands(value, step)]
-                if self._rounds_as_before(operands)
-                # The incoming graph may add a value to itself: X A + X A.
-                if all(self.rank(operand) < self.rank(value) for operand in operands)
-            ]
+            self._known[value] = self._possible(value, self._steps(value))
         return self._known[value]
+
+    def taken(self, value: Value) -> Collection[Step]:
+        """The steps that the incoming graph takes towards a value."""
+        return self._incoming.get(value, ())
+
+    def simple(self, value: Value) -> list[Way]:
+        """A few ways: sums are split as long ones are, along common factors and into words."""
+        return self._possible(value, [*self._steps(value, all_splits=2)])
+
+    def _possible(self, value: Value, steps: Iterable[Step]) -> list[Way]:
+        """Those steps that may be taken towards a value, with prices and operands."""
+        return [
+            (step, self._price(value, step), operands)
+            for step in dict.fromkeys(steps)
+            for operands in [self.operands(value, step)]
+            if self._rounds_as_before(operands)
+            # The incoming graph may add a value to itself: X A + X A.
+            if all(self.rank(operand) < self.rank(value) for operand in operands)
+        ]
 
     def _rounds_as_before(self, operands: frozenset[Value]) -> bool:
         """Whether a step reads nothing that is rounded here and was not in the incoming graph."""
@@ -111,7 +107,7 @@ class Ways:
         operands = (self.phase(p, value.backward) for p in polynomials)
         return frozenset(v for v in operands if not self.is_given(v))
 
-    def _steps(self, value: Value) -> Iterator[Step]:
+    def _steps(self, value: Value, all_splits: int = _ALL_SPLITS) -> Iterator[Step]:
         core = value.core
         if core.leaf is not None:
             return  # a forward leaf that the backward does not hold
@@ -129,7 +125,7 @@ class Ways:
                 yield Product(left, right)
         if len(core) == 1:
             return
-        if len(core) <= _ALL_SPLITS:
+        if len(core) <= all_splits:
             yield from _all_splits(core)
         elif len(parts := components(core)) > 1:
             yield Sum(tuple(parts))

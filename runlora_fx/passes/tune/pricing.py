@@ -18,7 +18,7 @@ from runlora_fx.cost_model.profile import DEFAULT_PROFILE
 from runlora_fx.cost_model.store import Record
 from runlora_fx.options import Options
 from runlora_fx.passes.algebra.plan import Problem
-from runlora_fx.passes.search.a_star import candidate_products
+from runlora_fx.passes.search.frontiers import candidate_products
 
 _log = logging.getLogger("runlora_fx")
 

@@ -1,0 +1,272 @@
+"""The search: the cheapest plan for all demands of a problem together.
+
+A plan makes every value once, whoever reads it, so its price is that of a DAG, not of trees. The
+search decides about values in the order of :mod:`~runlora_fx.passes.search.space`. Its state is a
+*frontier*: the set of values that are still to be made. It takes the highest value of a frontier
+(nothing left can read it again), pays for one way to make it, and puts the operands in its place.
+Of two equal frontiers the cheaper one stays. A frontier is dropped if what was paid and a lower
+bound of what is left exceed the best plan known, the graph as it came to begin with.
+
+Before -> after: ``X W' + 2 X A' B'`` as it came, a sum of two products -> ``X (W' + 2 A' B')``.
+
+Invariant: a plan is called *exact* only if no frontier was dropped but by the bound. Where more
+frontiers remain than fit, the most promising are kept, and the plan is called *best found*; it is
+never dearer than the graph as it came. Work is counted, so a plan depends on no clock.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from heapq import nsmallest
+from typing import Literal, TypeAlias
+
+from runlora_fx.cost_model.objective import Objective, Price
+from runlora_fx.cost_model.ops import GemmShape, MatMul
+from runlora_fx.passes.algebra.plan import (
+    Keep,
+    Plan,
+    Problem,
+    Step,
+    Sum,
+    Value,
+    incoming_operations,
+    step_operands,
+    step_operation,
+)
+from runlora_fx.passes.algebra.polynomials import (
+    Polynomial,
+    normalise,
+)
+from runlora_fx.passes.search.space import Choice, Space, members, space_of
+from runlora_fx.passes.search.ways import Ways
+
+#: Frontiers that are kept for each value, in a first search and in those that follow while the plan
+#: is not proven. What a search tries is proportional to this and to the number of values.
+WIDTHS = (16, 128, 1024, 4096)
+
+#: A wider search is not begun if it may try more ways than this, and so many for each step of the
+#: incoming graph. A million take about three seconds.
+_EFFORT, _EFFORT_PER_STEP = 200_000, 300
+
+#: Values to visit in search of products to measure.
+_VALUES = 5_000
+
+#: Bounds are sums of floats: one that exceeds the best plan by less may be equal to it.
+_ROUNDING = 1e-9
+
+Proof: TypeAlias = Literal["exact", "best found"]
+
+#: The decisions that led to a frontier, latest first: a value, the place of its way, those before.
+_Path: TypeAlias = "tuple[int, int, _Path] | None"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found.
+
+    Attributes:
+        plan: The plan.
+        proof: ``"exact"`` if no plan is cheaper; ``"best found"`` if not all were compared.
+        effort: Ways that were tried.
+    """
+
+    plan: Plan
+    proof: Proof
+    effort: int
+
+
+@dataclass
+class _Sweep:
+    """What one pass over all values found.
+
+    Attributes:
+        price: Of the cheapest plan, if there is one within the limit.
+        path: Its decisions.
+        effort: Ways that were tried.
+        is_complete: Whether no frontier was dropped but by its bound.
+    """
+
+    price: Price | None = None
+    path: _Path = None
+    effort: int = 0
+    is_complete: bool = True
+
+
+def cheapest(problem: Problem, objective: Objective, first: Step | None = None) -> Plan:
+    """The plan that :func:`search` finds.
+
+    Raises:
+        ValueError: If no plan exists.
+    """
+    return search(problem, objective, first).plan
+
+
+def search(
+    problem: Problem,
+    objective: Objective,
+    first: Step | None = None,
+    widths: tuple[int, ...] = WIDTHS,
+) -> Found:
+    """The plan with the least price among all ways that :class:`Ways` knows.
+
+    Args:
+        problem: What to compute.
+        objective: How steps are priced.
+        first: If given, the step that the first demand has to take: a question of the form
+            "what if the weight were merged?".
+        widths: Frontiers to keep for each value, in a first search and in those that follow.
+
+    Raises:
+        ValueError: If no plan exists.
+    """
+    space = space_of(problem, objective)
+    stages = list(dict.fromkeys([space.came, space.few, space.choices]))
+    if first is not None:
+        demand = space.values.index(problem.demands[0])
+        forced = tuple(c for c in space.choices[demand] if space.steps[demand][c[0]] == first)
+        stages = [(*ways[:demand], forced, *ways[demand + 1 :]) for ways in stages]
+    best, effort, is_exact = _Sweep(), 0, False
+    limit = _EFFORT + _EFFORT_PER_STEP * len(problem.incoming)
+    for choices in stages:
+        per_width = 0.0
+        for width in widths:
+            if per_width * width > limit:
+                break
+            found = _swept(space, choices, width, best.price)
+            effort += found.effort
+            per_width = found.effort / width
+            if found.price is not None and (best.price is None or found.price < best.price):
+                best = found
+            if found.is_complete:
+                is_exact = choices is stages[-1] and space.is_whole
+                break
+    if best.price is None:
+        raise ValueError(f"no plan for {problem.demands}")
+    steps = _steps(space, best.path)
+    plan = Plan(_flattened(problem, Ways(problem, objective), steps))
+    return Found(plan, "exact" if is_exact else "best found", effort)
+
+
+def first_steps(problem: Problem, objective: Objective) -> tuple[Step, ...]:
+    """The steps that the first demand can take; none if it needs no step."""
+    space = space_of(problem, objective)
+    if problem.demands[0] not in space.values:
+        return ()
+    return space.steps[space.values.index(problem.demands[0])]
+
+
+def _steps(space: Space, path: _Path) -> dict[Value, Step]:
+    """The steps of some decisions."""
+    steps = {}
+    while path is not None:
+        value, way, path = path
+        steps[space.values[value]] = space.steps[value][way]
+    return steps
+
+
+def _swept(
+    space: Space, choices: Sequence[Sequence[Choice]], width: int, limit: Price | None
+) -> _Sweep:
+    """Decide about all values, from high to low.
+
+    Args:
+        space: The values and their ways.
+        choices: The ways to try.
+        width: Frontiers to keep for each value.
+        limit: A price that a plan need not exceed.
+    """
+    found = _Sweep()
+    most = None if limit is None else float(limit) * (1 + _ROUNDING)
+    # By their highest value: what was paid for a frontier, the bound of its plans, and its path.
+    open_: list[dict[int, tuple[Price, float, _Path]]] = [{} for _ in space.values]
+    if space.start:
+        open_[space.start.bit_length() - 1][space.start] = (0, 0.0, None)
+    else:
+        found.price = 0
+    for value in reversed(range(len(space.values))):
+        frontiers, open_[value] = open_[value], {}
+        if not frontiers:
+            continue
+        chosen = list(frontiers.items())
+        if len(chosen) > width:
+            found.is_complete = False
+            chosen = nsmallest(width, chosen, key=lambda item: item[1][1])
+        demands = space.start & ((1 << value) - 1)
+        base = space.unread[value] + sum(
+            space.share(i, value) for i in members(demands & space.read_demands)
+        )
+        shares: dict[int, float] = {}
+        for frontier, (paid, _, path) in chosen:
+            rest = frontier ^ (1 << value)
+            for way, price, read in choices[value]:
+                found.effort += 1
+                state, total = rest | read, paid + price
+                if not state:
+                    if found.price is None or total < found.price:
+                        found.price, found.path = total, (value, way, path)
+                    continue
+                below = open_[state.bit_length() - 1]
+                known = below.get(state)
+                if known is not None and known[0] <= total:
+                    continue
+                bound = float(total) + base
+                others = state & ~demands
+                while others:
+                    lowest = others & -others
+                    share = shares.get(lowest)
+                    if share is None:
+                        share = shares[lowest] = space.share(lowest.bit_length() - 1, value)
+                    bound += share
+                    others ^= lowest
+                if most is None or bound <= most:
+                    below[state] = (total, bound, (value, way, path))
+    return found
+
+
+def candidate_products(problem: Problem, objective: Objective) -> list[GemmShape]:
+    """The products of all plans that can be cheaper than the graph as it came.
+
+    One that is predicted to cost twice as much as all of that graph need not be measured.
+    """
+    ways = Ways(problem, objective)
+    limit = 2 * objective.total(incoming_operations(problem))
+    found: dict[GemmShape, None] = {}
+    pending, seen = list(problem.demands), set(problem.demands)
+    while pending and len(seen) < _VALUES:
+        value = pending.pop()
+        for step, price, operands in ways.of(value):
+            if price > limit:
+                continue
+            operation = step_operation(problem, value.core, step)
+            if isinstance(operation, MatMul):
+                found[operation.shape] = None
+            pending.extend(operands - seen)
+            seen |= operands
+    return list(found)
+
+
+def _flattened(problem: Problem, ways: Ways, steps: Mapping[Value, Step]) -> dict[Value, Step]:
+    """The same steps, with sums that only one sum reads added up there: it costs the same."""
+    # A sum may read one value twice, as it is and transposed.
+    uses = Counter(
+        ways.phase(normalise(p).core, value.backward and not isinstance(step, Keep))
+        for value, step in steps.items()
+        for p in (step_operands(step) or (value.core,))
+    )
+
+    def parts(value: Value, step: Sum) -> Iterator[Polynomial]:
+        for part in step.parts:
+            scalar, transposed, core = normalise(part)
+            below = ways.phase(core, value.backward)
+            inner = steps.get(below)
+            if isinstance(inner, Sum) and uses[below] == 1 and below not in problem.demands:
+                absorbed.add(below)
+                yield from ((p.T if transposed else p).scaled(scalar) for p in parts(below, inner))
+            else:
+                yield part
+
+    absorbed: set[Value] = set()
+    flat = {v: Sum(tuple(parts(v, s))) if isinstance(s, Sum) else s for v, s in steps.items()}
+    return {value: step for value, step in flat.items() if value not in absorbed}

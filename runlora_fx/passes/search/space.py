@@ -1,0 +1,246 @@
+"""The search space of a problem: every value that a plan may make, in the order of the decisions.
+
+Before -> after: ``Ways`` (steps, prices and operands, made as they are visited) -> a table in which
+values are numbers, and a set of values is an integer with one bit each.
+
+Invariant: a value has a higher number than all that its ways read. So whoever decides from high to
+low numbers meets no value again once it is decided. Among all such orders one is taken that keeps
+few values undecided at a time: first all that only one use of a weight needs, then the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+
+from runlora_fx.cost_model.objective import Objective, Price
+from runlora_fx.passes.algebra.plan import Problem, Step, Value
+from runlora_fx.passes.search.ways import Way, Ways
+
+#: Values of which all ways are listed, for each step of the incoming graph, and at least so many;
+#: beyond, only the ways that the incoming graph takes and those that lead to single words.
+_VALUES_PER_STEP = 100
+_VALUES = 2_000
+
+#: An open value that waits for more undecided values than this is left to the end.
+_FEW = 4
+
+#: One way in numbers: its place among the value's ways, its price, the values that it reads.
+Choice = tuple[int, Price, int]
+
+
+@dataclass(frozen=True)
+class Space:
+    """The values of a problem and the ways to make them, by number.
+
+    Attributes:
+        values: By number.
+        steps: By number, the ways that may be part of a cheapest plan.
+        choices: The same as prices and sets.
+        few: The same, without most of the ways to split a sum.
+        came: The same, only as the incoming graph takes them where it makes the value.
+        start: The demands that need a step, as a set.
+        is_whole: Whether every way was listed.
+        least: By number, a lower bound of the price of a value and of its share in what it reads:
+            what several values may read is divided among all of them.
+        readers: By number, the values that may read it, as a set.
+        read_demands: The demands that other values may read, as a set.
+        unread: By number, the bounds of all other demands below it, added up.
+    """
+
+    values: tuple[Value, ...]
+    steps: tuple[tuple[Step, ...], ...]
+    choices: tuple[tuple[Choice, ...], ...]
+    few: tuple[tuple[Choice, ...], ...]
+    came: tuple[tuple[Choice, ...], ...]
+    start: int
+    is_whole: bool
+    least: tuple[float, ...]
+    readers: tuple[int, ...]
+    read_demands: int
+    unread: tuple[float, ...]
+
+    def share(self, value: int, decided: int) -> float:
+        """What a value adds at least to the price while those below ``decided`` are undecided.
+
+        An undecided reader pays its own share: it is counted in that reader's bound.
+        """
+        is_demand = self.start >> value & 1
+        readers = self.readers[value]
+        all_of_them = readers.bit_count() + is_demand
+        undecided = (readers & ((1 << decided) - 1)).bit_count()
+        return self.least[value] * (1 - undecided / all_of_them)
+
+
+@lru_cache(maxsize=256)
+def space_of(problem: Problem, objective: Objective) -> Space:
+    """The search space of a problem.
+
+    Args:
+        problem: What to compute.
+        objective: How steps are priced.
+
+    Raises:
+        ValueError: If no plan exists.
+    """
+    ways = Ways(problem, objective)
+    start = [d for d in dict.fromkeys(problem.demands) if not ways.is_given(d)]
+    listed, is_whole = _listed(ways, start)
+    table = _feasible(ways, listed)
+    if not all(table.get(demand) for demand in start):
+        raise ValueError(f"no plan for {problem.demands}")
+    values = _ordered(ways, table, start)
+    number = {value: i for i, value in enumerate(values)}
+
+    def as_set(some: Iterable[Value]) -> int:
+        return sum(1 << number[value] for value in some)
+
+    steps = tuple(tuple(step for step, _, _ in table[value]) for value in values)
+    choices = tuple(
+        tuple((i, price, as_set(read)) for i, (_, price, read) in enumerate(table[value]))
+        for value in values
+    )
+    few = tuple(
+        tuple(choice for choice in own if steps[i][choice[0]] in simple) or own
+        for i, own in enumerate(choices)
+        for simple in [{step for step, _, _ in ways.simple(values[i])}]
+    )
+    came = tuple(
+        tuple(choice for choice in own if steps[i][choice[0]] in ways.taken(values[i])) or own
+        for i, own in enumerate(choices)
+    )
+    readers = [0] * len(values)
+    for i, value in enumerate(values):
+        for operand in _read(table[value]):
+            readers[number[operand]] |= 1 << i
+    demanded = as_set(start)
+    least: list[float] = []
+    for own in choices:
+        bounds = (
+            float(price)
+            + sum(least[i] / (readers[i].bit_count() + (demanded >> i & 1)) for i in members(read))
+            for _, price, read in own
+        )
+        least.append(min(bounds))
+    read_demands = sum(1 << i for i in members(demanded) if readers[i])
+    alone = (bound if (demanded & ~read_demands) >> i & 1 else 0.0 for i, bound in enumerate(least))
+    unread = tuple(accumulate(alone, initial=0.0))
+    return Space(
+        values=tuple(values),
+        steps=steps,
+        choices=choices,
+        few=few,
+        came=came,
+        start=demanded,
+        is_whole=is_whole,
+        least=tuple(least),
+        readers=tuple(readers),
+        read_demands=read_demands,
+        unread=unread,
+    )
+
+
+def members(of: int) -> list[int]:
+    """The numbers in a set."""
+    found = []
+    while of:
+        lowest = of & -of
+        found.append(lowest.bit_length() - 1)
+        of ^= lowest
+    return found
+
+
+def _listed(ways: Ways, start: Collection[Value]) -> tuple[dict[Value, list[Way]], bool]:
+    """All values that some way needs, with their ways; and whether none was left out."""
+    limit = max(_VALUES, _VALUES_PER_STEP * len(ways.problem.incoming))
+    listed: dict[Value, list[Way]] = {}
+    seen = dict.fromkeys(start)
+    pending = list(start)
+    is_whole = True
+    for value in pending:
+        if len(seen) < limit:
+            listed[value] = ways.of(value)
+        else:
+            listed[value] = ways.simple(value)
+            is_whole = False
+        for _, _, operands in listed[value]:
+            new = sorted((v for v in operands if v not in seen), key=ways.rank)
+            seen.update(dict.fromkeys(new))
+            pending.extend(new)
+    return listed, is_whole
+
+
+def _feasible(ways: Ways, listed: Mapping[Value, list[Way]]) -> dict[Value, list[Way]]:
+    """The ways that lead to a plan, without those that another is never dearer than."""
+    table: dict[Value, list[Way]] = {}
+    for value in sorted(listed, key=ways.rank):
+        possible = [way for way in listed[value] if all(table[v] for v in way[2])]
+        if value != ways.problem.demands[0]:  # its first steps are compared for the report
+            came = ways.taken(value)
+            possible = [
+                way
+                for i, way in enumerate(possible)
+                if way[0] in came or not _is_needless(i, possible)
+            ]
+        table[value] = possible
+    return table
+
+
+def _is_needless(index: int, ways: Sequence[Way]) -> bool:
+    """Whether another way reads nothing that this one does not and costs no more."""
+    _, price, read = ways[index]
+    return any(
+        other_price <= price
+        and other_read <= read
+        # Of two that are alike in both the first stays.
+        and (i < index or other_price < price or other_read < read)
+        for i, (_, other_price, other_read) in enumerate(ways)
+        if i != index
+    )
+
+
+def _read(ways: Iterable[Way]) -> dict[Value, None]:
+    """All that some ways read."""
+    return dict.fromkeys(value for _, _, operands in ways for value in operands)
+
+
+def _ordered(ways: Ways, table: Mapping[Value, list[Way]], start: Collection[Value]) -> list[Value]:
+    """The values that the demands may need: operands first, few of them open at a time.
+
+    A value is open while some of its readers are decided and some are not. Next is the value that
+    was opened last and waits for few undecided values, after those. So what one use of a weight
+    needs is decided before the next use is begun, and what all uses read waits.
+    """
+    read: dict[Value, list[Value]] = {}
+    pending = list(start)
+    for value in pending:
+        if value not in read:
+            read[value] = list(_read(table[value]))
+            pending.extend(read[value])
+    ranked = sorted(read, key=ways.rank)
+    number = {value: i for i, value in enumerate(ranked)}
+    reads = [sum(1 << number[v] for v in read[value]) for value in ranked]
+    above = [0] * len(ranked)  # all that is made from a value, directly or not
+    for i in reversed(range(len(ranked))):
+        for operand in members(reads[i]):
+            above[operand] |= above[i] | 1 << i
+    demands = sum(1 << number[v] for v in start)
+    undecided, opened = (1 << len(ranked)) - 1, 0
+    since = {number[v]: 0 for v in start}
+    order: list[int] = []
+    while undecided:
+        open_ = opened & undecided & ~demands
+        waits = {i: (above[i] & undecided).bit_count() for i in members(open_)}
+        found = max(
+            waits or members(demands & undecided),
+            key=lambda i: (-max(waits.get(i, 0), _FEW), since[i], -waits.get(i, 0), i),
+        )
+        for i in reversed(members((above[found] | 1 << found) & undecided)):
+            order.append(i)
+            undecided ^= 1 << i
+            opened |= reads[i]
+            for j in members(reads[i]):
+                since.setdefault(j, len(order))
+    return [ranked[i] for i in reversed(order)]
