@@ -438,6 +438,20 @@ def test_looking_at_a_graph_modifies_nothing(level: str) -> None:
     torch.testing.assert_close(dict(gm.state_dict()), before)
 
 
+def test_inputs_that_share_a_storage_are_one_memory() -> None:
+    def fn(x: Any, w: Any, a: Any, b: Any, turned: Any) -> Any:
+        base = x @ w
+        turned.add_(1)
+        return base + x @ a @ b
+
+    def given() -> list[Tensor]:
+        x, w, a, b, *_ = inputs()
+        return [x, w, a, b, x.t()]
+
+    new = runlora_fx.rewrite(fx.symbolic_trace(fn), given(), strict=True)
+    torch.testing.assert_close(new(*given()), fn(*given()))
+
+
 def test_attributes_are_told_apart_by_their_storage() -> None:
     graph = _tied_graph().graph
     by_name = {node.target: node for node in graph.nodes if node.op == "get_attr"}
@@ -495,7 +509,7 @@ def test_modes_are_counted_from_the_first() -> None:
 def test_a_graph_that_an_operator_calls_is_looked_into() -> None:
     def fn(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
         def block(x: Tensor) -> Tensor:
-            return torch.tanh(x @ w + x @ a @ b)
+            return (x @ w + x @ a @ b).tanh_()
 
         y = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
         return x @ w + y + x @ a @ b

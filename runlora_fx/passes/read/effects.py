@@ -138,6 +138,13 @@ class Effects:
         return (same, self.version(node, node) if node in self._position else 0)
 
     @property
+    def writes_inputs(self) -> bool:
+        """Whether the graph modifies an input or an attribute."""
+        ops = ("placeholder", "get_attr")
+        given = (self._memory[node] for node in self._position if node.op in ops)
+        return any(memory in self._written_at for group in given for memory in group)
+
+    @property
     def nodes(self) -> Iterable[fx.Node]:
         """The nodes of the graph as it was."""
         return self._position.keys()
@@ -258,7 +265,7 @@ class Effects:
         if calls.is_functional(node.target):
             return _NOTHING
         bodies = self._bodies(node)
-        if bodies and not any(inner._writes for inner in bodies):
+        if bodies and not any(inner.writes_inputs for inner in bodies):
             return _NOTHING
         written = calls.written_arguments(node.target, node.args, node.kwargs)
         return self._memory_in(list(written))

@@ -10,8 +10,8 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from runlora_fx._torch_compat import draws_from_seeds
 from runlora_fx.passes.levels.forms import Copy, Permute, Reshape, Scale
+from runlora_fx.passes.read.gradients import gradient_nodes
 from runlora_fx.passes.read.reader import GraphReader
-from runlora_fx.passes.read.tangents import tangent_nodes
 
 _RANDOM = (torch.ops.aten.rand.default, torch.ops.aten.rand_like.default)
 _COMPARISONS = (
@@ -28,7 +28,7 @@ class Phases:
 
     def __init__(self, graph: fx.Graph) -> None:
         """Find the phases of a graph's nodes."""
-        self.tangent = tangent_nodes(graph)
+        self.tangent = gradient_nodes(graph)
         outputs = [
             arg
             for node in graph.nodes

@@ -49,8 +49,8 @@ from runlora_fx.passes.read.expand import (
     total,
     without_cancelled,
 )
+from runlora_fx.passes.read.gradients import gradient_nodes
 from runlora_fx.passes.read.leaves import Leaves
-from runlora_fx.passes.read.tangents import tangent_nodes
 from runlora_fx.passes.read.value_numbers import ValueNumbers
 
 #: What casts between floats are taken for: borders of a region (``"kept"``), but not where sums of
@@ -104,7 +104,7 @@ class GraphReader(Expander):
         # Casts that are undone at once.
         self._transient: set[fx.Node] = set()
         self._addends: dict[fx.Node, Addends] = {}
-        self._tangent = tangent_nodes(graph)
+        self._tangent = gradient_nodes(graph)
         # The vectors that are read as diagonal matrices, as leaves; None until they are known.
         self._diagonals: set[int] | None = None
         self.cuts: dict[fx.Node, Cut] = {}
