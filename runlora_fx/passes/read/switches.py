@@ -16,19 +16,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 
-#: Switches that hold until another call, and take what to switch to.
-_SETTERS = (
-    "set_autocast_enabled",
-    "set_autocast_dtype",
-    "set_autocast_cache_enabled",
-    "set_default_dtype",
-    "set_default_device",
-    "set_deterministic",
-    "use_deterministic_algorithms",
-    "set_float32_matmul_precision",
-)
+#: Begins the names of functions that switch until another call, without underscores.
+_SETTERS = ("set_", "use_deterministic_algorithms")
 
 
 def mode_of_nodes(graph: fx.Graph) -> dict[fx.Node, int]:
@@ -37,7 +29,7 @@ def mode_of_nodes(graph: fx.Graph) -> dict[fx.Node, int]:
     entered: list[int] = []
     count, grad, initial_grad, settings = 0, None, None, 0
     for node in graph.nodes:
-        name = str(getattr(node.target, "__name__", "")) if node.op == "call_function" else ""
+        name = _name(node)
         if name in ("_set_grad_enabled", "set_grad_enabled"):
             # The first switch tells what the graph starts with: the opposite.
             grad = bool(_argument(node))
@@ -54,6 +46,13 @@ def mode_of_nodes(graph: fx.Graph) -> dict[fx.Node, int]:
             # Twice the number, plus one where gradients are not recorded as in the beginning.
             modes[node] = 2 * (entered[-1] if entered else settings) + (grad != initial_grad)
     return modes
+
+
+def _name(node: fx.Node) -> str:
+    """The name of a function; nothing for operators, methods and modules: those switch nothing."""
+    is_operator = isinstance(node.target, torch._ops.OpOverload)
+    is_function = node.op == "call_function" and not is_operator
+    return str(getattr(node.target, "__name__", "")) if is_function else ""
 
 
 def _argument(node: fx.Node) -> Any:
