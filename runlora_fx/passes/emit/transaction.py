@@ -1,0 +1,99 @@
+"""Transactions: a graph is changed wholly, or it is as it came.
+
+    with transaction(graph):
+        ...                     # insert, replace, erase, set metadata: anything
+        raise RuntimeError      # the graph is as it was when the block began
+
+A block that ends well leaves a graph that lints. Nodes that survive an undone block are the same
+objects as before it; nodes that were erased in it are made again under their names.
+
+Invariant: after a block there is no graph half changed, whatever was raised in it and wherever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from torch import fx
+
+
+class _Record(NamedTuple):
+    """A node as it was."""
+
+    node: fx.Node
+    op: str
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    name: str
+    type_expr: Any
+    meta: dict[str, Any]
+
+
+class _Snapshot:
+    """The nodes of a graph at one moment: what they compute, in which order, and their metadata."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._graph = graph
+        self._records = [
+            _Record(n, n.op, n.target, n.args, dict(n.kwargs), n.name, n.type, dict(n.meta))
+            for n in graph.nodes
+        ]
+
+    def has_changed(self) -> bool:
+        """Whether some node is new, gone, or reads something else."""
+        nodes = list(self._graph.nodes)
+        return len(nodes) != len(self._records) or any(
+            node is not was.node or node.args is not was.args
+            for node, was in zip(nodes, self._records, strict=True)
+        )
+
+    def restore(self) -> None:
+        """Make the graph what it was."""
+        alive = set(self._graph.nodes)
+        now: dict[fx.Node, fx.Node] = {}
+        before: fx.Node | None = None
+        for was in self._records:
+            node = was.node if was.node in alive else self._made_again(was, before)
+            if before is not None and node.prev is not before:
+                before.append(node)  # it was moved
+            now[was.node] = before = node
+        for was in self._records:
+            node = now[was.node]
+            node.args = fx.node.map_arg(was.args, lambda n: now[n])
+            node.kwargs = fx.node.map_arg(was.kwargs, lambda n: now[n])
+            node.meta = was.meta
+        kept = set(now.values())
+        for node in reversed(list(self._graph.nodes)):
+            if node not in kept:
+                self._graph.erase_node(node)
+        for was in self._records:
+            now[was.node].name = was.name  # free again: whatever had it meanwhile is gone
+
+    def _made_again(self, was: _Record, before: fx.Node | None) -> fx.Node:
+        """A node that was erased; it reads nothing yet."""
+        at = self._graph.inserting_before(next(iter(self._graph.nodes)))
+        with at if before is None else self._graph.inserting_after(before):
+            return self._graph.create_node(
+                was.op, was.target, name=was.name, type_expr=was.type_expr
+            )
+
+
+@contextmanager
+def transaction(graph: fx.Graph) -> Iterator[None]:
+    """A context in which a graph is changed wholly or not at all.
+
+    Raises:
+        Exception: Whatever is raised inside, and what ``graph.lint()`` finds at the end; the graph
+            is then as it was.
+    """
+    snapshot = _Snapshot(graph)
+    try:
+        yield
+        if snapshot.has_changed():
+            graph.lint()
+    except BaseException:
+        snapshot.restore()
+        raise
