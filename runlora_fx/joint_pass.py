@@ -55,21 +55,14 @@ def run(
         if options.strict:
             raise
         _log.warning(
-            "runlora failed and leaves this graph to run as it came (please report this; "
-            "options={'runlora.strict': True} raises instead): %s: %s",
+            "runlora failed and leaves this graph as it came; please report this "
+            "(options={'runlora.strict': True} raises instead): %s: %s",
             type(error).__name__,
             error,
             exc_info=_log.isEnabledFor(logging.DEBUG),
         )
-        refusal = Refusal(f"the pass failed: {type(error).__name__}: {error}", ("the whole graph",))
+        refusal = Refusal(f"the pass failed: {type(error).__name__}: {error}", ("this graph",))
         report = Report(graph=dialect.graph, refusals=(refusal,))
-    else:
-        if report.refusals and not report.sites:
-            _log.warning(
-                "runlora found no low-rank site, although the model has adapters (%s, ...): %s",
-                report.refusals[0].nodes[0],
-                report.refusals[0].reason,
-            )
     history.record(report)
     return report
 

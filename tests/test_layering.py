@@ -41,6 +41,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # Graph to algebra, and algebra to graph.
     ("passes.levels", "passes.levels.*"),
     ("passes.read", "passes.read.*"),
+    ("passes.context",),
     ("passes.emit", "passes.emit.*"),
     ("passes.lower", "passes.lower.*"),
     ("passes.experts", "passes.experts.*"),
@@ -49,7 +50,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("report", "report.*"),
     ("history",),
     # The pass, and the ways to it.
-    ("passes.pipeline",),
+    ("passes.planning", "passes.pipeline"),
     ("joint_pass",),
     ("integrations", "integrations.*"),
     ("backend",),

@@ -216,7 +216,7 @@ def test_a_failed_compilation_leaves_no_settings(monkeypatch: pytest.MonkeyPatch
     def fail(*_: object) -> None:
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr("runlora_fx.passes.pipeline.decide_all", fail)
+    monkeypatch.setattr("runlora_fx.passes.planning.decide_all", fail)
     before = inductor_config.get_config_copy()
     with pytest.raises(BackendCompilerFailed, match="out of luck"):
         _compile(RUNLORA, options={"epilogue_fusion": False, "runlora.strict": True})

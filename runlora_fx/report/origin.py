@@ -40,11 +40,11 @@ def modules_of_nodes(nodes: Iterable[fx.Node]) -> tuple[str, ...]:
     return (".".join(common),) if common else ()
 
 
-def unmatched(graph: fx.Graph, sites: Iterable[Site]) -> Iterator[Refusal]:
-    """Adapter modules of the graph that no site covers."""
+def unmatched(nodes: Iterable[fx.Node], sites: Iterable[Site]) -> Iterator[Refusal]:
+    """Adapter modules that no site covers, of the nodes of a graph as it came."""
     covered = {name for site in sites for name in site.modules}
     missed: dict[str, set[str]] = {}
-    for node in graph.nodes:
+    for node in nodes:
         path = _path(node)
         parts = path.split(".")
         adapted = next((i for i, part in enumerate(parts) if part.startswith("lora_")), None)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 
 from torch import fx
 
@@ -13,8 +14,8 @@ from runlora_fx.passes.emit.emitter import Emitter
 from runlora_fx.passes.emit.kept import stop_keeping_what_escapes
 from runlora_fx.passes.emit.layout import is_relied_on
 from runlora_fx.passes.emit.results import keep_results_apart, memory_of_results
-from runlora_fx.passes.emit.verify import VerificationError, verify
-from runlora_fx.passes.emit.writer import EmissionError, Writer
+from runlora_fx.passes.emit.verify import verify
+from runlora_fx.passes.emit.writer import Writer
 from runlora_fx.passes.levels import forms
 from runlora_fx.passes.read.analysis import Analysis
 from runlora_fx.passes.read.expand import sources
@@ -24,7 +25,7 @@ from runlora_fx.passes.read.regions import Regions, Root
 
 
 class NotAppliedError(Exception):
-    """A root could not be written or proven; the graph is as it was.
+    """A root could not be written or proven; the graph may be half changed.
 
     Attributes:
         root: The root.
@@ -39,7 +40,7 @@ class NotAppliedError(Exception):
 
 
 def apply(analysis: Analysis, plans: Mapping[int, Plan], lasting: Collection[fx.Node] = ()) -> None:
-    """Rewrite a graph.
+    """Rewrite a graph, inside a transaction of the caller's.
 
     Args:
         analysis: The graph as it came.
@@ -48,6 +49,7 @@ def apply(analysis: Analysis, plans: Mapping[int, Plan], lasting: Collection[fx.
 
     Raises:
         NotAppliedError: If a plan cannot be written, or is not what it was to be.
+        Exception: If something else fails, once all roots are proven.
     """
     if not plans:
         return
@@ -141,18 +143,14 @@ def _replace(
     """Emit and verify every root, then put them all in the places of the old ones."""
     emitted: list[tuple[Root, fx.Node]] = []
     for root in roots:
-        try:
+        with _of_root(root):
             new = emitter.emit(root)
             verify(reader, new, root.node, root.polynomial)
-        except Exception as error:
-            writer.erase()
-            if isinstance(error, VerificationError | EmissionError):
-                raise NotAppliedError(root, error) from error
-            raise
         # All roots are proven before any is replaced: until then the graph is only longer.
         emitted.append((root, new))
     for root, new in emitted:
-        root.node.replace_all_uses_with(new)
+        with _of_root(root):
+            root.node.replace_all_uses_with(new)
     for node in emitter.recomputed:
         # Without the tag the partitioner would keep it: for a merged weight a second copy of every
         # adapted weight, from forward to backward.
@@ -161,7 +159,15 @@ def _replace(
         if node in reader.forms and not node.users:
             graph.erase_node(node)
     _drop_copies(graph, emitter.copied)
-    graph.lint()
+
+
+@contextmanager
+def _of_root(root: Root) -> Iterator[None]:
+    """A context in which whatever goes wrong is a failure to write a root."""
+    try:
+        yield
+    except Exception as error:
+        raise NotAppliedError(root, error) from error
 
 
 def _drop_copies(graph: fx.Graph, copied: Mapping[fx.Node, fx.Node]) -> None:

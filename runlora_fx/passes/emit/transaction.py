@@ -12,11 +12,16 @@ Invariant: after a block there is no graph half changed, whatever was raised in 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import fx
+
+from runlora_fx.passes.context import Context, Failure
+
+_log = logging.getLogger("runlora_fx")
 
 
 class _Record(NamedTuple):
@@ -46,7 +51,8 @@ class _Snapshot:
         """Whether some node is new, gone, or reads something else."""
         nodes = list(self._graph.nodes)
         return len(nodes) != len(self._records) or any(
-            node is not was.node or node.args is not was.args
+            node is not was.node
+            or (node.args is not was.args and _read(node.args) != _read(was.args))
             for node, was in zip(nodes, self._records, strict=True)
         )
 
@@ -79,6 +85,48 @@ class _Snapshot:
             return self._graph.create_node(
                 was.op, was.target, name=was.name, type_expr=was.type_expr
             )
+
+
+def _read(args: Any) -> list[fx.Node]:
+    """The nodes among arguments, in order."""
+    found: list[fx.Node] = []
+    fx.node.map_arg(args, found.append)
+    return found
+
+
+@contextmanager
+def attempt(context: Context, *names: str) -> Iterator[None]:
+    """A transaction whose failure costs only what is changed in it.
+
+    Without the option ``strict`` an exception is logged and added to the context's failures.
+
+    Args:
+        context: The graph.
+        *names: What is left as it came if something is raised.
+
+    Raises:
+        Exception: Under ``strict``, whatever is raised inside.
+    """
+    try:
+        with transaction(context.graph):
+            yield
+    except Exception as error:
+        if context.options.strict:
+            raise
+        note_failure(context, names, error)
+
+
+def note_failure(context: Context, names: Sequence[str], error: Exception) -> None:
+    """Log that a part of a graph is left as it came, and add it to the context's failures."""
+    _log.warning(
+        "runlora leaves %s as it came; please report this "
+        "(options={'runlora.strict': True} raises instead): %s: %s",
+        ", ".join(names),
+        type(error).__name__,
+        error,
+        exc_info=_log.isEnabledFor(logging.DEBUG),
+    )
+    context.failures.append(Failure(tuple(names), error))
 
 
 @contextmanager

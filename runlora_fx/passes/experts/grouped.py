@@ -22,8 +22,9 @@ import sympy
 import torch
 from torch import fx
 
-from runlora_fx._torch_compat import guard_range, size_hint
+from runlora_fx.passes.context import Context, Outcome
 from runlora_fx.passes.emit.nodes import Inserter
+from runlora_fx.passes.emit.transaction import attempt
 from runlora_fx.passes.experts.stacks import (
     Merged,
     Mixture,
@@ -87,42 +88,49 @@ class _Gradient(NamedTuple):
     readers: tuple[tuple[fx.Node, bool, bool], ...]
 
 
-def split_grouped_products(graph: fx.Graph, *, may_guard: bool = False) -> list[Mixture]:
+def split_grouped_products(context: Context) -> Outcome:
     """Split grouped products with merged stacks, where that costs less.
 
+    The number of tokens may be a symbol, guarded to be on this side of where both cost the same.
+
     Args:
-        graph: ATen operators, every tensor node with an example tensor in ``meta["val"]``.
-        may_guard: Whether the number of tokens may be a symbol, guarded to be on this side of where
-            both cost the same.
+        context: A graph of ATen operators; no other has what is looked for.
 
     Returns:
-        The merged stacks, and whether their products were split.
+        The merged stacks (:class:`Mixture`), and whether their products were split.
     """
+    if context.options.numerics == "strict":
+        return Outcome()
+    graph = context.graph
+    insert, effects = Inserter(graph), context.effects()
     found: list[Mixture] = []
-    insert, effects = Inserter(graph), Effects(graph)
     for node in list(graph.nodes):
-        merged = merged_stack(node)
-        products = None if merged is None else _products(node)
-        if merged is None or not products or not _is_aligned(products, merged):
-            continue
-        gradients = _gradients(graph, merged, products)
-        if gradients is None:
-            continue
-        if any(map(effects.is_overwritten, _involved(node, products, gradients))):
-            continue
-        mode = insert.mode if may_guard else None
-        mixture = _mixture(node, merged, products, gradients, mode)
-        if mixture is None:
-            continue
-        if mixture.flops_split >= mixture.flops_merged:
-            found.append(mixture)
-            continue
-        found.append(replace(mixture, split=True))
-        splitter = _Splitter(insert, merged, str(products[0].node.target) == _GROUPED)
-        splitter.split(graph, products, gradients)
+        with attempt(context, node.name):
+            mixture = _split(context, insert, effects, node)
+            if mixture is not None:
+                found.append(mixture)
     if any(mixture.split for mixture in found):
         graph.eliminate_dead_code()
-    return found
+    return Outcome(tuple(found))
+
+
+def _split(context: Context, insert: Inserter, effects: Effects, node: fx.Node) -> Mixture | None:
+    """Split the products with a stack; None if the node is none whose readers are known."""
+    merged = merged_stack(node)
+    products = None if merged is None else _products(node)
+    if merged is None or not products or not _is_aligned(products, merged):
+        return None
+    gradients = _gradients(node.graph, merged, products)
+    if gradients is None:
+        return None
+    if any(map(effects.is_overwritten, _involved(node, products, gradients))):
+        return None
+    mixture = _mixture(node, merged, products, gradients, context)
+    if mixture is None or mixture.flops_split >= mixture.flops_merged:
+        return mixture
+    splitter = _Splitter(insert, merged, str(products[0].node.target) == _GROUPED)
+    splitter.split(node.graph, products, gradients)
+    return replace(mixture, split=True)
 
 
 # --- what is looked for
@@ -251,7 +259,7 @@ def _mixture(
     merged: Merged,
     products: list[_Product],
     gradients: list[_Gradient],
-    mode: Any,
+    context: Context,
 ) -> Mixture | None:
     """What a stack costs, merged or split; None where the number of tokens cannot be known.
 
@@ -263,7 +271,8 @@ def _mixture(
     if len(numbers) != 1:
         return None
     (number,) = numbers
-    tokens = number if isinstance(number, int) else size_hint(number, mode, 0)
+    is_known = isinstance(number, int) or context.may_guard
+    tokens = context.hint(number, fallback=0) if is_known else 0
     if not tokens:
         return None
     experts, rows, columns = sizes(stack) or (0, 0, 0)
@@ -279,10 +288,10 @@ def _mixture(
         reading=tokens * readers,
         readers=readers,
     )
-    return found if isinstance(number, int) else _guarded(found, number, tokens, mode)
+    return found if isinstance(number, int) else _guarded(found, number, tokens, context)
 
 
-def _guarded(mixture: Mixture, number: sympy.Expr, tokens: int, mode: Any) -> Mixture | None:
+def _guarded(mixture: Mixture, number: sympy.Expr, tokens: int, context: Context) -> Mixture | None:
     """The mixture, for as many tokens as do not change what costs less; None if that fails.
 
     Merging costs a fixed number of FLOPs, and every token some more or less.
@@ -295,7 +304,7 @@ def _guarded(mixture: Mixture, number: sympy.Expr, tokens: int, mode: Any) -> Mi
     border = -(-fixed // each)
     splits = tokens < border
     low, high = (0, border) if splits else (border, None)
-    is_guarded = guard_range(number, low, high, mode)
+    is_guarded = context.guard(number, low, high)
     return replace(mixture, border=f"{number} >= {border}") if is_guarded else None
 
 

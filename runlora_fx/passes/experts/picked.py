@@ -20,7 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from runlora_fx.passes.context import Context, Outcome
 from runlora_fx.passes.emit.nodes import Inserter
+from runlora_fx.passes.emit.transaction import attempt
 from runlora_fx.passes.experts.stacks import (
     Merged,
     Mixture,
@@ -42,40 +44,50 @@ _aten = torch.ops.aten
 _OUTER = (_aten.mul.Tensor, _aten.bmm.default)
 
 
-def split_gathered_weights(graph: fx.Graph) -> list[Mixture]:
+def split_gathered_weights(context: Context) -> Outcome:
     """Split products with gathered rows of merged stacks, where that costs less.
 
     Args:
-        graph: ATen operators, every tensor node with an example tensor in ``meta["val"]``.
+        context: A graph of ATen operators; no other has what is looked for.
 
     Returns:
-        The merged stacks, and whether their products were split.
+        The merged stacks (:class:`Mixture`), and whether their products were split.
     """
-    insert, effects = Inserter(graph), Effects(graph)
+    if context.options.numerics == "strict":
+        return Outcome()
+    graph = context.graph
+    insert, effects = Inserter(graph), context.effects()
     found: list[Mixture] = []
     for node in list(graph.nodes):
-        merged = merged_stack(node)
-        if merged is None:
-            continue
-        picks = list(node.users)
-        uses = [batched_uses(pick) if _indices(pick, node) is not None else None for pick in picks]
-        sums = _scattered(graph, merged)
-        if None in uses or not picks:
-            continue
-        if any(map(effects.is_overwritten, _involved(node, picks, uses, sums))):
-            continue
-        mixture = _mixture(node, merged, picks, sums)
-        if mixture.flops_split >= mixture.flops_merged:
-            found.append(mixture)
-            continue
-        found.append(replace(mixture, split=True))
-        for pick, products in zip(picks, uses, strict=True):
-            _split_pick(insert, merged, pick, products or [])
-        for scatter in sums:
-            _split_scatter(insert, scatter)
+        with attempt(context, node.name):
+            mixture = _split(insert, effects, node)
+            if mixture is not None:
+                found.append(mixture)
     if any(mixture.split for mixture in found):
         graph.eliminate_dead_code()
-    return found
+    return Outcome(tuple(found))
+
+
+def _split(insert: Inserter, effects: Effects, node: fx.Node) -> Mixture | None:
+    """Split the products with a stack; None if the node is none whose readers are known."""
+    merged = merged_stack(node)
+    if merged is None:
+        return None
+    picks = list(node.users)
+    uses = [batched_uses(pick) if _indices(pick, node) is not None else None for pick in picks]
+    sums = _scattered(node.graph, merged)
+    if None in uses or not picks:
+        return None
+    if any(map(effects.is_overwritten, _involved(node, picks, uses, sums))):
+        return None
+    mixture = _mixture(node, merged, picks, sums)
+    if mixture.flops_split >= mixture.flops_merged:
+        return mixture
+    for pick, products in zip(picks, uses, strict=True):
+        _split_pick(insert, merged, pick, products or [])
+    for scatter in sums:
+        _split_scatter(insert, scatter)
+    return replace(mixture, split=True)
 
 
 # --- what is looked for

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from runlora_fx.passes.emit.nodes import Inserter
+from runlora_fx.passes.emit.transaction import transaction
 from runlora_fx.passes.levels.forms import Dots
 from runlora_fx.passes.levels.level import Dialect
 from runlora_fx.passes.levels.sizes import same_shape, shape_of, value_of
@@ -57,14 +58,13 @@ class _Gathered(NamedTuple):
 def gathered_dots(graph: fx.Graph, dialect: Dialect) -> Iterator[None]:
     """A context in which all dots of products in a graph are one node each.
 
-    In the end, whatever ended it, those that are still there are put back as they came, and those
-    that were written meanwhile are spelled out.
+    In the end those that are still there are put back as they came, and those that were written
+    meanwhile are spelled out. Whatever is raised inside leaves the graph as it came.
     """
-    gathered = _GatheredDots(graph, dialect)
-    try:
+    with transaction(graph):
+        gathered = _GatheredDots(graph, dialect)
         gathered.gather()
         yield
-    finally:
         gathered.undo()
 
 

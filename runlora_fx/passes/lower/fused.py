@@ -8,12 +8,16 @@ again.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import fx
 
+from runlora_fx.passes.context import Context
 from runlora_fx.passes.emit.nodes import Inserter
+from runlora_fx.passes.emit.transaction import transaction
 from runlora_fx.passes.levels.sizes import is_contiguous, value_of
 from runlora_fx.passes.read.phases import recompute
 
@@ -29,7 +33,19 @@ class _Spelled(NamedTuple):
     reader: fx.Node
 
 
-class Fused:
+@contextmanager
+def fused_products(context: Context) -> Iterator[None]:
+    """A context in which fused products are spelled out; in the end those still there are put back.
+
+    Whatever is raised inside, or by putting them back, leaves the graph as it came.
+    """
+    with transaction(context.graph):
+        fused = _Fused(context.graph)
+        yield
+        fused.undo()
+
+
+class _Fused:
     """The fused products of a graph."""
 
     def __init__(self, graph: fx.Graph) -> None:

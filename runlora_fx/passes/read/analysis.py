@@ -5,21 +5,18 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import sympy
-import torch
 from torch import fx
 
-from runlora_fx._torch_compat import fake_mode_of, guard_range, size_hint
-from runlora_fx.cost_model.devices.registry import computing
-from runlora_fx.passes.algebra.posed import Dim
+from runlora_fx._torch_compat import fake_mode_of, size_hint
+from runlora_fx.passes.algebra.posed import Dim, PosedProblem
 from runlora_fx.passes.levels.level import Dialect
-from runlora_fx.passes.levels.sizes import value_of
 from runlora_fx.passes.read.effects import Effects
 from runlora_fx.passes.read.phases import Phases
 from runlora_fx.passes.read.reader import Casts, GraphReader
-from runlora_fx.passes.read.regions import Regions
+from runlora_fx.passes.read.regions import Region, Regions
 
 #: Assumed size of a dimension that only the run knows (unbacked symbols) [elements].
-_UNKNOWN_SIZE = 4096
+UNKNOWN_SIZE = 4096
 
 
 class Analysis:
@@ -33,6 +30,7 @@ class Analysis:
         phases: What of it is forward, what backward.
         regions: What is planned together.
         posed: The problem of each region.
+        failures: The regions that cannot be posed as a problem, and why. They stay as they came.
     """
 
     def __init__(self, graph: fx.Graph, dialect: Dialect, *, casts: Casts = "joined") -> None:
@@ -50,13 +48,25 @@ class Analysis:
         self.reader = GraphReader(graph, dialect, self.effects, casts=casts)
         self.phases = Phases(graph)
         self.regions = Regions(self.reader, self.phases, self.hint)
-        self.posed = [self.regions.pose(region) for region in self.regions.regions]
+        self.failures: list[tuple[Region, Exception]] = []
+        self.posed = self._posed()
+
+    def _posed(self) -> list[PosedProblem]:
+        """The problem of each region; a region that cannot be posed is no longer among them."""
+        posed: dict[int, PosedProblem] = {}
+        for i, region in enumerate(self.regions.regions):
+            try:
+                posed[i] = self.regions.pose(region)
+            except Exception as error:  # one region's failure costs that region only
+                self.failures.append((region, error))
+        self.regions.regions = [self.regions.regions[i] for i in posed]
+        return list(posed.values())
 
     def hint(self, size: Dim) -> int:
         """The size that a dimension had when the graph was traced."""
         if isinstance(size, int):
             return size
-        return size_hint(sympy.sympify(size), self._mode, _UNKNOWN_SIZE)
+        return size_hint(sympy.sympify(size), self._mode, UNKNOWN_SIZE)
 
     def leaves_of(self, region: int, nodes: Collection[fx.Node]) -> frozenset[int]:
         """The leaves of a region's problem that are some nodes."""
@@ -72,14 +82,3 @@ class Analysis:
         matrices, own = self.reader.leaves.matrices, self.posed[region].matrices
         nodes = (matrices[own[leaf]].node for leaf in leaves)
         return [node for node in nodes if node is not None]
-
-    def guard(self, size: sympy.Expr, low: int, high: int | None) -> bool:
-        """Have Dynamo check ``low <= size < high`` before every call; whether that is possible."""
-        return guard_range(size, low, high, self._mode)
-
-
-def device_of(graph: fx.Graph) -> torch.device:
-    """Where a graph computes: the accelerator, if any of its tensors is on one."""
-    values = (value_of(node) for node in graph.nodes)
-    devices = dict.fromkeys(value.device for value in values if value is not None)
-    return computing(devices)

@@ -1,0 +1,129 @@
+"""The context of a pass: the graph, and all that may be asked about it.
+
+Every pass has the same signature. It changes ``context.graph`` and returns what it found:
+
+    def split_picked_products(context: Context) -> Outcome
+
+Invariant: a context never changes, but for the list of what failed in its passes. Passes change the
+graph, so what is derived from it (:meth:`Context.effects`) is derived anew when asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import sympy
+import torch
+from torch import fx
+
+from runlora_fx._torch_compat import fake_mode_of, guard_range, size_hint
+from runlora_fx.cost_model.devices.machine import Machine
+from runlora_fx.cost_model.devices.registry import computing
+from runlora_fx.options import Options
+from runlora_fx.passes.algebra.posed import Dim
+from runlora_fx.passes.levels.level import Dialect
+from runlora_fx.passes.levels.sizes import value_of
+from runlora_fx.passes.read.analysis import UNKNOWN_SIZE, Analysis
+from runlora_fx.passes.read.effects import Effects
+from runlora_fx.passes.read.reader import Casts
+
+#: What the policies of the option ``numerics`` take casts for.
+_CASTS: dict[str, Casts] = {"strict": "kept", "default": "joined", "relaxed": "crossed"}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A part of a graph that was left as it came because something went wrong.
+
+    Attributes:
+        nodes: What is left as it came, by name.
+        error: What went wrong.
+    """
+
+    nodes: tuple[str, ...]
+    error: Exception
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a pass did.
+
+    Attributes:
+        findings: What it found and maybe changed, for the report to describe.
+        is_joint: Whether the graph has a forward and a backward.
+    """
+
+    findings: tuple[Any, ...] = ()
+    is_joint: bool = False
+
+
+@dataclass(frozen=True)
+class Context:
+    """One graph to rewrite, and what is known of it.
+
+    Attributes:
+        graph: Every tensor node has an example tensor in ``meta["val"]``.
+        level: The level of the graph.
+        options: What is asked of the passes.
+        machine: What is known about the devices.
+        may_guard: Whether guards on symbolic sizes can be made: they are checked before each call,
+            and another size gets another graph.
+        parameters: Which of the graph's inputs are parameters, the same tensors in every call.
+        failures: What went wrong so far; passes add to it.
+    """
+
+    graph: fx.Graph
+    level: Dialect
+    options: Options
+    machine: Machine
+    may_guard: bool = False
+    parameters: tuple[int, ...] = ()
+    failures: list[Failure] = field(default_factory=list)
+
+    # -- sizes ---------------------------------------------------------------------------------
+
+    @cached_property
+    def mode(self) -> Any:
+        """The fake mode that the example tensors live in; None where they are real."""
+        return fake_mode_of(node.meta.get("val") for node in self.graph.nodes)
+
+    def hint(self, size: Dim, fallback: int = UNKNOWN_SIZE) -> int:
+        """The size that a dimension had when the graph was traced."""
+        if isinstance(size, int):
+            return size
+        return size_hint(sympy.sympify(size), self.mode, fallback)
+
+    def guard(self, size: sympy.Expr, low: int, high: int | None) -> bool:
+        """Have Dynamo check ``low <= size < high`` before every call; whether that is possible."""
+        return self.may_guard and guard_range(size, low, high, self.mode)
+
+    # -- the graph -----------------------------------------------------------------------------
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the graph computes: the accelerator, if any of its tensors is on one."""
+        values = (value_of(node) for node in self.graph.nodes)
+        return computing(dict.fromkeys(value.device for value in values if value is not None))
+
+    @cached_property
+    def lasting(self) -> tuple[fx.Node, ...]:
+        """The inputs of which merged weights may be kept from call to call (option ``reuse``)."""
+        if not self.options.reuse:
+            return ()
+        inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
+        return tuple(inputs[i] for i in self.parameters)
+
+    def effects(self) -> Effects:
+        """The effects of the graph as it is now."""
+        return Effects(self.graph)
+
+    def read(self) -> Analysis:
+        """The linear algebra of the graph as it is now."""
+        return Analysis(self.graph, self.level, casts=_CASTS[self.options.numerics])
+
+
+#: Changes the graph of a context.
+Pass: TypeAlias = Callable[[Context], Outcome]

@@ -1,0 +1,228 @@
+"""Planning: the pass that reads the linear algebra of a graph, plans it, and writes the plans.
+
+    x W' + 2 (x A') B'      ->      x (W + 2 B A)'      where that costs less
+
+A failure costs one region. What fails before anything is written is known by its region. What fails
+when plans are put in is searched for by halves: each half is a transaction of its own.
+
+Invariant: the graph runs as it came wherever no plan was written and proven.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from torch import fx
+
+from runlora_fx.cost_model.objective import Objective
+from runlora_fx.passes.algebra.plan import Plan, incoming_cost
+from runlora_fx.passes.algebra.posed import PosedProblem
+from runlora_fx.passes.context import Context, Outcome
+from runlora_fx.passes.emit.apply import NotAppliedError, apply
+from runlora_fx.passes.emit.transaction import note_failure, transaction
+from runlora_fx.passes.lower.dots import gathered_dots
+from runlora_fx.passes.lower.fused import fused_products
+from runlora_fx.passes.read.analysis import Analysis
+from runlora_fx.passes.read.phases import recompute_dropout_masks
+from runlora_fx.passes.read.regions import Region
+from runlora_fx.passes.search.decide import Decision
+from runlora_fx.passes.search.dynamic import decide_all
+from runlora_fx.passes.search.memory_budget import spend
+from runlora_fx.passes.tune.pricing import Pricing, may_measure
+from runlora_fx.passes.tune.trials import try_out
+
+_log = logging.getLogger("runlora_fx")
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class PlannedRegion:
+    """A region as it came, and what was done about it.
+
+    Attributes:
+        region: The region.
+        posed: Its problem.
+        decision: What was decided.
+        changed: Whether the plan was written.
+        objective: How plans were ranked.
+    """
+
+    region: Region
+    posed: PosedProblem
+    decision: Decision
+    changed: bool
+    objective: Objective
+
+
+def plan_linear_algebra(context: Context) -> Outcome:
+    """Rewrite the linear algebra of a graph into its cheapest plans."""
+    with fused_products(context), gathered_dots(context.graph, context.level):
+        return _Planner(context).run()
+
+
+class _Planner:
+    """Plans the regions of one graph."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._options = context.options
+        self._pricing = Pricing(context.options, context.machine, context.device)
+        self._changed: set[str] = set()
+
+    def run(self) -> Outcome:
+        """Read, decide, and write what is worth it."""
+        analysis = self._context.read()
+        self._check_reading(analysis)
+        decisions = self._decisions(analysis)
+        names = [_name(region) for region in analysis.regions.regions]
+        chosen = [n for n, decision in zip(names, decisions, strict=True) if _is_chosen(decision)]
+        if self._options.memory == "low" and analysis.phases.is_joint:
+            recompute_dropout_masks(self._context.graph)
+        if chosen:
+            self._write(analysis, decisions, chosen)
+        found = (
+            PlannedRegion(region, posed, decision, name in self._changed, self._objective(posed))
+            for region, posed, decision, name in zip(
+                analysis.regions.regions, analysis.posed, decisions, names, strict=True
+            )
+        )
+        return Outcome(tuple(found), is_joint=analysis.phases.is_joint)
+
+    def _check_reading(self, analysis: Analysis) -> None:
+        for region, error in analysis.failures:
+            if self._options.strict or not analysis.posed:
+                raise error
+            self._note(_name(region), error)
+
+    def _objective(self, posed: PosedProblem) -> Objective:
+        return self._pricing.objective(posed.problem.dtype)
+
+    def _note(self, name: str, error: Exception) -> None:
+        if self._options.strict:
+            raise error
+        note_failure(self._context, (name,), error)
+
+    # -- deciding ------------------------------------------------------------------------------
+
+    def _decisions(self, analysis: Analysis) -> list[Decision]:
+        """What to do with each region of a graph."""
+        posed, pricing = analysis.posed, self._pricing
+        static = [None if p.is_symbolic else p.problem for p in posed]
+        # Counting FLOPs needs no machine, and its plans are the same everywhere.
+        is_timed = self._options.objective == "time" and self._options.tune in ("shapes", "plans")
+        measures = is_timed and may_measure()
+        if measures:
+            wanted = [problem for problem in static if problem is not None]
+            self._or_else(lambda: pricing.measure(wanted), None, "measure products")
+        decisions = self._planned(analysis)
+        if self._options.memory_budget:
+            objectives = [self._objective(p) for p in posed]
+            offered = [
+                problem and replace(problem, lasting=analysis.leaves_of(i, self._context.lasting))
+                for i, problem in enumerate(static)
+            ]
+            budget, settled = self._options.memory_budget, decisions
+            decisions = self._or_else(
+                lambda: spend(offered, objectives, settled, budget), settled, "spend the budget"
+            )
+        # Trials tell times only: where memory is to be saved, they would choose what holds more.
+        if measures and self._options.tune == "plans" and self._options.memory == "balanced":
+            tried = decisions
+            decisions = self._or_else(lambda: try_out(analysis, pricing, tried), tried, "try plans")
+        return decisions
+
+    def _or_else(self, do: Callable[[], _T], otherwise: _T, what: str) -> _T:
+        """What a step that only improves decisions returns; without it, if it fails."""
+        try:
+            return do()
+        except Exception as error:
+            if self._options.strict:
+                raise
+            _log.warning("runlora could not %s: %s: %s", what, type(error).__name__, error)
+            return otherwise
+
+    def _planned(self, analysis: Analysis) -> list[Decision]:
+        """The cheapest plan of each region; a region whose search fails is left alone."""
+        try:
+            return self._decide(analysis.posed)
+        except Exception:
+            if self._options.strict or len(analysis.posed) < 2:
+                raise
+        decisions: list[Decision] = []
+        for region, posed in zip(analysis.regions.regions, analysis.posed, strict=True):
+            try:
+                decisions += self._decide([posed])
+            except Exception as error:  # one region's failure costs that region only
+                self._note(_name(region), error)
+                cost = incoming_cost(posed.problem)
+                decisions.append(Decision(None, False, cost, cost, "left alone: planning failed"))
+        return decisions
+
+    def _decide(self, posed: Sequence[PosedProblem]) -> list[Decision]:
+        guard = self._context.guard if self._context.may_guard else None
+        return decide_all(posed, self._pricing.objective, self._context.hint, guard)
+
+    # -- writing -------------------------------------------------------------------------------
+
+    def _write(self, analysis: Analysis, decisions: list[Decision], chosen: list[str]) -> None:
+        """Write plans; a failure costs the region that it is found to belong to.
+
+        Args:
+            analysis: The graph as it came.
+            decisions: What was decided about its regions.
+            chosen: The names of the regions to change.
+        """
+        pending = [chosen]
+        is_fresh = True
+        while pending:
+            names = pending.pop()
+            if not is_fresh:  # what failed was taken back, what did not has changed the graph
+                analysis = self._context.read()
+                decisions = self._planned(analysis)
+            is_fresh = False
+            indices = {_name(region): i for i, region in enumerate(analysis.regions.regions)}
+            here = {name: indices[name] for name in names if name in indices}
+            plans = {i: decisions[i].plan for i in here.values() if _is_chosen(decisions[i])}
+            lasting = [n for i in plans for n in analysis.nodes_of(i, decisions[i].lasting)]
+            try:
+                with transaction(self._context.graph):
+                    apply(analysis, _known(plans), lasting)
+                self._changed |= {name for name, i in here.items() if i in plans}
+            except NotAppliedError as failure:
+                mine = self._of_root(analysis, here, failure.root.node)
+                self._note(failure.root.node.name, failure.cause)
+                rest = [name for name in names if name not in mine]
+                pending += [rest] if rest and mine else []
+            except Exception as error:
+                if self._options.strict:
+                    raise
+                if len(names) == 1:
+                    self._note(names[0], error)
+                else:
+                    middle = len(names) // 2
+                    pending += [names[middle:], names[:middle]]
+
+    def _of_root(self, analysis: Analysis, here: dict[str, int], root: fx.Node) -> set[str]:
+        """The names of the regions that are a part of a root."""
+        return {
+            name
+            for name, i in here.items()
+            if any(other.node is root for other, _ in analysis.regions.regions[i].demands)
+        }
+
+
+def _is_chosen(decision: Decision) -> bool:
+    return decision.changed and decision.plan is not None
+
+
+def _known(plans: dict[int, Plan | None]) -> dict[int, Plan]:
+    return {i: plan for i, plan in plans.items() if plan is not None}
+
+
+def _name(region: Region) -> str:
+    """What a region is called: by the nodes that it makes, which no other region makes so."""
+    return ", ".join(dict.fromkeys(root.node.name for root, _ in region.demands))
