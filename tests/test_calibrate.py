@@ -113,15 +113,33 @@ def test_a_device_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str
     assert "--device cuda cannot be used" in capsys.readouterr().err
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few small products only: they are measured really."""
+    monkeypatch.setattr(command, "_FITTED", ((8, 16), (16,), (4,)))
+    monkeypatch.setattr(command, "_CHECKED", ((8,), (16,), (4,)))
+    monkeypatch.setattr(command, "_ADDED", ((16, 16),))
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_is_measured_holds_for_one_precision(no_profile: Path) -> None:
+    before = torch.get_float32_matmul_precision()
+    assert main(["calibrate", "--dtype", "float32", "--matmul-precision", "medium"]) == 0
+    assert torch.get_float32_matmul_precision() == before
+    assert not store.load(key_of(CPU, "float32")).seconds_per
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert store.load(key_of(CPU, "float32")).seconds_per
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.usefixtures("quick")
 def test_where_nothing_can_be_stored_it_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a file").touch()
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "a file"))
-    # A few small products only: they are measured really.
-    monkeypatch.setattr(command, "_FITTED", ((8, 16), (16,), (4,)))
-    monkeypatch.setattr(command, "_CHECKED", ((8,), (16,), (4,)))
-    monkeypatch.setattr(command, "_ADDED", ((16, 16),))
     assert main(["calibrate", "--dtype", "float32"]) == 1
     shown = capsys.readouterr().out
     assert "cannot be written to, nothing stored" in " ".join(shown.split())

@@ -30,13 +30,17 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import runlora_fx
 from runlora_fx.cost_model import store
-from runlora_fx.cost_model.devices import cpu, measure
-from runlora_fx.cost_model.devices.machine import key_of
+from runlora_fx.cost_model.devices import cpu, measure, registry
+from runlora_fx.cost_model.devices.machine import Machine, key_of
 from runlora_fx.cost_model.ops import GemmShape
+from runlora_fx.options import Options
+from runlora_fx.passes.levels.aten import ATEN
+from runlora_fx.passes.pipeline import rewrite_graph
 from runlora_fx.passes.tune import pricing
 from runlora_fx.passes.tune import trials as trial
 
@@ -488,6 +492,40 @@ def test_trials_are_known_by_the_settings_of_every_dtype(
             monkeypatch.setattr(cpu, "fp32_precision", lambda _, found=precision: found)
             compile_tuned(model, "plans")(x)
     assert len(store.load(key_of(CPU, "bfloat16")).plans) == 2
+
+
+# --- devices that are not here
+
+
+@pytest.mark.parametrize("device", ("cuda", "xpu", "mps"))
+@pytest.mark.parametrize("tune", ("off", "shapes", "plans"))
+def test_a_graph_for_a_device_that_is_not_here_is_planned_without_measuring(
+    device: str, tune: str, no_profile: Path
+) -> None:
+    """Graphs are traced for other machines with fake tensors."""
+    if device in {here.type for here in registry.present()}:
+        pytest.skip("has the device")
+    graph = fx.Graph()
+    with FakeTensorMode():
+        sizes = {"x": (MANY, HIDDEN), "w": (HIDDEN, FFN), "a": (HIDDEN, RANK), "b": (RANK, FFN)}
+        nodes = {}
+        for name, size in sizes.items():
+            nodes[name] = graph.placeholder(name)
+            nodes[name].meta["val"] = torch.empty(size, device=device)
+
+        def call(target: Callable[..., Tensor], *args: fx.Node) -> fx.Node:
+            node = graph.call_function(target, args)
+            node.meta["val"] = target(*(arg.meta["val"] for arg in args))
+            return node
+
+        mm = torch.ops.aten.mm.default
+        low = call(mm, call(mm, nodes["x"], nodes["a"]), nodes["b"])
+        result = call(torch.ops.aten.add.Tensor, call(mm, nodes["x"], nodes["w"]), low)
+    graph.output((result,))
+    options = Options(tune=tune, strict=True)  # type: ignore[arg-type]
+    found = rewrite_graph(graph, ATEN, options, Machine(use_stored=True))
+    assert found.flops_after < found.flops_before
+    assert not list(no_profile.iterdir())
 
 
 # --- processes

@@ -74,6 +74,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the dtypes to measure",
     )
     parser.add_argument(
+        "--matmul-precision",
+        default="highest",
+        choices=["highest", "high", "medium"],
+        help="how float32 may be rounded (torch.set_float32_matmul_precision): what is measured "
+        "holds for programs that set the same",
+    )
+    parser.add_argument(
         "--seconds", type=float, default=45.0, help="stop measuring after this time"
     )
 
@@ -89,7 +96,16 @@ def run(arguments: argparse.Namespace) -> int:
     """
     if not arguments.seconds > 0:  # also true of NaN
         raise ValueError(f"--seconds must be positive, not {arguments.seconds}")
-    device = _device(arguments.device)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(arguments.matmul_precision)
+    try:
+        return _run(arguments, _device(arguments.device))
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _run(arguments: argparse.Namespace, device: torch.device) -> int:
+    """Measure, store and show, under the settings of the process."""
     console = Console(highlight=False)
     share = arguments.seconds / len(arguments.dtype)
     with undisturbed(device), Progress(console=console, transient=True) as progress:

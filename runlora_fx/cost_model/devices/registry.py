@@ -5,6 +5,9 @@ A kind is a module of this folder with an object ``DEVICE``; :mod:`unknown` stan
     entry_of(torch.device("mps"))   ->  mps.DEVICE
     entry_of(torch.device("npu"))   ->  unknown.DEVICE
 
+A graph may also be traced, with fake tensors, for a device that is not in this machine. Then
+:mod:`unknown` stands for it as well: it is planned for the default machine, and not measured.
+
 Invariant: no other module compares ``device.type`` with anything.
 """
 
@@ -35,8 +38,9 @@ def entries() -> MappingProxyType[str, Device]:
 
 
 def entry_of(device: torch.device) -> Device:
-    """What is known of the kind of a device."""
-    return entries().get(device.type, UNKNOWN)
+    """What is known of the kind of a device; of one that is not in this machine, nothing is."""
+    kind = entries().get(device.type, UNKNOWN)
+    return kind if kind.present() else UNKNOWN
 
 
 def present() -> list[torch.device]:

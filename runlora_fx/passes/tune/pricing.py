@@ -33,6 +33,9 @@ _SHOW_PROGRESS = 8
 #: is compared has to be measured in good ones.
 _ROUNDS = 4
 
+#: What torch raises where memory does not suffice, the device has not the dtype, or is not here.
+_NOT_MEASURED = (RuntimeError, TypeError, AssertionError)
+
 
 class Pricing:
     """The objectives for a graph.
@@ -116,10 +119,7 @@ class Pricing:
                 try:
                     took = matmul_seconds(shape, getattr(torch, dtype), self.device)
                     times[shape] = min(took, times.get(shape, took))
-                except (
-                    RuntimeError,
-                    TypeError,
-                ) as error:  # no memory for it, or no such dtype there
+                except _NOT_MEASURED as error:
                     failed.add(shape)
                     _log.info("runlora could not measure %s in %s: %s", shape, dtype, error)
         return times
