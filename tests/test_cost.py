@@ -2,8 +2,10 @@
 
 import copy
 import itertools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import sympy
 
 from runlora_fx.cost_model import cost, store
 from runlora_fx.cost_model.cost import FREE, TERMS, Cost, Term
+from runlora_fx.cost_model.devices import registry
 from runlora_fx.cost_model.devices.fit import fit
 from runlora_fx.cost_model.objective import Objective
 from runlora_fx.cost_model.ops import Add, Dots, Hold, MatMul, Stretch
@@ -171,3 +174,19 @@ def test_every_operation_mentions_known_terms_only() -> None:
     for name, term in TERMS.items():
         assert name == term.name
         assert term.like is None or list(TERMS).index(term.like) < list(TERMS).index(name)
+
+
+# --- the documentation
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "cost-model.md"
+
+
+def test_the_tables_of_terms_and_devices_are_complete() -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    terms = re.findall(
+        r"^\| `([\w.]+)` \| (?:FLOP|B|kernel) \|.*?(?:`([\w.]+)` )?\|$", text, re.MULTILINE
+    )
+    assert dict(terms) == {name: term.like or "" for name, term in TERMS.items()}
+    table = text[text.index("| device | model |") :]
+    devices = re.findall(r"^\| `(\w+)` \|", table[: table.index("\n\n")], re.MULTILINE)
+    assert sorted(devices) == sorted([*registry.entries(), "unknown"])
