@@ -15,7 +15,6 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import runlora_fx
-from runlora_fx.passes.levels.forms import products
 from runlora_fx.passes.levels.level import Dialect
 from runlora_fx.passes.levels.sizes import numel, shape_of
 from runlora_fx.passes.levels.torch_functions import TORCH
@@ -114,7 +113,7 @@ def flops(gm: fx.GraphModule, dialect: Dialect | None) -> int:
     total = 0
     for node in gm.graph.nodes:
         form = dialect.read(node)
-        for product in [] if form is None else products(form):
+        for product in [] if form is None else form.products:
             inner = shape_of(product.left.node)[-1 if not product.left.transposed else 0]
             total += 2 * int(numel(shape_of(node))) * int(inner)
     return total

@@ -16,9 +16,7 @@ from runlora_fx.passes.emit.layout import is_relied_on
 from runlora_fx.passes.emit.results import keep_results_apart, memory_of_results
 from runlora_fx.passes.emit.verify import verify
 from runlora_fx.passes.emit.writer import Writer
-from runlora_fx.passes.levels import forms
 from runlora_fx.passes.read.analysis import Analysis
-from runlora_fx.passes.read.expand import sources
 from runlora_fx.passes.read.phases import recompute
 from runlora_fx.passes.read.reader import GraphReader
 from runlora_fx.passes.read.regions import Regions, Root
@@ -111,7 +109,7 @@ def _existing(
     found: dict[tuple[Value, Step], tuple[fx.Node, bool]] = {}
     for region in regions.regions:
         for made in region.incoming:
-            is_plain = isinstance(reader.forms[made.node], forms.Product | forms.Stretch)
+            is_plain = reader.forms[made.node].is_product
             if not (made.is_product and is_plain) or made.node in reader.stops:
                 continue
             if _reads_identity(reader, made.node):
@@ -126,13 +124,14 @@ def _existing(
 def _reads_identity(reader: GraphReader, node: fx.Node) -> bool:
     """Whether a product takes, or is, a product with the identity matrix."""
     form = reader.forms.get(node)
-    if isinstance(form, forms.Product) and any(
-        p == IDENTITY for operand in reader.factors(form) for p in operand
-    ):
+    if form is None:
+        return False
+    factors = (operand for product in form.products for operand in product.operands(reader))
+    if any(p == IDENTITY for operand in factors for p in operand):
         return True
-    return form is not None and any(
+    return any(
         _reads_identity(reader, source)
-        for source in sources(form)
+        for source in form.sources
         if source in reader.cuts and source not in reader.stops
     )
 

@@ -39,7 +39,7 @@ from runlora_fx.passes.algebra.posed import Dim
 from runlora_fx.passes.emit.layout import is_relied_on, memory_order
 from runlora_fx.passes.emit.orientation import orientations, stands_transposed
 from runlora_fx.passes.emit.writer import EmissionError, Writer
-from runlora_fx.passes.levels.forms import Identity, Permute, Reshape
+from runlora_fx.passes.levels.forms import Identity
 from runlora_fx.passes.levels.sizes import (
     equal,
     is_column_major,
@@ -262,8 +262,8 @@ class Emitter:
 
     def _lasts(self, node: fx.Node) -> bool:
         """Whether a node is the same tensor in every call, or a view of one."""
-        while isinstance(form := self._reader.forms.get(node), Permute | Reshape):
-            node = form.source
+        while (form := self._reader.forms.get(node)) is not None and form.is_view:
+            (node,) = form.sources
         return node in self._lasting
 
     def _kind(self, part: Normalised, backward: bool) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from torch import fx
 
+from runlora_fx.passes.algebra.addends import Addends, total
 from runlora_fx.passes.algebra.polynomials import Polynomial, of_factors
 from runlora_fx.passes.emit.layout import is_relied_on
 from runlora_fx.passes.levels.cuts import Cut
 from runlora_fx.passes.levels.sizes import same_shape, same_strides, shape_of, strides_of, value_of
-from runlora_fx.passes.read.expand import Addends, Expander, total
+from runlora_fx.passes.read.expansion import Expander
 from runlora_fx.passes.read.reader import GraphReader
 
 

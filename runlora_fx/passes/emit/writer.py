@@ -14,7 +14,7 @@ from runlora_fx._torch_compat import in_fake_mode, is_sym_int
 from runlora_fx.passes.algebra.posed import Dim
 from runlora_fx.passes.emit.nodes import Inserter, values_of
 from runlora_fx.passes.levels.cuts import inverse
-from runlora_fx.passes.levels.forms import Broadcast, Copy, Ones, Reshape, Stretch, Total
+from runlora_fx.passes.levels.forms import Broadcast, Copy, DiagonalMultiple, Ones, Reshape, Total
 from runlora_fx.passes.levels.level import Dialect
 from runlora_fx.passes.levels.sizes import (
     Shape,
@@ -98,7 +98,7 @@ class Writer:
         """``a * vector``: each row of a matrix, or each column, times an entry of the vector."""
         node = self._call(self._calls.mul, a, vector)
         # A column times a column could as well be read as an elementwise product.
-        self._reader.forms[node] = Stretch(a, vector, rows)
+        self._reader.forms[node] = DiagonalMultiple(a, vector, rows)
         return node
 
     def divide(self, a: fx.Node, by: fx.Node) -> fx.Node:

@@ -10,6 +10,9 @@ from torch import fx
 
 from runlora_fx.passes.levels.forms import Form
 
+#: How many nodes :meth:`Dialect.is_made_of_product` looks through.
+_DEPTH = 6
+
 #: Reads a node's normalised arguments.
 Reader: TypeAlias = Callable[..., Form | None]
 
@@ -77,3 +80,12 @@ class Dialect:
         except TypeError:
             # An overload whose arguments the reader does not take (out=, dtype=, ...): a leaf.
             return None
+
+    def is_made_of_product(self, node: fx.Node, depth: int = _DEPTH) -> bool:
+        """Whether a product of matrices is added up, scaled, viewed or cast to a node."""
+        form = self.read(node)
+        if form is None or depth == 0:
+            return False
+        return bool(form.products) or any(
+            self.is_made_of_product(source, depth - 1) for source in form.sources
+        )

@@ -11,16 +11,16 @@ from runlora_fx.passes.levels.cuts import Cut, last_dim_cut
 from runlora_fx.passes.levels.forms import (
     Cast,
     Copy,
-    Dots,
+    DiagonalMultiple,
+    DiagonalOfProduct,
     Form,
+    MatrixProduct,
     Operand,
     Permute,
-    Product,
     Reshape,
-    Scale,
+    ScalarMultiple,
     Shift,
-    Stretch,
-    Sum,
+    WeightedSum,
 )
 from runlora_fx.passes.levels.sizes import all_one, equal, is_one, same_shape, shape_of, value_of
 
@@ -45,13 +45,13 @@ def is_scalar(x: object, of: object) -> bool:
     return 0 <= ndim(x) <= ndim(of) and all_one(shape_of(x))
 
 
-def product(a: Any, b: Any) -> Product | None:
+def product(a: Any, b: Any) -> MatrixProduct | None:
     """``a @ b`` of two matrices, or of two equal batches of matrices."""
     if ndim(a) == 2 and ndim(b) == 2:
-        return Product(Operand(a, Cut(0, 1)), Operand(b, Cut(0, 1)), Cut(0, 1))
+        return MatrixProduct(Operand(a, Cut(0, 1)), Operand(b, Cut(0, 1)), Cut(0, 1))
     if ndim(a) == ndim(b) == 3:
         cut = Cut(1, 2)
-        return Product(Operand(a, cut), Operand(b, cut), cut)
+        return MatrixProduct(Operand(a, cut), Operand(b, cut), cut)
     return None
 
 
@@ -60,10 +60,10 @@ def matmul(a: Any, b: Any) -> Form | None:
     na, nb = ndim(a), ndim(b)
     if na >= 2 and nb == 2:
         cut = last_dim_cut(na)
-        return Product(Operand(a, cut), Operand(b, Cut(0, 1)), cut)
+        return MatrixProduct(Operand(a, cut), Operand(b, Cut(0, 1)), cut)
     if na == nb >= 3 and same_shape(shape_of(a)[:-2], shape_of(b)[:-2]):
         cut = Cut(na - 2, na - 1)
-        return Product(Operand(a, cut), Operand(b, cut), cut)
+        return MatrixProduct(Operand(a, cut), Operand(b, cut), cut)
     return None
 
 
@@ -72,8 +72,8 @@ def linear(x: Any, weight: Any, bias: Any = None) -> Form | None:
     if ndim(x) < 1 or ndim(weight) != 2:
         return None
     cut = last_dim_cut(ndim(x))
-    result = Product(Operand(x, cut), Operand(weight, Cut(0, 1), transposed=True), cut)
-    return result if bias is None else Sum(((result, 1.0), (bias, 1.0)))
+    result = MatrixProduct(Operand(x, cut), Operand(weight, Cut(0, 1), transposed=True), cut)
+    return result if bias is None else WeightedSum.of((result, 1.0), (bias, 1.0))
 
 
 def addmm(c: Any, a: Any, b: Any, beta: Any = 1, alpha: Any = 1) -> Form | None:
@@ -81,7 +81,11 @@ def addmm(c: Any, a: Any, b: Any, beta: Any = 1, alpha: Any = 1) -> Form | None:
     ab = product(a, b)
     if ab is None or not isinstance(beta, int | float) or not isinstance(alpha, int | float):
         return None
-    return Sum(((ab, float(alpha)), (c, float(beta)))) if beta else Sum(((ab, float(alpha)),))
+    return (
+        WeightedSum.of((ab, float(alpha)), (c, float(beta)))
+        if beta
+        else WeightedSum.of((ab, float(alpha)))
+    )
 
 
 def einsum(equation: str, operands: Any) -> Form | None:
@@ -108,14 +112,13 @@ def einsum(equation: str, operands: Any) -> Form | None:
     if a is None or b is None or not free_left or not free_right:
         return None
     if out == free_left + free_right:
-        return Product(a, b, Cut(0, len(free_left)))
+        return MatrixProduct(a, b, Cut(0, len(free_left)))
     if out == free_right + free_left:
-        left_t, right_t = (Operand(o.node, o.cut, not o.transposed) for o in (b, a))
-        return Product(left_t, right_t, Cut(0, len(free_right)))
+        return MatrixProduct(b.T, a.T, Cut(0, len(free_right)))
     return None
 
 
-def dots(equation: str, operands: Any) -> Dots | None:
+def dots(equation: str, operands: Any) -> DiagonalOfProduct | None:
     """An einsum that multiplies two tensors elementwise and sums up rows or columns."""
     inputs, _, out = equation.replace(" ", "").partition("->")
     letters, _, again = inputs.partition(",")
@@ -131,7 +134,7 @@ def dots(equation: str, operands: Any) -> Dots | None:
         Operand(node, cut, transposed=turned)
         for node, turned in zip(operands, (not rows, rows), strict=True)
     )
-    return Dots(a, b, Cut(0, n - 1) if rows else Cut(0, 0))
+    return DiagonalOfProduct(a, b, Cut(0, n - 1) if rows else Cut(0, 0))
 
 
 def add(a: Any, b: Any, alpha: Any = 1, sign: float = 1.0) -> Form | None:
@@ -140,7 +143,7 @@ def add(a: Any, b: Any, alpha: Any = 1, sign: float = 1.0) -> Form | None:
         return Shift(a, sign * float(alpha) * b)
     if ndim(a) < 1 or ndim(b) < 1 or not isinstance(alpha, int | float):
         return None
-    return Sum(((a, 1.0), (b, sign * float(alpha))))
+    return WeightedSum.of((a, 1.0), (b, sign * float(alpha)))
 
 
 def scale(a: Any, b: Any) -> Form | None:
@@ -150,7 +153,7 @@ def scale(a: Any, b: Any) -> Form | None:
     if ndim(a) < 1:
         return None
     if is_scalar(b, a):
-        return Scale(a, b if isinstance(b, fx.Node) else float(b))
+        return ScalarMultiple(a, b if isinstance(b, fx.Node) else float(b))
     return _stretch(a, b) or _stretch(b, a)
 
 
@@ -158,7 +161,9 @@ def divide(a: Any, b: Any) -> Form | None:
     """A tensor over a scalar."""
     if ndim(a) < 1 or not is_scalar(b, a) or (not isinstance(b, fx.Node) and b == 0):
         return None
-    return Scale(a, b, divides=True) if isinstance(b, fx.Node) else Scale(a, 1.0 / b)
+    return (
+        ScalarMultiple(a, b, divides=True) if isinstance(b, fx.Node) else ScalarMultiple(a, 1.0 / b)
+    )
 
 
 def permute(a: Any, dims: Any) -> Form | None:
@@ -202,7 +207,7 @@ def dropout(a: Any, p: Any = 0.5, training: Any = True, inplace: Any = False) ->
     return copy(a) if (training is False or p == 0) and not inplace else None
 
 
-def _stretch(a: Any, vector: Any) -> Stretch | None:
+def _stretch(a: Any, vector: Any) -> DiagonalMultiple | None:
     if not ndim(a) >= max(ndim(vector), 2) or ndim(vector) < 1:
         return None
     shape = shape_of(a)
@@ -210,9 +215,9 @@ def _stretch(a: Any, vector: Any) -> Stretch | None:
     if same_shape(by, shape) and ndim(a) == ndim(vector):
         return None
     if all_one(by[:-1]) and equal(by[-1], shape[-1]):
-        return Stretch(a, vector, rows=False)
+        return DiagonalMultiple(a, vector, rows=False)
     along_rows = same_shape(by[:-1], shape[:-1]) and is_one(by[-1])
-    return Stretch(a, vector, rows=True) if along_rows else None
+    return DiagonalMultiple(a, vector, rows=True) if along_rows else None
 
 
 def _matrix(node: fx.Node, letters: str, rows: str, cols: str) -> Operand | None:

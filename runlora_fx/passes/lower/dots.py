@@ -18,11 +18,9 @@ from torch import fx
 
 from runlora_fx.passes.emit.nodes import Inserter
 from runlora_fx.passes.emit.transaction import transaction
-from runlora_fx.passes.levels.forms import Dots
 from runlora_fx.passes.levels.level import Dialect
 from runlora_fx.passes.levels.sizes import same_shape, shape_of, value_of
 from runlora_fx.passes.read.effects import Effects
-from runlora_fx.passes.read.expand import is_made_of_product
 
 _EINSUM = torch.ops.aten.einsum.default
 _MUL = torch.ops.aten.mul.Tensor
@@ -129,7 +127,7 @@ class _GatheredDots:
         is_alike = same_shape(shape_of(a), shape_of(b)) and here.dtype == one.dtype == other.dtype
         if not is_alike or summed.dtype != here.dtype or not _along(node, here.dim()):
             return None
-        is_product = any(is_made_of_product(self._dialect, operand) for operand in (a, b))
+        is_product = any(self._dialect.is_made_of_product(operand) for operand in (a, b))
         return (a, b) if is_product else None
 
     def _gather(self, insert: Inserter, node: fx.Node, a: fx.Node, b: fx.Node) -> None:
@@ -170,7 +168,8 @@ def spell_out(graph: fx.Graph, dialect: Dialect, but: set[fx.Node] | None = None
 
 
 def _is_dots(dialect: Dialect, node: fx.Node) -> bool:
-    return node.target is _EINSUM and isinstance(dialect.read(node), Dots)
+    form = dialect.read(node) if node.target is _EINSUM else None
+    return form is not None and form.makes_vector
 
 
 def _along(node: fx.Node, n: int) -> str | None:

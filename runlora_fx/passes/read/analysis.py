@@ -12,7 +12,8 @@ from runlora_fx.passes.algebra.posed import Dim, PosedProblem
 from runlora_fx.passes.levels.level import Dialect
 from runlora_fx.passes.read.effects import Effects
 from runlora_fx.passes.read.phases import Phases
-from runlora_fx.passes.read.reader import Casts, GraphReader
+from runlora_fx.passes.read.casts import Casts
+from runlora_fx.passes.read.reader import GraphReader
 from runlora_fx.passes.read.regions import Region, Regions
 
 #: Assumed size of a dimension that only the run knows (unbacked symbols) [elements].

@@ -9,7 +9,6 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from runlora_fx._torch_compat import draws_from_seeds
-from runlora_fx.passes.levels.forms import Copy, Permute, Reshape, Scale
 from runlora_fx.passes.read.gradients import gradient_nodes
 from runlora_fx.passes.read.reader import GraphReader
 
@@ -58,7 +57,8 @@ class Phases:
             if user in seen:
                 continue
             seen.add(user)
-            if isinstance(reader.forms.get(user), Reshape | Copy | Permute | Scale):
+            form = reader.forms.get(user)
+            if form is not None and form.carries_source:
                 pending.extend(user.users)
             elif self.runs_backward(user) and user.op != "output":
                 return True

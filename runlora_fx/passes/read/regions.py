@@ -17,6 +17,7 @@ from itertools import combinations, pairwise
 import torch
 from torch import fx
 
+from runlora_fx.passes.algebra.addends import Addends, total
 from runlora_fx.passes.algebra.factorise import components
 from runlora_fx.passes.algebra.plan import (
     Keep,
@@ -35,10 +36,8 @@ from runlora_fx.passes.algebra.polynomials import (
     without_scalar,
 )
 from runlora_fx.passes.algebra.posed import Dim, PosedProblem
-from runlora_fx.passes.levels.forms import Dots
 from runlora_fx.passes.levels.sizes import value_of
 from runlora_fx.passes.read.dimensions import DimClasses
-from runlora_fx.passes.read.expand import Addends, total
 from runlora_fx.passes.read.phases import Phases, recomputed
 from runlora_fx.passes.read.reader import GraphReader
 
@@ -159,7 +158,7 @@ class Regions:
             for operand in (left, right):
                 if len(operand) > 1:
                     yield Made(operand, False, backward and self._in_backward(operand), node)
-            dots = isinstance(self._reader.forms[node], Dots)
+            dots = self._reader.forms[node].makes_vector
             product = Made((total(left), total(right)), True, backward, node, dots)
             if _is_step(product):
                 yield product

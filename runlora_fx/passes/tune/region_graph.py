@@ -22,7 +22,6 @@ from torch import fx
 
 from runlora_fx.passes.levels.sizes import value_of
 from runlora_fx.passes.read.calls import is_pure
-from runlora_fx.passes.read.expand import sources
 from runlora_fx.passes.read.phases import Phases
 from runlora_fx.passes.read.reader import GraphReader
 from runlora_fx.passes.read.regions import Region
@@ -118,7 +117,7 @@ def _linear(reader: GraphReader, roots: Iterable[fx.Node]) -> set[fx.Node]:
     found = set(roots)
     pending = list(found)
     while pending:
-        for source in sources(reader.forms[pending.pop()]):
+        for source in reader.forms[pending.pop()].sources:
             if source not in found and source in reader.forms and source not in reader.stops:
                 found.add(source)
                 pending.append(source)

@@ -1,0 +1,200 @@
+"""The base of all forms, and what a form may ask of the reader.
+
+Example: ``Permute(x, (1, 0)).expand((3, 5), Cut(0, 1), reading)`` is the transpose of
+``reading.operand(x, Cut(0, 1))``.
+
+Invariant: :meth:`Form.expand` is exactly what the node computes, seen through the cut, or None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from torch import fx
+
+from runlora_fx.passes.algebra.addends import Addends, transposed
+from runlora_fx.passes.algebra.polynomials import Polynomial, Scalar
+from runlora_fx.passes.algebra.posed import Dim
+from runlora_fx.passes.levels.cuts import Cut
+from runlora_fx.passes.levels.sizes import Shape
+
+
+class Cuts(Protocol):
+    """The cuts of linear nodes."""
+
+    def cut_of(self, node: fx.Node) -> Cut | None:
+        """The cut through which a linear node shows its matrix; None if it is not linear."""
+
+    def shows(self, node: fx.Node, cut: Cut) -> bool:
+        """True if a cut shows the matrix that a linear node is computed as."""
+
+
+class LinearNodes(Cuts, Protocol):
+    """The linear nodes of a graph: what a form asks to find its own cut."""
+
+    def is_only_added(self, node: fx.Node) -> bool:
+        """True if every user adds the node to something: nobody relies on its memory."""
+
+    def may_scale(self, node: fx.Node, source: fx.Node, vector: fx.Node, *, rows: bool) -> bool:
+        """True if ``node = source * vector`` is to be read as a product with a diagonal matrix."""
+
+
+class Diagonals(Protocol):
+    """The vectors of a graph as matrices."""
+
+    def diagonal(self, vector: fx.Node) -> Polynomial:
+        """The diagonal matrix of a vector."""
+
+
+class Reading(Diagonals, Protocol):
+    """The polynomials of other nodes: what a form asks to expand itself."""
+
+    def operand(self, node: fx.Node, cut: Cut) -> Addends:
+        """A node, seen through a cut."""
+
+    def scalar(self, node: fx.Node, *, inverse: bool) -> Scalar:
+        """A 0-d tensor or a symbolic number, or its inverse."""
+
+    def ones(self, rows: Dim) -> Polynomial:
+        """The column of ones with a number of rows."""
+
+
+class Factors(Protocol):
+    """Two matrices that are multiplied."""
+
+    @property
+    def left(self) -> Operand:
+        """The first factor."""
+
+    @property
+    def right(self) -> Operand:
+        """The second factor."""
+
+    @property
+    def sources(self) -> tuple[fx.Node, ...]:
+        """The nodes that the factors are."""
+
+    def operands(self, reading: Reading) -> tuple[Addends, Addends]:
+        """Both factors, as the graph adds them up."""
+
+
+class Form:
+    """What a node computes of others.
+
+    Attributes:
+        is_product: True if a node of this form is one product of matrices and nothing besides.
+        makes_vector: True if it makes the diagonal of a product, a vector that is no matrix.
+        adds: True if it adds up terms, so that its polynomial may grow.
+        is_view: True if it shows the elements of its one source, in another shape or order.
+        carries_source: True if whoever holds the result can do without holding the source.
+        is_leaf_alone: True if a node of this form is a leaf unless it is linear: read through, it
+            would break up a tensor that something else makes anyway.
+    """
+
+    is_product: ClassVar[bool] = False
+    makes_vector: ClassVar[bool] = False
+    adds: ClassVar[bool] = False
+    is_view: ClassVar[bool] = False
+    carries_source: ClassVar[bool] = False
+    is_leaf_alone: ClassVar[bool] = False
+
+    @property
+    def sources(self) -> tuple[fx.Node, ...]:
+        """The nodes that it reads, in order."""
+        return ()
+
+    @property
+    def scalars(self) -> tuple[fx.Node, ...]:
+        """The sources that are one number, of whatever dtype."""
+        return ()
+
+    @property
+    def products(self) -> tuple[Factors, ...]:
+        """The matrix products in it."""
+        return ()
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether its polynomial has more words than those of its sources together."""
+        return bool(self.products)
+
+    @property
+    def scaling_vector(self) -> fx.Node | None:
+        """The vector by which it scales the rows or columns of its first source, if it does."""
+        return None
+
+    @property
+    def same_elements_as(self) -> fx.Node | None:
+        """The node that has the same elements in the same order; None if there is none."""
+        return None
+
+    def cut(self, node: fx.Node, linear: LinearNodes) -> Cut | None:
+        """The cut through which a node of this form shows a matrix; None if it is not linear."""
+        return None
+
+    def is_vector(self, vectors: Collection[fx.Node]) -> bool:
+        """Whether it makes a vector that is no matrix: the diagonal of a product, or of a sum.
+
+        Args:
+            vectors: The nodes before it that are such vectors.
+        """
+        return False
+
+    def reads_as_computed(self, source: fx.Node, node: fx.Node, linear: Cuts) -> bool:
+        """True if a node of this form reads a source through the cut it was computed with."""
+        return True
+
+    def expand(self, shape: Shape, cut: Cut, reading: Reading) -> Addends | None:
+        """What a node of this form computes, as addends.
+
+        Args:
+            shape: The shape of the node.
+            cut: How the node is seen.
+            reading: The polynomials of its sources.
+
+        Returns:
+            None if the cut shows no matrix that the form knows.
+        """
+        return None
+
+    def factors(self, cut: Cut, reading: Reading) -> list[tuple[Addends, Addends]]:
+        """The two operands of every product that a node of this form computes.
+
+        Args:
+            cut: The cut through which the node shows its matrix.
+            reading: The polynomials of its sources.
+        """
+        return [product.operands(reading) for product in self.products]
+
+    def diagonal(self, vectors: Diagonals) -> Polynomial | None:
+        """The diagonal matrix of the vector that it makes; None if that vector is a leaf."""
+        return None
+
+    def is_readable_at(self, node: fx.Node) -> bool:
+        """False if the node computes more than the form says, such as another memory layout."""
+        return True
+
+    def led_by(self, nodes: Collection[fx.Node]) -> Form:
+        """The same form with one of some nodes first, where either order computes the same."""
+        return self
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A node as a matrix, maybe transposed."""
+
+    node: fx.Node
+    cut: Cut
+    transposed: bool = False
+
+    @property
+    def T(self) -> Operand:
+        """The transposed operand."""
+        return Operand(self.node, self.cut, not self.transposed)
+
+    def addends(self, reading: Reading) -> Addends:
+        """The operand as addends."""
+        found = reading.operand(self.node, self.cut)
+        return transposed(found) if self.transposed else found

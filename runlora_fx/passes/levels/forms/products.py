@@ -1,0 +1,113 @@
+"""Products of matrices, their diagonals, and the matrix that vanishes in them.
+
+Example: ``mm(x, permute(w))`` is ``MatrixProduct(x, w')``, and ``einsum("ij,ij->i", dY, P)`` is the
+diagonal of ``dY P'``.
+
+Invariant: a product is one addend, however many words its operands have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from runlora_fx.passes.algebra.addends import Addends, total
+from runlora_fx.passes.algebra.polynomials import IDENTITY
+from runlora_fx.passes.levels.cuts import Cut, same_matrix
+from runlora_fx.passes.levels.forms.form import Cuts, Form, LinearNodes, Operand, Reading
+from runlora_fx.passes.levels.sizes import Shape
+
+
+@dataclass(frozen=True)
+class _OfTwo(Form):
+    """A form of two matrices that are multiplied.
+
+    Attributes:
+        left: The first factor.
+        right: The second factor.
+        out: The cut through which the node shows the result.
+    """
+
+    left: Operand
+    right: Operand
+    out: Cut
+
+    @property
+    def sources(self) -> tuple[fx.Node, ...]:
+        """Both factors."""
+        return (self.left.node, self.right.node)
+
+    def cut(self, node: fx.Node, linear: LinearNodes) -> Cut | None:
+        """As it is made."""
+        return self.out
+
+    def reads_as_computed(self, source: fx.Node, node: fx.Node, linear: Cuts) -> bool:
+        """True if each factor that is the source shows it as it was computed."""
+        factors = (self.left, self.right)
+        return all(f.node is not source or linear.shows(source, f.cut) for f in factors)
+
+    def operands(self, reading: Reading) -> tuple[Addends, Addends]:
+        """Both factors, as the graph adds them up."""
+        return self.left.addends(reading), self.right.addends(reading)
+
+    def factors(self, cut: Cut, reading: Reading) -> list[tuple[Addends, Addends]]:
+        """Its own factors."""
+        return [self.operands(reading)]
+
+
+@dataclass(frozen=True)
+class MatrixProduct(_OfTwo):
+    """``left @ right``, seen through ``out`` in the node's own shape."""
+
+    is_product: ClassVar[bool] = True
+
+    @property
+    def products(self) -> tuple[MatrixProduct, ...]:
+        """Itself."""
+        return (self,)
+
+    def expand(self, shape: Shape, cut: Cut, reading: Reading) -> Addends | None:
+        """One addend, if the cut shows the product."""
+        if not same_matrix(shape, self.out, cut):
+            return None
+        left, right = self.operands(reading)
+        return (total(left) @ total(right),)
+
+
+@dataclass(frozen=True)
+class DiagonalOfProduct(_OfTwo):
+    """The diagonal of ``left @ right``, as a vector: dot products of rows and columns."""
+
+    makes_vector: ClassVar[bool] = True
+
+    @property
+    def multiplies(self) -> bool:
+        """It does."""
+        return True
+
+    def led_by(self, nodes: Collection[fx.Node]) -> Form:
+        """The same vector as the diagonal of ``right' @ left'``, if only ``right`` is a leader."""
+        if self.left.node in nodes or self.right.node not in nodes:
+            return self
+        return DiagonalOfProduct(self.right.T, self.left.T, self.out)
+
+    def is_vector(self, vectors: Collection[fx.Node]) -> bool:
+        """It is one."""
+        return True
+
+    def expand(self, shape: Shape, cut: Cut, reading: Reading) -> Addends | None:
+        """A vector: as a row or as a column, all the same."""
+        left, right = self.operands(reading)
+        return ((total(left) @ total(right)).dots,)
+
+
+@dataclass(frozen=True)
+class Identity(Form):
+    """The identity matrix."""
+
+    def expand(self, shape: Shape, cut: Cut, reading: Reading) -> Addends | None:
+        """The empty word, which vanishes in products."""
+        return (IDENTITY,)

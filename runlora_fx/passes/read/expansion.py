@@ -1,0 +1,65 @@
+"""Expansion: from forms to polynomials, given what a tensor's consumers take it for.
+
+Example: ``add(mm(x, w), mul(mm(h, b), 2))`` expands to the addends ``X W`` and ``2 H B``.
+
+Shared by the reader, which stops at roots, and by the verifier, which reads an emitted graph back
+down to the leaves of the polynomial it is to prove. They differ in :meth:`Expander.operand` alone.
+
+Invariant: the addends of a node sum up to what it computes, in leaves that the tables number.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import fx
+
+from runlora_fx.passes.algebra.addends import Addends
+from runlora_fx.passes.algebra.polynomials import Polynomial, Scalar
+from runlora_fx.passes.algebra.posed import Dim
+from runlora_fx.passes.levels.cuts import Cut
+from runlora_fx.passes.levels.forms import Form
+from runlora_fx.passes.levels.sizes import shape_of
+from runlora_fx.passes.read.leaves import Leaves
+from runlora_fx.passes.read.value_numbers import ValueNumbers
+
+
+class Tables:
+    """What is known of the nodes of one graph: their values, their forms, and the leaves."""
+
+    def __init__(self, values: ValueNumbers, leaves: Leaves, forms: dict[fx.Node, Form]) -> None:
+        """Share the tables of one graph."""
+        self.values = values
+        self.leaves = leaves
+        self.forms = forms
+
+    def diagonal(self, vector: fx.Node) -> Polynomial:
+        """The diagonal matrix of a vector: ``g - 1`` is ``diag(g) - I``."""
+        form = self.forms.get(vector)
+        found = None if form is None else form.diagonal(self)
+        return self.leaves.diagonal(self.values, vector) if found is None else found
+
+    def scalar(self, node: fx.Node, *, inverse: bool) -> Scalar:
+        """A 0-d tensor or a symbolic number, whatever view shows it, or its inverse."""
+        form = self.forms.get(node)
+        while form is not None and form.same_elements_as is not None:
+            node = form.same_elements_as
+            form = self.forms.get(node)
+        return self.leaves.scalar(self.values, node, inverse=inverse)
+
+    def ones(self, rows: Dim) -> Polynomial:
+        """The column of ones with a number of rows."""
+        return self.leaves.ones(rows)
+
+
+class Expander(Tables, ABC):
+    """Expands nodes into addends; :meth:`operand` decides where to stop."""
+
+    @abstractmethod
+    def operand(self, node: fx.Node, cut: Cut) -> Addends:
+        """Any tensor, seen through a cut: what its consumers read."""
+
+    def expand(self, node: fx.Node, cut: Cut) -> Addends | None:
+        """What a node computes, seen through a cut; None if its form shows no such matrix."""
+        form = self.forms.get(node)
+        return None if form is None else form.expand(shape_of(node), cut, self)

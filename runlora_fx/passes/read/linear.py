@@ -1,0 +1,180 @@
+"""Linear nodes: products, and what is made of products by sums, scalars and views.
+
+Example: of ``y = relu(mm(x, w) + b)`` the product and the sum are linear, the activation is not.
+
+Invariant: a linear node shows its matrix through its cut, whatever the sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from runlora_fx.passes.levels.cuts import Cut, same_matrix
+from runlora_fx.passes.levels.forms import Cast, Form
+from runlora_fx.passes.levels.level import Dialect
+from runlora_fx.passes.levels.sizes import shape_of, value_of
+from runlora_fx.passes.read.casts import CastRules
+from runlora_fx.passes.read.expansion import Tables
+
+
+@dataclass(frozen=True)
+class Linear:
+    """The linear nodes of a graph.
+
+    Attributes:
+        forms: What each readable node computes.
+        cuts: The cut through which each linear node shows its matrix, in graph order.
+        vectors: Linear nodes that are diagonals of products, or sums of such.
+        widened: Casts of products to a wider dtype, and the sums that they are only made for.
+    """
+
+    forms: Mapping[fx.Node, Form]
+    cuts: Mapping[fx.Node, Cut]
+    vectors: Collection[fx.Node]
+    widened: Collection[fx.Node]
+
+    def cut_of(self, node: fx.Node) -> Cut | None:
+        """The cut of a linear node; None for any other."""
+        return self.cuts.get(node)
+
+    def shows(self, node: fx.Node, cut: Cut) -> bool:
+        """True if a cut shows the matrix that a linear node is computed as."""
+        return same_matrix(shape_of(node), self.cuts[node], cut)
+
+
+class LinearFinder:
+    """Finds the linear nodes of a graph, in graph order."""
+
+    def __init__(
+        self,
+        dialect: Dialect,
+        casts: CastRules,
+        tables: Tables,
+        tangent: Collection[fx.Node],
+        unread: Collection[fx.Node],
+        diagonals: Collection[int] | None,
+    ) -> None:
+        """Prepare to find them.
+
+        Args:
+            dialect: The level of the graph.
+            casts: Which casts are read through.
+            tables: Values and leaves of the graph; takes up the forms that are found.
+            tangent: The nodes that depend on a tangent.
+            unread: Nodes that are not to be read.
+            diagonals: The vectors that are read as diagonal matrices, as leaves; None until they
+                are known.
+        """
+        self._dialect = dialect
+        self._casts = casts
+        self._tables = tables
+        self._tangent = tangent
+        self._unread = unread
+        self._diagonals = diagonals
+        self._cuts: dict[fx.Node, Cut] = {}
+        self._vectors: set[fx.Node] = set()
+        self._widened: set[fx.Node] = set()
+
+    def find(self, nodes: Iterable[fx.Node]) -> Linear:
+        """The linear nodes among those of a graph."""
+        for node in nodes:
+            self._classify(node)
+        return Linear(self._tables.forms, self._cuts, self._vectors, self._widened)
+
+    def form_of(self, node: fx.Node) -> Form | None:
+        """What a node computes; None if it is not read."""
+        if node in self._unread or not _is_plain(node):
+            return None
+        form = self._dialect.read(node)
+        is_converted = False
+        if isinstance(form, Cast):
+            cast = self._casts.resolve(node, form, self._tables.forms, self._cuts)
+            if cast is None:
+                return None
+            form, is_converted = cast.form, cast.widens or cast.is_undone
+            if cast.widens:
+                self._widened.add(node)
+        if form is None or not form.is_readable_at(node):
+            return None
+        if not is_converted and not self._keeps_dtype(node, form):
+            return None
+        return form.led_by(self._tangent)
+
+    def _classify(self, node: fx.Node) -> None:
+        form = self.form_of(node)
+        if form is None:
+            return
+        self._tables.forms[node] = form
+        cut = form.cut(node, self)
+        if cut is None:
+            return
+        self._cuts[node] = cut
+        if form.is_vector(self._vectors):
+            self._vectors.add(node)
+        if form.adds and not self._widened.isdisjoint(form.sources):
+            self._widened.add(node)
+
+    def _keeps_dtype(self, node: fx.Node, form: Form) -> bool:
+        """Whether all operands have the node's own dtype: no hidden promotion."""
+        here = value_of(node)
+        return here is not None and all(
+            (val := value_of(source)) is None
+            or source in form.scalars
+            or (
+                (val.dtype == here.dtype or self._casts.may_cross(val.dtype, here.dtype))
+                and val.device == here.device
+                and _is_plain(source)
+            )
+            for source in form.sources
+        )
+
+    # -- what forms ask ------------------------------------------------------------------------
+
+    def cut_of(self, node: fx.Node) -> Cut | None:
+        """The cut of a linear node before this one; None for any other."""
+        return self._cuts.get(node)
+
+    def shows(self, node: fx.Node, cut: Cut) -> bool:
+        """True if a cut shows the matrix that a linear node is computed as."""
+        return same_matrix(shape_of(node), self._cuts[node], cut)
+
+    def is_only_added(self, node: fx.Node) -> bool:
+        """True if every user adds the node to something: nobody relies on its memory."""
+        forms = (self._dialect.read(user) for user in node.users)
+        return all(form is not None and form.adds for form in forms)
+
+    def may_scale(self, node: fx.Node, source: fx.Node, vector: fx.Node, *, rows: bool) -> bool:
+        """True if scaling by a vector is to be read as a product with a diagonal matrix.
+
+        It is if that may help: if the forward scales a product by the vector, or the rows of a leaf
+        that is also multiplied as it is; then so are the tangents that the backward scales by it.
+        Otherwise what is scaled is a leaf: no norm's weight is ever folded into the layer behind.
+        """
+        if self._diagonals is not None:
+            return all(leaf in self._diagonals for leaf in self._tables.diagonal(vector).leaves)
+        if node in self._tangent:
+            return False
+        if source not in self._cuts:
+            return rows and self._meets_product(source)
+        return all(self._dialect.read(user) for user in source.users)
+
+    def _meets_product(self, node: fx.Node) -> bool:
+        """Whether a product of the forward takes a node as it is, or a view of it."""
+        for user in node.users:
+            form = None if user in self._tangent else self._dialect.read(user)
+            if form is None:
+                continue
+            is_view = form.same_elements_as is not None
+            if form.products or (is_view and self._meets_product(user)):
+                return True
+        return False
+
+
+def _is_plain(node: fx.Node) -> bool:
+    """Whether the node holds a dense floating-point tensor."""
+    val = value_of(node)
+    return val is not None and val.dtype.is_floating_point and val.layout == torch.strided
