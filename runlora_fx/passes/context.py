@@ -27,8 +27,8 @@ from runlora_fx.passes.algebra.posed import Dim
 from runlora_fx.passes.levels.level import Dialect
 from runlora_fx.passes.levels.sizes import value_of
 from runlora_fx.passes.read.analysis import UNKNOWN_SIZE, Analysis
+from runlora_fx.passes.read.casts import Casts
 from runlora_fx.passes.read.effects import Effects
-from runlora_fx.passes.read.reader import Casts
 
 #: What the policies of the option ``numerics`` take casts for.
 _CASTS: dict[str, Casts] = {"strict": "kept", "default": "joined", "relaxed": "crossed"}

@@ -530,12 +530,12 @@ class Emitter:
         They differ only where casts are crossed. A product of fp32 adapters is computed in fp32,
         and rounded once when it is added to a bf16 weight.
         """
-        nodes = (self._leaves.matrices[i].node for i in sorted(value.core.leaves))
-        dtypes = [_dtype_of(node) for node in nodes if node is not None]
+        origins = (self._leaves.matrices[i].origin for i in sorted(value.core.leaves))
+        dtypes = [origin.dtype for origin in origins if origin.dtype is not None]
         return min(dtypes or [self._writer.dtype], key=lambda dtype: dtype.itemsize)
 
     def _value(self, core: Polynomial, backward: bool) -> Value:
-        nodes = (self._leaves.matrices[i].node for i in core.leaves)
+        nodes = (node for i in core.leaves for node in self._leaves.matrices[i].sources)
         return Value(core, backward or any(node in self._phases.tangent for node in nodes))
 
     # -- leaves --------------------------------------------------------------------------------
@@ -544,7 +544,7 @@ class Emitter:
         return self._leaves.matrices[factor.leaf].is_ones
 
     def _leaf_node(self, factor: Factor) -> fx.Node:
-        return self._leaves.matrices[factor.leaf].origin.write(self._writer)
+        return self._writer.leaf(self._leaves.matrices[factor.leaf].origin)
 
     def _leaf(self, factor: Factor) -> fx.Node:
         leaf, node = self._leaves.matrices[factor.leaf], self._leaf_node(factor)

@@ -14,8 +14,16 @@ from runlora_fx._torch_compat import in_fake_mode, is_sym_int
 from runlora_fx.passes.algebra.posed import Dim
 from runlora_fx.passes.emit.nodes import Inserter, values_of
 from runlora_fx.passes.levels.cuts import inverse
-from runlora_fx.passes.levels.forms import Broadcast, Copy, DiagonalMultiple, Ones, Reshape, Total
+from runlora_fx.passes.levels.forms import (
+    Broadcast,
+    Copy,
+    DiagonalMultiple,
+    Reshape,
+    Total,
+    Written,
+)
 from runlora_fx.passes.levels.level import Dialect
+from runlora_fx.passes.levels.origins import Origin
 from runlora_fx.passes.levels.sizes import (
     Shape,
     dim_of,
@@ -146,6 +154,14 @@ class Writer:
             return self._call(self._calls.reshape, a, sizes)
         return self._call(self._calls.view, a, sizes)
 
+    def leaf(self, origin: Origin) -> fx.Node:
+        """The tensor of a leaf: the node that holds it, or one that is written."""
+        if origin.node is not None:
+            return origin.node
+        node = origin.write(self)
+        self._reader.forms[node] = Written(origin)
+        return node
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the root that is written now."""
@@ -158,9 +174,7 @@ class Writer:
         like = value_of(self._insert.anchor)
         assert like is not None
         sizes = [self._size(rows), 1]
-        node = self._call(self._calls.full, sizes, 1.0, dtype=like.dtype, device=like.device)
-        self._reader.forms[node] = Ones()
-        return node
+        return self._call(self._calls.full, sizes, 1.0, dtype=like.dtype, device=like.device)
 
     def repeat(self, a: fx.Node, times: Dim, *, rows: bool) -> fx.Node:
         """One row repeated to a number of rows, or one column to a number of columns."""
@@ -184,6 +198,10 @@ class Writer:
         return self._call(self._calls.einsum, f"ab,ab->{'a' if rows else 'b'}", [a, b])
 
     # -- nodes ---------------------------------------------------------------------------------
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """Any call that computes a tensor from others; an equal one that stands before it."""
+        return self._call(target, *args, **kwargs)
 
     def _call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         known = self._reader.values.find(target, args, kwargs)

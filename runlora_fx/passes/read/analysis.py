@@ -10,9 +10,9 @@ from torch import fx
 from runlora_fx._torch_compat import fake_mode_of, size_hint
 from runlora_fx.passes.algebra.posed import Dim, PosedProblem
 from runlora_fx.passes.levels.level import Dialect
+from runlora_fx.passes.read.casts import Casts
 from runlora_fx.passes.read.effects import Effects
 from runlora_fx.passes.read.phases import Phases
-from runlora_fx.passes.read.casts import Casts
 from runlora_fx.passes.read.reader import GraphReader
 from runlora_fx.passes.read.regions import Region, Regions
 

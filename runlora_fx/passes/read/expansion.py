@@ -19,6 +19,7 @@ from runlora_fx.passes.algebra.polynomials import Polynomial, Scalar
 from runlora_fx.passes.algebra.posed import Dim
 from runlora_fx.passes.levels.cuts import Cut
 from runlora_fx.passes.levels.forms import Form
+from runlora_fx.passes.levels.origins import Origin
 from runlora_fx.passes.levels.sizes import shape_of
 from runlora_fx.passes.read.leaves import Leaves
 from runlora_fx.passes.read.value_numbers import ValueNumbers
@@ -50,6 +51,10 @@ class Tables:
     def ones(self, rows: Dim) -> Polynomial:
         """The column of ones with a number of rows."""
         return self.leaves.ones(rows)
+
+    def virtual(self, origin: Origin, rows: Dim, cols: Dim) -> Polynomial:
+        """A matrix that no node holds, and that emission writes where a plan needs it."""
+        return self.leaves.virtual(self.values, origin, rows, cols)
 
 
 class Expander(Tables, ABC):

@@ -1,9 +1,15 @@
-"""Leaves: tensors that no linear operator made, as the matrices that polynomials are made of."""
+"""Leaves: tensors that no linear operator made, as the matrices that polynomials are made of.
+
+Example: under autocast each use of ``x`` has its own cast, and all of them are one leaf.
+
+Invariant: equal values that are seen as equal matrices have one number.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from torch import fx
 
@@ -11,49 +17,9 @@ from runlora_fx.passes.algebra import polynomials as algebra
 from runlora_fx.passes.algebra.polynomials import Factor, Polynomial, Scalar
 from runlora_fx.passes.algebra.posed import Dim
 from runlora_fx.passes.levels.cuts import Cut
+from runlora_fx.passes.levels.origins import Held, OnesColumn, Origin
 from runlora_fx.passes.levels.sizes import Shape, is_one, numel, same_shape, shape_of
 from runlora_fx.passes.read.value_numbers import ValueNumbers
-
-
-class LeafWriter(Protocol):
-    """What emission offers to an origin that has to write its tensor."""
-
-    def ones(self, rows: Dim) -> fx.Node:
-        """A column of ones of shape (rows, 1), in the dtype and on the device of the root."""
-
-
-class Origin(Protocol):
-    """Where the tensor of a leaf comes from: a node holds it, or it is written when needed."""
-
-    @property
-    def node(self) -> fx.Node | None:
-        """The node that holds the tensor; None if it has to be written."""
-
-    def write(self, writer: LeafWriter) -> fx.Node:
-        """The tensor, written where the writer stands if no node holds it."""
-
-
-@dataclass(frozen=True)
-class Held:
-    """A node of the graph holds the tensor."""
-
-    node: fx.Node
-
-    def write(self, writer: LeafWriter) -> fx.Node:
-        """The node that holds it; nothing is written."""
-        return self.node
-
-
-@dataclass(frozen=True)
-class Ones:
-    """The column of ones that broadcasts a row over ``rows`` rows; no node holds it."""
-
-    rows: Dim
-    node: None = None
-
-    def write(self, writer: LeafWriter) -> fx.Node:
-        """A column of ones."""
-        return writer.ones(self.rows)
 
 
 @dataclass(frozen=True)
@@ -83,8 +49,13 @@ class Leaf:
 
     @property
     def is_ones(self) -> bool:
-        """Whether it is the column of ones that broadcasts a row."""
-        return isinstance(self.origin, Ones)
+        """Whether it is the column of ones that repeats a row."""
+        return isinstance(self.origin, OnesColumn)
+
+    @property
+    def sources(self) -> tuple[fx.Node, ...]:
+        """The nodes that have to exist for the tensor to."""
+        return self.origin.sources
 
 
 class ScalarLeaf(NamedTuple):
@@ -107,11 +78,9 @@ class Leaves:
         number = values.of(node)
         extents, turned = _oriented(shape_of(node), cut)
         batched = not is_one(extents[0])
-        key = (number, extents)
-        if key not in self._index:
-            self._index[key] = len(self.matrices)
-            self.matrices.append(Leaf(Held(values.first(number)), *extents, batched))
-        found = algebra.leaf(self._index[key])
+        found = algebra.leaf(
+            self._numbered((number, extents), lambda: Leaf(_held(values, node), *extents, batched))
+        )
         return found.T if turned else found
 
     def find(self, values: ValueNumbers, node: fx.Node, cut: Cut) -> Factor | None:
@@ -124,22 +93,26 @@ class Leaves:
         """The column of ones that repeats a row: the identity where there is one row."""
         if is_one(rows):
             return algebra.IDENTITY
-        key = ("ones", rows)
-        if key not in self._index:
-            self._index[key] = len(self.matrices)
-            self.matrices.append(Leaf(Ones(rows), 1, rows, 1, False))
-        return algebra.leaf(self._index[key])
+        origin = OnesColumn(rows)
+        return algebra.leaf(
+            self._numbered((OnesColumn, rows), lambda: Leaf(origin, 1, rows, 1, False))
+        )
+
+    def virtual(self, values: ValueNumbers, origin: Origin, rows: Dim, cols: Dim) -> Polynomial:
+        """A matrix that no node holds, as a leaf; the same one for equal origins."""
+        if isinstance(origin, OnesColumn):
+            return self.ones(origin.rows)
+        key = (type(origin), origin.key(values.of), rows, cols)
+        return algebra.leaf(self._numbered(key, lambda: Leaf(origin, 1, rows, cols, False)))
 
     def diagonal(self, values: ValueNumbers, vector: fx.Node) -> Polynomial:
         """The diagonal matrix of a vector."""
         number, size = values.of(vector), numel(shape_of(vector))
-        key = ("diagonal", number)
-        if key not in self._index:
-            self._index[key] = len(self.matrices)
-            self.matrices.append(
-                Leaf(Held(values.first(number)), 1, size, size, False, diagonal=True)
-            )
-        return algebra.leaf(self._index[key], diagonal=True)
+        index = self._numbered(
+            ("diagonal", number),
+            lambda: Leaf(_held(values, vector), 1, size, size, False, diagonal=True),
+        )
+        return algebra.leaf(index, diagonal=True)
 
     def scalar(self, values: ValueNumbers, node: fx.Node, *, inverse: bool) -> Scalar:
         """A 0-d tensor or symbolic number, or its inverse, as a scalar leaf."""
@@ -149,6 +122,18 @@ class Leaves:
             self._index[key] = len(self.scalars)
             self.scalars.append(ScalarLeaf(values.first(number), inverse))
         return Scalar(1.0, (self._index[key],))
+
+    def _numbered(self, key: object, make: Callable[[], Leaf]) -> int:
+        """The number of a leaf, made if it is new."""
+        if key not in self._index:
+            self._index[key] = len(self.matrices)
+            self.matrices.append(make())
+        return self._index[key]
+
+
+def _held(values: ValueNumbers, node: fx.Node) -> Held:
+    """The earliest node that holds the value of a node."""
+    return Held(values.first(values.of(node)))
 
 
 def _oriented(shape: Shape, cut: Cut) -> tuple[tuple[Dim, Dim, Dim], bool]:

@@ -24,10 +24,10 @@ from runlora_fx.passes.levels.level import Dialect
 from runlora_fx.passes.read.casts import CastRules, Casts
 from runlora_fx.passes.read.effects import Effects
 from runlora_fx.passes.read.expansion import Expander
+from runlora_fx.passes.read.gradients import gradient_nodes
 from runlora_fx.passes.read.leaves import Leaves
 from runlora_fx.passes.read.linear import Linear, LinearFinder
 from runlora_fx.passes.read.roots import find_roots, sums_below
-from runlora_fx.passes.read.gradients import gradient_nodes
 from runlora_fx.passes.read.value_numbers import ValueNumbers
 
 #: A product that expands into more words than this takes its operands as leaves instead.

@@ -172,7 +172,7 @@ class Regions:
     def _in_backward(self, addends: Addends) -> bool:
         """Whether a sum is of the backward: the forward may have added it up already."""
         leaves = total(addends).leaves
-        nodes = (self._reader.leaves.matrices[i].node for i in leaves)
+        nodes = (node for i in leaves for node in self._reader.leaves.matrices[i].sources)
         return any(node in self._phases.tangent for node in nodes)
 
     def _fetched(self, made: Made, forward: dict[Polynomial, Made]) -> Iterator[Made]:
@@ -298,12 +298,14 @@ class Regions:
     def _spec(self, own: int, index: int, dims: DimClasses) -> LeafSpec:
         leaf = dims.leaves[own]
         batch, rows, cols = dims.of(own)
-        if leaf.is_ones or leaf.node is None:
+        if leaf.is_ones:
             return LeafSpec(rows, cols, batch, kind="ones")
+        backward = any(source in self._phases.tangent for source in leaf.sources)
         if leaf.diagonal:  # a vector: whoever holds it holds next to nothing
-            return LeafSpec(rows, cols, batch, "diagonal", leaf.node in self._phases.tangent)
-        backward = leaf.node in self._phases.tangent
-        held = index in self._read_backward or self._phases.held(self._reader, leaf.node)
+            return LeafSpec(rows, cols, batch, "diagonal", backward)
+        held = index in self._read_backward or all(
+            self._phases.held(self._reader, source) for source in leaf.sources
+        )
         return LeafSpec(rows, cols, batch, "matrix", backward, held)
 
 

@@ -8,12 +8,13 @@ Forms are named apart from the steps of a plan: a :class:`MatrixProduct` is what
 ``plan.Product`` is a way to compute a value.
 """
 
-from runlora_fx.passes.levels.forms.broadcasts import Broadcast, Ones, Total
+from runlora_fx.passes.levels.forms.broadcasts import Broadcast, Total
 from runlora_fx.passes.levels.forms.form import Diagonals, Form, LinearNodes, Operand, Reading
 from runlora_fx.passes.levels.forms.multiples import DiagonalMultiple, ScalarMultiple, Shift
 from runlora_fx.passes.levels.forms.products import DiagonalOfProduct, Identity, MatrixProduct
 from runlora_fx.passes.levels.forms.sums import WeightedSum
 from runlora_fx.passes.levels.forms.views import Cast, Copy, Permute, Reshape
+from runlora_fx.passes.levels.forms.written import Written
 
 __all__ = [
     "Broadcast",
@@ -26,7 +27,6 @@ __all__ = [
     "Identity",
     "LinearNodes",
     "MatrixProduct",
-    "Ones",
     "Operand",
     "Permute",
     "Reading",
@@ -35,4 +35,5 @@ __all__ = [
     "Shift",
     "Total",
     "WeightedSum",
+    "Written",
 ]

@@ -14,7 +14,7 @@ from torch import fx
 from runlora_fx.passes.algebra.addends import Addends, transposed
 from runlora_fx.passes.levels.cuts import Cut, last_dim_cut, repetition
 from runlora_fx.passes.levels.forms.form import Cuts, Form, LinearNodes, Reading
-from runlora_fx.passes.levels.sizes import Shape, is_one, same_shape, shape_of
+from runlora_fx.passes.levels.sizes import Shape, same_shape, shape_of
 
 
 @dataclass(frozen=True)
@@ -57,16 +57,6 @@ class Broadcast(Form):
         ones = reading.ones(rows if lies.rows else cols)
         below = reading.operand(self.source, lies.cut)
         return tuple(ones @ p if lies.rows else p @ ones.T for p in below)
-
-
-@dataclass(frozen=True)
-class Ones(Form):
-    """A tensor of ones."""
-
-    def expand(self, shape: Shape, cut: Cut, reading: Reading) -> Addends | None:
-        """The column of ones times the row of ones."""
-        batch, rows, cols = cut.extents(shape)
-        return (reading.ones(rows) @ reading.ones(cols).T,) if is_one(batch) else None
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from runlora_fx.passes.algebra.addends import Addends, transposed
 from runlora_fx.passes.algebra.polynomials import Polynomial, Scalar
 from runlora_fx.passes.algebra.posed import Dim
 from runlora_fx.passes.levels.cuts import Cut
+from runlora_fx.passes.levels.origins import Origin
 from runlora_fx.passes.levels.sizes import Shape
 
 
@@ -59,6 +60,9 @@ class Reading(Diagonals, Protocol):
 
     def ones(self, rows: Dim) -> Polynomial:
         """The column of ones with a number of rows."""
+
+    def virtual(self, origin: Origin, rows: Dim, cols: Dim) -> Polynomial:
+        """A matrix that no node holds, and that emission writes where a plan needs it."""
 
 
 class Factors(Protocol):
