@@ -1,0 +1,164 @@
+"""The graph levels, each as a function that traces a program, rewrites it and runs it.
+
+    LEVELS["joint"](dynamic=False, rewrites=True) -> run(model, inputs) -> outputs
+
+``torch`` is ``symbolic_trace``; ``dynamo`` its graphs of torch functions; ``make_fx`` a forward of
+ATen operators, in place operators included; ``step`` the same of outputs and gradients; ``export``
+``torch.export``; ``joint`` the backend on forward and backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, fx, nn
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import runlora_fx
+
+Level: TypeAlias = Literal["torch", "dynamo", "make_fx", "step", "export", "joint"]
+
+#: Runs a model on inputs.
+Run: TypeAlias = Callable[[nn.Module, list[Any]], Any]
+
+_OPTIONS: dict[str, Any] = {"strict": True, "objective": "flops"}
+
+
+def eager_of(level: Level) -> Run:
+    """How a program is run without a graph, to compare a level with."""
+    if level == "step":
+        return lambda model, inputs: _step_of(model)(*_tensors(model, inputs))
+    return lambda model, inputs: model(*inputs)
+
+
+def _rewrite(gm: fx.GraphModule, inputs: list[Any] | None, rewrites: bool) -> fx.GraphModule:
+    return runlora_fx.rewrite(gm, inputs, **_OPTIONS) if rewrites else gm
+
+
+def _by_torch(dynamic: bool, rewrites: bool) -> Run:
+    def run(model: nn.Module, inputs: list[Any]) -> Any:
+        return _rewrite(fx.symbolic_trace(model), inputs, rewrites)(*inputs)
+
+    return run
+
+
+def _by_dynamo(dynamic: bool, rewrites: bool) -> Run:
+    return _compiled(dynamic, backend=lambda gm, _: _rewrite(gm, None, rewrites))
+
+
+def _by_joint(dynamic: bool, rewrites: bool) -> Run:
+    if not rewrites:
+        return _compiled(dynamic, backend="aot_eager")
+    options = {f"runlora.{name}": value for name, value in _OPTIONS.items()}
+    return _compiled(dynamic, backend="runlora_eager", options=options)
+
+
+def _compiled(dynamic: bool, **arguments: Any) -> Run:
+    torch._dynamo.reset()
+    compiled: list[Any] = []
+
+    def run(model: nn.Module, inputs: list[Any]) -> Any:
+        if not compiled:
+            compiled.append(torch.compile(model, fullgraph=True, dynamic=dynamic, **arguments))
+        return compiled[0](*inputs)
+
+    return run
+
+
+def _by_export(dynamic: bool, rewrites: bool) -> Run:
+    made: list[fx.GraphModule] = []
+
+    def run(model: nn.Module, inputs: list[Any]) -> Any:
+        if not made:
+            dims: Any = None
+            if dynamic:
+                dims = [{d: torch.export.Dim.AUTO for d in range(x.dim())} for x in inputs]
+            exported = torch.export.export(model, tuple(inputs), dynamic_shapes=dims)
+            gm = exported.module()
+            assert isinstance(gm, fx.GraphModule)
+            made.append(_rewrite(gm, None if dynamic else inputs, rewrites))
+        return made[0](*inputs)
+
+    return run
+
+
+def _by_make_fx(dynamic: bool, rewrites: bool) -> Run:
+    made: list[fx.GraphModule] = []
+
+    def run(model: nn.Module, inputs: list[Any]) -> Any:
+        every = _tensors(model, inputs)
+        if not made:
+            names = _names(model)
+
+            def flat(*tensors: Tensor) -> Any:
+                state = dict(zip(names, tensors, strict=False))
+                return functional_call(model, state, tensors[len(names) :])
+
+            made.append(_rewrite(_traced(flat, every, dynamic), None, rewrites))
+        with torch.no_grad():
+            return made[0](*every)
+
+    return run
+
+
+def _by_step(dynamic: bool, rewrites: bool) -> Run:
+    made: list[fx.GraphModule] = []
+
+    def run(model: nn.Module, inputs: list[Any]) -> Any:
+        every = _tensors(model, inputs)
+        if not made:
+            made.append(_rewrite(_traced(_step_of(model), every, dynamic), None, rewrites))
+        with torch.no_grad():
+            return made[0](*every)
+
+    return run
+
+
+def _traced(fn: Callable[..., Any], tensors: list[Tensor], dynamic: bool) -> fx.GraphModule:
+    """A function as a graph of ATen operators; the random state stays as it was."""
+    state = torch.get_rng_state()
+    graph = make_fx(fn, tracing_mode="symbolic" if dynamic else "fake")(*tensors)
+    torch.set_rng_state(state)
+    return graph
+
+
+def _step_of(model: nn.Module) -> Callable[..., Any]:
+    """A training step: outputs, and the gradients of the tensors that require one."""
+    names = _names(model)
+
+    def step(*tensors: Tensor) -> Any:
+        # Copies in the graph: a leaf that requires a gradient cannot be mutated, others can.
+        leaves = [x.detach().requires_grad_() if x.dim() > 0 else x for x in tensors]
+        state = dict(zip(names, (1 * x for x in leaves), strict=False))
+        outputs = functional_call(model, state, tuple(1 * x for x in leaves[len(names) :]))
+        heads = [y for y in outputs if y.requires_grad]
+        if not heads:
+            return [y.detach() for y in outputs]
+        loss = sum(y.double().sin().sum() for y in heads)
+        grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+        return [y.detach() for y in outputs], [g for g in grads if g is not None]
+
+    return step
+
+
+def _tensors(model: nn.Module, inputs: list[Any]) -> list[Tensor]:
+    """What a model holds and is given, without gradients."""
+    every = [*model.parameters(), *model.buffers(), *inputs]
+    return [x.detach() for x in every]
+
+
+def _names(model: nn.Module) -> list[str]:
+    return [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+
+
+LEVELS: dict[Level, Callable[[bool, bool], Run]] = {
+    "torch": _by_torch,
+    "dynamo": _by_dynamo,
+    "make_fx": _by_make_fx,
+    "step": _by_step,
+    "export": _by_export,
+    "joint": _by_joint,
+}
