@@ -14,15 +14,10 @@ from test_search import Shape, lora_layer
 from runlora_fx.cost_model.objective import Objective
 from runlora_fx.cost_model.profile import DEFAULT_PROFILE, MachineProfile
 from runlora_fx.passes.algebra.plan import Plan, Problem, incoming_operations
+from runlora_fx.passes.search.decide import decide, saving
 from runlora_fx.passes.search.frontiers import cheapest
-from runlora_fx.passes.search.ranges import (
-    _COMPARED,
-    Range,
-    Varying,
-    break_even,
-    candidates,
-    ranges,
-)
+from runlora_fx.passes.search.ranges import Range, _merges, break_even, ranges
+from runlora_fx.passes.search.varying import COMPARED, Varying, candidates
 
 TOKENS = frozenset([0])
 FLOPS = Objective("flops")
@@ -33,7 +28,7 @@ OBJECTIVES = {"flops": FLOPS, "cpu": TIME, "gpu": GPU}
 
 # in, out, rank
 LAYERS = [(64, 64, 8), (64, 128, 8), (768, 768, 128), (4096, 4096, 16), (4096, 1024, 64)]
-DENSE = (*range(1, 400), *range(400, 6000, 37), *_COMPARED)
+DENSE = (*range(1, 400), *range(400, 6000, 37), *COMPARED)
 
 
 def forward_only(problem: Problem) -> Problem:
@@ -96,13 +91,20 @@ def test_ranges_cover_all_sizes_without_gap_or_overlap_and_are_few(objective: Ob
 
 
 @every_objective
-def test_a_border_is_where_the_plans_on_both_sides_cost_the_same(objective: Objective) -> None:
+def test_a_border_is_the_break_even_of_a_layer_to_the_element(objective: Objective) -> None:
     for problems in all_graphs(objective):
         for below, above in itertools.pairwise(ranges(problems)):
             at = above.low
-            assert total(problems, above.plans, at) < total(problems, below.plans, at)
-            last = total(problems, below.plans, at - 1)
-            assert total(problems, above.plans, at - 1) >= last * (1 - 1e-9)
+            flips = [
+                candidates(v).choice(at) != candidates(v).choice(at - 1)
+                or any(
+                    candidates(v).is_worth(i, at) != candidates(v).is_worth(i, at - 1)
+                    for i in range(len(candidates(v).plans))
+                )
+                for v in problems
+            ]
+            assert any(flips)
+            assert below.high == at
 
 
 @every_objective
@@ -119,15 +121,27 @@ def test_no_plan_is_dearer_than_the_graph_as_it_came_at_any_size(
 
 @every_objective
 @pytest.mark.parametrize("graph", GRAPHS, ids=("alike", "large", "unlike"))
-def test_no_graph_is_dearer_than_as_it_came_at_any_size(
+def test_no_layer_of_a_graph_is_dearer_than_it_came_at_any_size(
     graph: dict[tuple[int, int, int], int], objective: Objective
 ) -> None:
     problems = {varying(sizes, objective): n for sizes, n in graph.items()}
-    came = dict.fromkeys(problems)
     for r in ranges(problems):
         for size in filter(r.contains, DENSE):
-            before = total(problems, came, size)
-            assert total(problems, r.plans, size) <= before * (1 + 1e-9), size
+            for problem, plan in r.plans.items():
+                came = problem.price(None, size)
+                assert problem.price(plan, size) <= came * (1 + 1e-9), size
+
+
+def test_layers_with_break_evens_of_their_own_have_borders_of_their_own() -> None:
+    layers = {
+        Varying.of(forward_only(lora_layer((96, width, width, rank))), TOKENS, FLOPS): count
+        for width, rank, count in ((128, 4, 128), (1024, 32, 1))
+    }
+    found = ranges(layers)
+    # Half of the width; there it is a tie, which leaves the graph as it came.
+    assert [r.low for r in found] == [1, 65, 513]
+    changed = [[plan is not None for plan in r.plans.values()] for r in found]
+    assert changed == [[False, False], [True, False], [True, True]]
 
 
 @every_objective
@@ -136,10 +150,10 @@ def test_few_ranges_save_most_of_what_a_plan_for_every_size_would(objective: Obj
         found = ranges(problems)
         came = dict.fromkeys(problems)
         ideal = ours = 0.0
-        for size in _COMPARED:
+        for size in COMPARED:
             before = total(problems, came, size)
             best = sum(
-                count * min(v.price(plan, size) for plan in candidates(v))
+                count * min(v.price(plan, size) for plan in candidates(v).plans)
                 for v, count in problems.items()
             )
             (inside,) = (r for r in found if r.contains(size))
@@ -157,7 +171,7 @@ def test_candidates_are_the_best_at_every_size_searched(objective: Objective) ->
     for size in (1, 16, 64, 256, 1024, 4096, 32768):
         sized = replace(problem.problem, dims=(size, *problem.problem.dims[1:]))
         best = problem.objective.total(cheapest(sized, problem.objective).operations(sized))
-        least = min(problem.price(plan, size) for plan in candidates(problem))
+        least = min(problem.price(plan, size) for plan in candidates(problem).plans)
         assert least == pytest.approx(best)
 
 
@@ -221,12 +235,41 @@ def test_the_forward_merges_from_in_times_out_over_in_plus_out_on(
 ) -> None:
     i, o, r = layer
     problem = Varying.of(forward_only(lora_layer((96, i, o, r))), TOKENS, FLOPS)
-    # Equal FLOPs: the one that moves fewer bytes. X (W' + A' B') then.
     border = i * o / (i + o)
     said = break_even(problem, "N").removeprefix("merge ")
     for size in (*range(1, 3 * int(border)), 1 << 15):
-        if size != border:
-            assert holds(said, size) == (size > border), (said, size)
+        assert holds(said, size) == (size > border), (said, size)  # a tie stays as it came
+
+
+@every_objective
+@pytest.mark.parametrize("layer", [(256, 256, 8), (64, 128, 8)])
+def test_break_even_choice_and_decision_agree_at_every_size(
+    layer: tuple[int, int, int], objective: Objective
+) -> None:
+    known = Varying.of(forward_only(lora_layer((96, *layer))), TOKENS, objective)
+    said = break_even(known, "N").removeprefix("merge ")
+    plans = candidates(known)
+    for size in range(1, 200):
+        decision = decide(known.at(size), objective)
+        takes = decision.plan if decision.changed else None
+        mine = plans.plans[plans.choice(size)]
+        assert known.price(mine, size) == pytest.approx(known.price(takes, size), rel=1e-9)
+        assert decision.changed == (mine is not None), size
+        assert holds(said, size) == _merges(known.problem, mine, False), size
+
+
+@every_objective
+def test_a_change_never_says_that_it_saves_nothing(objective: Objective) -> None:
+    for layer in LAYERS:
+        known = varying(layer, objective)
+        for size in DENSE[::7]:
+            problem = known.at(size)
+            decision = decide(problem, objective)
+            if decision.changed and decision.plan is not None:
+                first = saving(objective, problem, decision.plan).split(",")[0]
+                assert "more" not in first
+                assert not re.search(r"\b0\.0+%", first), first
+                assert re.match(r"as ", first) is None, first
 
 
 @every_objective
@@ -237,7 +280,7 @@ def test_the_break_even_says_when_the_cheapest_plan_merges(
     i, o, r = layer
     problem = Varying.of(forward_only(lora_layer((96, i, o, r))), TOKENS, objective)
     said = break_even(problem, "N").removeprefix("merge ")
-    came, *_ = candidates(problem)
+    came, *_ = candidates(problem).plans
     assert came is None
     for size in (*DENSE, 10_000, 50_000):
         sized = replace(problem.problem, dims=(size, *problem.problem.dims[1:]))

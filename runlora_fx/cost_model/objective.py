@@ -86,9 +86,23 @@ class Objective:
         is_tie = self.name == "flops" and not self.margin and before.flops == after.flops
         return is_tie and after.saved < before.saved and after.bytes <= before.bytes
 
+    def is_less(self, one: Price, other: Price) -> bool:
+        """Whether a price is less than another: the rule for ties, wherever plans are compared.
+
+        Equal FLOPs are a tie, whatever else differs, and so are times that differ by rounding.
+        """
+        if self.name == "flops":
+            return int(one) // _BYTES < int(other) // _BYTES
+        return saves(other, one, 0.0)
+
     def worthwhile(self, before: Price, after: Price) -> bool:
-        """Whether a plan saves enough. Equal FLOPs alone never justify a change."""
+        """Whether a plan saves enough. A tie never justifies a change."""
         if self.name == "flops":
             before, after = int(before) // _BYTES, int(after) // _BYTES
-            return after < before and after <= before * (1 - self.margin)
-        return after < before * (1 - max(self.margin, _ROUNDING))
+        return saves(before, after, self.margin)
+
+
+def saves(before: float, after: float, share: float) -> bool:
+    """Whether something saves a share of what it was, and more than rounding: not if they tie."""
+    is_less = after < before if isinstance(after, int) else after < before * (1 - _ROUNDING)
+    return is_less and after <= before * (1 - share)

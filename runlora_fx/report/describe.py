@@ -20,7 +20,8 @@ from runlora_fx.passes.algebra.posed import PosedProblem
 from runlora_fx.passes.experts.stacks import Mixture
 from runlora_fx.passes.read.regions import Region
 from runlora_fx.passes.search.decide import Decision
-from runlora_fx.passes.search.ranges import Varying, break_even
+from runlora_fx.passes.search.ranges import break_even
+from runlora_fx.passes.search.varying import Varying
 from runlora_fx.report.data import Candidate, Site
 from runlora_fx.report.notation import Names, algebra
 from runlora_fx.report.origin import modules_of, modules_of_nodes

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 from runlora_fx.cost_model.cost import Amount, Cost
 from runlora_fx.cost_model.objective import Objective, Price
+from runlora_fx.cost_model.ops import Operation
 from runlora_fx.passes.algebra.plan import (
     Plan,
     Problem,
@@ -18,6 +21,9 @@ from runlora_fx.passes.search.frontiers import Proof, first_steps, search
 
 #: How wide an alternative is searched: they are mostly to be shown.
 _WIDTHS = (16,)
+
+#: Amounts that differ by less than this share are said to be the same.
+_TIE = 1e-9
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,32 @@ class Decision:
     effort: int = 0
 
 
+class Priced(NamedTuple):
+    """What a plan, or the graph as it came, costs.
+
+    Attributes:
+        price: What it is ranked by.
+        cost: The amounts behind it.
+    """
+
+    price: Price
+    cost: Cost
+
+    @classmethod
+    def of(cls, operations: Sequence[Operation], objective: Objective) -> Priced:
+        """What some operations cost together."""
+        return cls(objective.total(operations), total_cost(operations))
+
+
+def replaces(objective: Objective, came: Priced, plan: Priced) -> bool:
+    """Whether a plan replaces the graph as it came, wherever that is asked: not if they tie.
+
+    One exception: of two that need as many FLOPs the one that holds less for the backward.
+    """
+    is_worth = objective.worthwhile(came.price, plan.price)
+    return is_worth or objective.holds_less(came.cost, plan.cost)
+
+
 @lru_cache(maxsize=4096)
 def decide(problem: Problem, objective: Objective) -> Decision:
     """Plan a problem; equal problems (equal layers) are planned once."""
@@ -73,16 +105,15 @@ def judge(
     proof: Proof = "exact",
 ) -> Decision:
     """Whether a plan is worth replacing the graph as it came."""
-    ran, runs = incoming_operations(problem), plan.operations(problem)
-    before, after = total_cost(ran), total_cost(runs)
-    price_before, price_after = objective.total(ran), objective.total(runs)
-    is_worth = objective.worthwhile(price_before, price_after)
-    if is_worth or objective.holds_less(before, after):
+    came = Priced.of(incoming_operations(problem), objective)
+    runs = Priced.of(plan.operations(problem), objective)
+    before, after = came.cost, runs.cost
+    if replaces(objective, came, runs):
         reason = f"changed: {saving(objective, problem, plan)}"
         if proof != "exact":
             reason += " (the best plan found; not all were compared)"
         return Decision(plan, True, before, after, reason, considered, problem.lasting, proof)
-    if replace(objective, margin=0.0).worthwhile(price_before, price_after):
+    if objective.is_less(runs.price, came.price):
         reason = (
             f"left alone: the cheapest plan saves less than the margin ({objective.margin:.1%})"
         )
@@ -124,10 +155,12 @@ def _change(before: Amount | float, after: Amount | float, of: str) -> str:
     before, after = float(before), float(after)
     if not before:
         return f"{after:.4g} {of}"
-    if before == after:
-        return f"as {'many' if of.endswith('s') else 'much'} {of}"
     less = "fewer" if of.endswith("s") else "less"
-    return f"{abs(1 - after / before):.1%} {less if after <= before else 'more'} {of}"
+    share = abs(1 - after / before)
+    if share < _TIE:
+        return f"as {'many' if of.endswith('s') else 'much'} {of}"
+    digits = f"{share:.1%}" if share >= 0.0005 else f"{100 * share:.1g}%"
+    return f"{digits} {less if after < before else 'more'} {of}"
 
 
 def holding_more(problem: Problem, objective: Objective) -> Decision | None:
@@ -148,8 +181,8 @@ def holding_more(problem: Problem, objective: Objective) -> Decision | None:
     freer = decide(replace(problem, kept=problem.kept | computed), objective)
     if freer.plan is None or not freer.changed:
         return None
-    is_cheaper = price_of(freer, problem, objective) < price_of(settled, plain, objective)
-    return freer if is_cheaper else None
+    now, then = price_of(settled, plain, objective), price_of(freer, problem, objective)
+    return freer if objective.is_less(then, now) else None
 
 
 def price_of(decision: Decision, problem: Problem, objective: Objective) -> Price:

@@ -9,10 +9,18 @@ from typing import TypeAlias
 import sympy
 
 from runlora_fx.cost_model.objective import Objective
-from runlora_fx.passes.algebra.plan import incoming_cost
+from runlora_fx.passes.algebra.plan import incoming_cost, incoming_operations
 from runlora_fx.passes.algebra.posed import Dim, PosedProblem
-from runlora_fx.passes.search.decide import Decision, alternatives, decide, saving
-from runlora_fx.passes.search.ranges import Range, Varying, ranges
+from runlora_fx.passes.search.decide import (
+    Decision,
+    Priced,
+    alternatives,
+    decide,
+    replaces,
+    saving,
+)
+from runlora_fx.passes.search.ranges import Range, ranges
+from runlora_fx.passes.search.varying import Varying
 
 #: Guards on so many different sizes at most: each can double the number of compilations.
 _MAX_SIZES = 3
@@ -71,15 +79,21 @@ def decide_all(
 
 
 def _in_range(posed: PosedProblem, varying: Varying, size: sympy.Expr, inside: Range) -> Decision:
-    """What the range's plan means for a problem."""
-    problem, plan = posed.problem, inside.plans[varying]
-    considered = alternatives(problem, varying.objective)
-    before = incoming_cost(problem)
+    """What the range's plan means for a problem; costs are those at the traced size."""
+    problem, objective = posed.problem, varying.objective
+    plan = inside.plans[varying]
+    considered = alternatives(problem, objective)
+    came = Priced.of(incoming_operations(problem), objective)
     named = inside.named(size)
+    where = f" where {named}" if named else ""
     if plan is None:
-        where = f" where {named}" if named else ""
         reason = f"left alone: the graph as it came is the cheapest{where}"
-        return Decision(None, False, before, before, reason, considered)
-    where = f"where {named}: " if named else ""
-    reason = f"changed {where}{saving(varying.objective, problem, plan)}"
-    return Decision(plan, True, before, plan.cost(problem), reason, considered)
+        if not inside.is_best_as_it_came(varying):
+            sizes = f"where {named}" if named else "at all sizes"
+            reason = f"left alone: no plan is as cheap as the graph as it came {sizes}"
+        return Decision(None, False, came.cost, came.cost, reason, considered)
+    runs = Priced.of(plan.operations(problem), objective)
+    reason = f"changed{where}: {saving(objective, problem, plan)}"
+    if not replaces(objective, came, runs):
+        reason = f"changed{where}: costs as much at the traced size, and less at others"
+    return Decision(plan, True, came.cost, runs.cost, reason, considered)

@@ -25,7 +25,7 @@ from torch import fx
 
 from runlora_fx._torch_compat import compile_graph, compiler_settings, partitioned
 from runlora_fx.cost_model.devices.measure import random_tensor, seconds, undisturbed
-from runlora_fx.cost_model.objective import Objective
+from runlora_fx.cost_model.objective import Objective, saves
 from runlora_fx.cost_model.store import Record
 from runlora_fx.passes.algebra.plan import Plan, Problem
 from runlora_fx.passes.emit.apply import NotAppliedError, apply
@@ -126,7 +126,7 @@ def _tried(
     measured = f"{before * 1e6:.4g} us -> {after * 1e6:.4g} us"
     plan = plans[fastest]
     objective = pricing.objective(problem.dtype)
-    if plan is None or saved < max(_NOISE, objective.margin):
+    if plan is None or not saves(before, after, max(_NOISE, objective.margin)):
         reason = f"left alone: no plan was measured to be faster ({measured})"
         return replace(decision, changed=False, after=decision.before, reason=reason)
     judged = judge(problem, objective, plan, decision.alternatives)
