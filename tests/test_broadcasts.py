@@ -45,9 +45,18 @@ def _column_of_gates(x: Tensor, w: Tensor, b: Tensor, v: Tensor, a: Tensor) -> T
     return (((F.linear(x, w, b) * v) @ a) * v).sin()
 
 
+def _added_twice(x: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+    """The graph adds ``1 b'`` to itself, which is no step that makes it."""
+    h = w @ x.t()
+    v = F.linear(h, h, b).t()
+    y = v + 2 * b + 2 * b
+    return F.linear(y, v, b).sin(), y.cos()
+
+
 CASES: list[tuple[Callable[..., Any], Shapes]] = [
     (_scaled, [(5, 8), (6, 8), (6,), (6,)]),
     (_scaled, [(2, 5, 8), (6, 8), (6,), (6,)]),
+    (_added_twice, [(12, 6), (10, 6), (10,)]),
     (_column_of_gates, [(5, 6), (1, 6), (1,), (1,), (1, 6)]),
     (_multiplied, [(5, 8), (6, 8), (6,), (6, 2)]),
     (_multiplied, [(40, 8), (6, 8), (6,), (6, 3)]),

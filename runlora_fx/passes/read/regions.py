@@ -85,6 +85,12 @@ class Made:
             return (left @ right).dots if self.dots else left @ right
         return total(self.operands)
 
+    @property
+    def reads_itself(self) -> bool:
+        """Whether the graph adds a value to itself: ``X A + X A`` is no way to make ``X A``."""
+        core = normalise(self.polynomial).core
+        return any(normalise(operand).core == core for operand in self.operands)
+
 
 @dataclass
 class Region:
@@ -286,7 +292,11 @@ class Regions:
                 dict.fromkeys(value(own(part), root.backward) for root, part in region.demands)
             ),
             incoming=(
-                *((value(own(m.polynomial), m.backward), step(m)) for m in region.incoming),
+                *(
+                    (value(own(m.polynomial), m.backward), step(m))
+                    for m in region.incoming
+                    if not m.reads_itself
+                ),
                 *((Value(core, True), Keep()) for core in _sorted(kept)),
             ),
             kept=kept | keepable,
