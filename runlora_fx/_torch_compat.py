@@ -5,14 +5,22 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
+from types import CodeType, MethodType
 from typing import Any, cast
 
 import sympy
 import torch
 from torch import fx
+from torch._C._dynamo.eval_frame import get_eval_frame_callback, reset_code
+from torch._dynamo import config as dynamo_config
+from torch._dynamo import convert_frame, pgo
+from torch._dynamo import utils as dynamo_utils
+from torch._dynamo.eval_frame import skip_code
+from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor import config as inductor_config
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -57,6 +65,38 @@ _CUSTOM_PASSES = tuple(
     )
     if hasattr(inductor_config, name)
 )
+
+
+@contextmanager
+def without_a_trace() -> Iterator[None]:
+    """Compile models inside, and leave Dynamo as if they had not been compiled.
+
+    Sizes that were seen are forgotten, and they do not meet those that were seen before: no size
+    becomes symbolic. Statistics are those of before. Code that was compiled for the first time is
+    thrown away; other code keeps what was compiled of it before (:data:`APART` keeps it out of what
+    the user compiles).
+    """
+    kept_sizes, pgo._CODE_STATE = pgo._CODE_STATE, defaultdict(pgo.CodeState)
+    kept_counters = {name: counter.copy() for name, counter in dynamo_utils.counters.items()}
+    breaks = len(dynamo_utils.graph_break_reasons)
+    frames = convert_frame.FRAME_COUNTER
+    compilations = convert_frame.FRAME_COMPILE_COUNTER.copy()
+    known = {id(code()) for code in convert_frame.input_codes.seen}
+    try:
+        with dynamo_config.patch(automatic_dynamic_local_pgo=False):
+            yield
+    finally:
+        pgo._CODE_STATE = kept_sizes
+        dynamo_utils.counters.clear()
+        dynamo_utils.counters.update(kept_counters)
+        del dynamo_utils.graph_break_reasons[breaks:]
+        seen = (code() for code in convert_frame.input_codes.seen)
+        for code in seen:
+            if code is not None and id(code) not in known:
+                reset_code(code)
+        convert_frame.FRAME_COUNTER = frames
+        convert_frame.FRAME_COMPILE_COUNTER.clear()
+        convert_frame.FRAME_COMPILE_COUNTER.update(compilations)
 
 
 def fake_mode_of(values: Iterable[object]) -> FakeTensorMode | None:
@@ -178,3 +218,51 @@ def storage_of(tensor: torch.Tensor) -> object:
         return tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):
         return id(tensor)
+
+
+#: Inductor's setting for passes over joint and inference graphs; torch 2.11 takes one, later ones
+#: also a list.
+JOINT_PASSES = "joint_custom_pre_pass"
+
+
+def as_passes(setting: Any) -> tuple[Any, ...]:
+    """The joint passes that a value of Inductor's setting stands for, in the order they run."""
+    if setting is None:
+        return ()
+    return tuple(setting) if isinstance(setting, list | tuple) else (setting,)
+
+
+def joint_passes(backend: Callable[..., Any]) -> tuple[Any, ...]:
+    """The custom passes that Inductor runs on joint graphs for a backend; none if it is another."""
+    if not isinstance(backend, torch._TorchCompileInductorWrapper):
+        return ()
+    return as_passes(backend.config.get(JOINT_PASSES, getattr(inductor_config, JOINT_PASSES)))
+
+
+def active_backend() -> Callable[..., Any] | None:
+    """The backend that Dynamo compiles for in this thread, without what torch wraps it in.
+
+    While Dynamo traces, it is the one that the graph is for; while compiled code runs, the one that
+    Dynamo would compile further frames for; else None.
+    """
+    backend: Any
+    try:
+        backend = InstructionTranslator.current_tx().output.compiler_fn
+    except AttributeError:  # nothing is being traced
+        backend = get_eval_frame_callback()
+    while (inner := _wrapped_backend(backend)) is not None:
+        backend = inner
+    return cast("Callable[..., Any] | None", backend)
+
+
+def never_compile_alone(code: CodeType) -> None:
+    """Have Dynamo run a function as it is where it is not part of a traced caller."""
+    skip_code(code)
+
+
+def _wrapped_backend(backend: Any) -> Any | None:
+    """What a wrapper of torch (for debugging, options, DDP) or a ``partial`` calls."""
+    if isinstance(backend, MethodType):
+        return backend.__self__
+    names = ("_torchdynamo_orig_backend", "compiler_fn", "backend_compile_fn", "func")
+    return next(filter(None, (getattr(backend, name, None) for name in names)), None)

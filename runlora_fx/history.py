@@ -1,4 +1,7 @@
-"""The reports of this process: the last one, and those made inside a block."""
+"""The reports of this process: the last one, and those made inside a block.
+
+One report for each graph -> :func:`last_report` is that of the latest compilation, with all graphs.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,28 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from runlora_fx.report.data import Report
+from runlora_fx.report.data import Report, merged
 
 _lock = threading.Lock()
 _last: Report | None = None
 _open: list[list[Report]] = []
 
 
+class _Thread(threading.local):
+    """Reports of the compilation that this thread is in; None outside."""
+
+    pending: list[Report] | None = None
+
+
+_thread = _Thread()
+
+
 def record(report: Report) -> None:
-    """Make a report the last one."""
+    """Make a report the last one; inside :func:`as_one`, a part of it."""
     global _last
+    if _thread.pending is not None:
+        _thread.pending.append(report)
+        return
     with _lock:
         _last = report
         for collected in _open:
@@ -25,6 +40,19 @@ def record(report: Report) -> None:
 def last_report() -> Report | None:
     """The report of the latest compilation or rewrite in this process; None if there was none."""
     return _last
+
+
+@contextmanager
+def as_one() -> Iterator[None]:
+    """Record what is reported inside the block as one report: nested regions are graphs too."""
+    outer, parts = _thread.pending, list[Report]()
+    _thread.pending = parts
+    try:
+        yield
+    finally:
+        _thread.pending = outer
+        if parts:
+            record(parts[0] if len(parts) == 1 else merged(parts))
 
 
 @contextmanager

@@ -24,6 +24,9 @@ from runlora_fx.report.data import Refusal, Report
 
 _log = logging.getLogger("runlora_fx")
 
+#: Metadata of the nodes of graphs that the pass has seen; torch copies it with the nodes.
+_SEEN = "runlora_seen"
+
 
 def run(
     graph: fx.Graph,
@@ -67,8 +70,21 @@ def run(
     return report
 
 
+def _is_seen(graph: fx.Graph) -> bool:
+    """Whether the pass has seen all operators of a graph, or of one that it was cut from.
+
+    Inductor calls the pass again for the forward and for the backward of a nested compile region,
+    after their joint graph; and the pass may stand in a list twice.
+    """
+    operators = [node for node in graph.nodes if node.op == "call_function"]
+    return bool(operators) and all(_SEEN in node.meta for node in operators)
+
+
 class RunloraPass(CustomGraphPass):
     """The rewrite for Inductor; also usable as ``torch._inductor.config.joint_custom_pre_pass``.
+
+    A graph is rewritten once, however often the pass is called with it or with parts of it. Under
+    ``backend="runlora"`` the backend's own pass and options take the place of this one.
 
     Attributes:
         ran: Whether it was called: it is not when compiled code comes from a cache.
@@ -102,7 +118,11 @@ class RunloraPass(CustomGraphPass):
         self.ran = True
         for user_pass in self._before:
             user_pass(graph)
+        if _is_seen(graph):
+            return
         run(graph, ATEN, self._options, self._machine, may_guard=True, parameters=self._parameters)
+        for node in graph.nodes:
+            node.meta[_SEEN] = True
 
     def uuid(self) -> Any | None:
         """What a compiled graph depends on; None (no caching) if a user's pass has no identity."""

@@ -10,9 +10,12 @@ import torch
 from torch import fx
 
 from runlora_fx import history
-from runlora_fx._torch_compat import APART
-from runlora_fx.backend import aot_backend
+from runlora_fx._torch_compat import APART, without_a_trace
+from runlora_fx.aot import aot_backend
+from runlora_fx.integrations.install import make_traceable
+from runlora_fx.integrations.own_compile import own_backend
 from runlora_fx.joint_pass import run
+from runlora_fx.keywords import split_keywords
 from runlora_fx.options import Options
 from runlora_fx.passes.levels.differentiable import level_of
 from runlora_fx.passes.lower.modules import Lowering
@@ -75,7 +78,9 @@ def joint_graph(
     """
     seen: list[fx.GraphModule] = []
     backend = aot_backend(Options.of(options), lambda gm: seen.append(_copy(gm)))
-    torch.compile(model, backend=backend, fullgraph=True, **APART)(*example_inputs)
+    make_traceable()
+    with without_a_trace():
+        torch.compile(model, backend=backend, fullgraph=True, **APART)(*example_inputs)
     if len(seen) != 1:
         raise RuntimeError(f"expected one graph, traced {len(seen)}")
     return seen[0]
@@ -84,18 +89,30 @@ def joint_graph(
 def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """What the backend would do with a model: run it once and report on every graph.
 
+    Later compilations of the model are as if it had not been looked at: no size has been seen to
+    vary, and nothing counts against the recompile limit (before torch 2.13: unless the model had
+    been compiled before).
+
     Args:
         model: A module or function. Runs forward once, without Inductor.
         *args: Its arguments.
-        **kwargs: Its keyword arguments.
+        **kwargs: Its keyword arguments, and options: a keyword that no ``forward`` of the model
+            names is an option of :class:`~runlora_fx.Options`; ``"runlora.NAME"`` is always one.
 
     Returns:
         One report for all graphs; training graphs where gradients are enabled and needed.
+
+    Raises:
+        ValueError: If an option is not valid, or if a keyword is neither an option nor an argument
+            of the model.
     """
-    backend = aot_backend(Options())
-    with history.collecting() as reports:
-        look = torch.compile(model, backend=lambda gm, inputs: backend(gm, inputs), **APART)
-        look(*args, **kwargs)
+    options, inputs = split_keywords(model, kwargs)
+    backend = aot_backend(options)
+    make_traceable()
+    with history.collecting() as reports, without_a_trace():
+        # A function of its own: Dynamo keeps compiled code by backend.
+        look = torch.compile(model, backend=own_backend(lambda *graph: backend(*graph)), **APART)
+        look(*args, **inputs)
     report = merged(reports)
     history.record(report)
     return report

@@ -363,9 +363,15 @@ FLAVOURS: dict[str, Flavour] = {
         loss=own_loss,
         after=update_ranks,
     ),
-    "DoRA": Flavour("PEFT; arXiv 2402.09353", lambda: peft(use_dora=True), tokens),
+    "DoRA": Flavour(
+        "PEFT; arXiv 2402.09353", lambda: peft(use_dora=True), tokens, substituted=True
+    ),
     "DoRA with dropout": Flavour(
-        "PEFT", lambda: peft(use_dora=True, lora_dropout=0.1), tokens, kernels=True
+        "PEFT",
+        lambda: peft(use_dora=True, lora_dropout=0.1),
+        tokens,
+        kernels=True,
+        substituted=True,
     ),
     "X-LoRA": Flavour(
         "PEFT; arXiv 2402.07148",
@@ -493,12 +499,14 @@ FLAVOURS: dict[str, Flavour] = {
         partial(mixtures.adapted, "qwen3-moe", "batched_mm"),
         mixtures.batch,
         loss=own_loss,
+        substituted=True,
     ),
     "LoRA on expert weights, grouped": Flavour(
         "PEFT, target_parameters",
         partial(mixtures.adapted, "qwen3-moe", "grouped_mm"),
         mixtures.batch,
         loss=own_loss,
+        substituted=True,
     ),
     "MoLoRA": Flavour(
         "examples/flavours/molora.py; arXiv 2309.05444",

@@ -34,6 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("passes", "passes.algebra", "passes.algebra.*"),
     ("passes.search", "passes.search.*"),
     ("options",),
+    ("keywords",),
     # The machine.
     ("_torch_compat",),
     ("cost_model.devices", "cost_model.devices.*"),
@@ -53,6 +54,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("passes.planning", "passes.pipeline"),
     ("joint_pass",),
     ("integrations", "integrations.*"),
+    ("aot",),
     ("backend",),
     ("trace",),
     ("",),  # the package itself
@@ -72,7 +74,7 @@ WITHOUT_TORCH = (
 
 # The modules that may import private parts of torch, and the one private attribute that any may
 # use: `torch._ops` has the types of operators, which are public objects.
-PRIVATE_TORCH = {"_torch_compat", "backend", "joint_pass", "passes.read.example_values"}
+PRIVATE_TORCH = {"_torch_compat", "aot", "backend", "joint_pass", "passes.read.example_values"}
 PRIVATE_ATTRIBUTE = "torch._ops"
 
 

@@ -1,8 +1,11 @@
-"""Experts: PEFT's adapters on expert weights (``target_parameters``), as Dynamo can trace them.
+"""PEFT's adapters on expert weights (``target_parameters``), as Dynamo can trace them.
 
-PEFT registers a parametrization in every forward and removes it afterwards: that changes the
-module's class, and breaks the graph several times a layer. While tracing, the merged weights are
-passed to the layer instead; what is computed is the same.
+PEFT registers a parametrization in every forward and removes it afterwards, which changes the
+module's class and breaks the graph several times a layer -> the merged weight is passed to the
+layer: ``functional_call(layer, {"down_proj": W + s L R}, x)``.
+
+Invariant: the same is computed; in eager mode PEFT's method runs, and other backends trace it as
+they would.
 """
 
 from __future__ import annotations
@@ -14,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from runlora_fx._torch_compat import never_compile_alone
 from runlora_fx.integrations.after_import import after_import
+from runlora_fx.integrations.own_compile import is_own_compilation
 
 _PEFT = "peft.tuners.lora.layer"
 _WRAPPER = "ParamWrapper"
@@ -22,28 +27,33 @@ _WRAPPER = "ParamWrapper"
 
 @cache
 def make_experts_traceable() -> None:
-    """Have Dynamo trace PEFT's adapters on parameters, whenever PEFT is imported."""
-    after_import(_PEFT, _patch)
+    """Substitute the method, as soon as PEFT is imported."""
+    after_import(_PEFT, _substitute)
 
 
-def _patch(module: ModuleType) -> None:
+def _substitute(module: ModuleType) -> None:
     wrapper: Any = getattr(module, _WRAPPER, None)
     if not hasattr(wrapper, "get_delta_factors"):
         return
     original = wrapper.forward
 
-    @wraps(original)
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling() or not _is_plain(self, kwargs):
-            return original(self, x, *args, **kwargs)
-        self._check_forward_args(x, *args, **kwargs)
-        name, layer = self.parameter_name, self.base_layer
-        while isinstance(layer, wrapper):  # another parameter of the same layer
-            name, layer = f"base_layer.{name}", layer.base_layer
-        weights = {name: _merged(self)}
-        return torch.func.functional_call(self.base_layer, weights, (x, *args), kwargs)
+        if is_own_compilation() and _is_plain(self, kwargs):
+            return _with_merged_weight(self, wrapper, x, *args, **kwargs)
+        return original(self, x, *args, **kwargs)
 
-    wrapper.forward = forward
+    # Other backends then meet the frames that they would meet without this function.
+    never_compile_alone(forward.__code__)
+    wrapper.forward = wraps(original)(forward)
+
+
+def _with_merged_weight(layer: Any, wrapper: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """What the forward of an adapted layer computes, without a parametrization."""
+    layer._check_forward_args(x, *args, **kwargs)
+    name, base = layer.parameter_name, layer.base_layer
+    while isinstance(base, wrapper):  # another parameter of the same layer
+        name, base = f"base_layer.{name}", base.base_layer
+    return torch.func.functional_call(layer.base_layer, {name: _merged(layer)}, (x, *args), kwargs)
 
 
 def _is_plain(layer: Any, kwargs: dict[str, Any]) -> bool:
