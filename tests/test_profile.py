@@ -486,12 +486,21 @@ def restored_settings() -> Iterator[None]:
         "allow_fp16_accumulation",
     ]
     before = {name: getattr(cuda, name) for name in cuda_names}
+    parts: tuple[Any, ...] = (torch.backends, mkldnn, mkldnn.matmul, cuda)
+
+    def unset_precision() -> None:
+        for part in parts:
+            part.fp32_precision = "none"
+
+    unset_precision()
     yield
     mkldnn.set_flags(_enabled=True)
     for name, value in before.items():
         setattr(cuda, name, value)
-    torch.backends.fp32_precision = mkldnn.fp32_precision = "none"
-    mkldnn.matmul.fp32_precision = cuda.fp32_precision = "none"
+    unset_precision()
+    # Else torch raises when it is asked for the one precision.
+    torch.set_float32_matmul_precision("highest")
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 @pytest.mark.usefixtures("restored_settings", "no_profile")
