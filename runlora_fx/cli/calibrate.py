@@ -45,14 +45,15 @@ SUMMARY = "Measure what this machine can do, so that plans are chosen by its own
 _FITTED = ((16, 128, 1024), (256, 1024, 3072), (8, 64))
 _CHECKED = ((48, 512), (640, 1536), (16,))
 
-#: Products of more than this are left out: they run at the rate of those that are not [FLOP].
+#: Products of more FLOPs are left out: they run at the rate of smaller ones [FLOP].
 _MAX_FLOPS = 8e9
 
-#: A product that takes longer than its share of the time over this number is the largest that is
-#: measured: one measurement takes several runs.
+#: One measurement takes about so many runs. A product whose runs take more than its share of the
+#: time is the largest that is measured.
 _SHARE = 8
 
-#: Every product is measured this often, in rounds: a machine is not as fast at every moment.
+#: Every product is measured this often, in rounds. The least time counts: a machine is not equally
+#: fast at every moment.
 _ROUNDS = 3
 
 _ADDED = ((256, 256), (1024, 1024), (2048, 4096))

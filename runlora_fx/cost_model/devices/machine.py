@@ -50,7 +50,7 @@ class Machine:
     """A snapshot of what is known about this machine: one compilation plans by one state of it."""
 
     def __init__(self, *, use_stored: bool) -> None:
-        """Know nothing yet.
+        """Start with nothing; records are loaded when they are first asked for.
 
         Args:
             use_stored: Whether to use what was measured before.
@@ -66,7 +66,7 @@ class Machine:
         return self._records[key]
 
     def add(self, device: torch.device, dtype: str, newer: Record) -> None:
-        """Know, and store, more about a device."""
+        """Add measurements to what is known about a device, and store them."""
         key = key_of(device, dtype)
         self._records[key] = self.record(device, dtype).updated(newer)
         store.add(key, newer)

@@ -1,4 +1,11 @@
-"""Pricing: the objective for each dtype of a graph, from what is known about its device."""
+"""Pricing: the objective for each dtype of a graph, from what is known about its device.
+
+Example: a graph on a CPU has matrices in float32 and bfloat16. ``pricing.objective("float32")`` has
+the times that a calibration stored for float32. ``pricing.measure(problems)`` adds those of the
+products that a better plan could contain.
+
+Invariant: what is measured is stored, and prices everything that is planned after it.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +36,8 @@ _FLOPS_PER_SAVED_BYTE = 8192
 #: From so many products on, measuring them takes long enough to show progress.
 _SHOW_PROGRESS = 8
 
-#: All products are measured in turn, this often: a machine is not as fast at every moment, and what
-#: is compared has to be measured in good ones.
+#: All products are measured in turn, this often. The least time counts: a machine is not equally
+#: fast at every moment.
 _ROUNDS = 4
 
 #: What torch raises where memory does not suffice, the device has not the dtype, or is not here.
@@ -83,7 +90,7 @@ class Pricing:
         return self._machine.record(self.device, dtype)
 
     def add(self, dtype: str, newer: Record) -> None:
-        """Know, and store, more about the device."""
+        """Add measurements to what is known about the device, and store them."""
         self._machine.add(self.device, dtype, newer)
         self._objectives.pop(dtype, None)
 

@@ -41,19 +41,21 @@ _log = logging.getLogger("runlora_fx")
 #: At most so many plans of a region are tried, the graph as it came among them.
 _MAX_PLANS = 4
 
-#: All plans of a region are timed in turn, this often: a machine is not as fast at every moment.
+#: All plans of a region are timed in turn, this often. The least time counts: a machine is not
+#: equally fast at every moment.
 _ROUNDS = 3
 
-#: What a plan has to save to be told apart from the graph as it came.
+#: The share of time that a plan has to save: less cannot be told from noise.
 _NOISE = 0.01
 
 _AS_IT_CAME = "as it came"
 
 
 def try_out(analysis: Analysis, pricing: Pricing, decisions: Sequence[Decision]) -> list[Decision]:
-    """The decisions after trials: equal regions are tried once, known times are not taken again.
+    """The decisions after trials.
 
-    A region that cannot be tried keeps its decision; symbolic ones are not tried.
+    Equal regions are tried once. Times that are stored are not taken again. A region with symbolic
+    sizes, or one that cannot be compiled, keeps its decision.
     """
     settled: dict[tuple[Problem, str], Decision] = {}
     decided = list(decisions)
