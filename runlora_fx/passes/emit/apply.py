@@ -9,15 +9,15 @@ from torch import fx
 
 from runlora_fx.passes.algebra.plan import Plan, Step, Value, product_step
 from runlora_fx.passes.algebra.polynomials import IDENTITY, normalise
-from runlora_fx.passes.emit.dequantised import recompute_dequantised
 from runlora_fx.passes.emit.emitter import Emitter
 from runlora_fx.passes.emit.kept import stop_keeping_what_escapes
 from runlora_fx.passes.emit.layout import is_relied_on
+from runlora_fx.passes.emit.nodes import hand_over
+from runlora_fx.passes.emit.recompute import recompute, recompute_dequantised
 from runlora_fx.passes.emit.results import keep_results_apart, memory_of_results
 from runlora_fx.passes.emit.verify import verify
 from runlora_fx.passes.emit.writer import Writer
 from runlora_fx.passes.read.analysis import Analysis
-from runlora_fx.passes.read.phases import recompute
 from runlora_fx.passes.read.reader import GraphReader
 from runlora_fx.passes.read.regions import Regions, Root
 
@@ -149,11 +149,10 @@ def _replace(
         emitted.append((root, new))
     for root, new in emitted:
         with _of_root(root):
-            root.node.replace_all_uses_with(new)
-    for node in emitter.recomputed:
-        # Without the tag the partitioner would keep it: for a merged weight a second copy of every
-        # adapted weight, from forward to backward.
-        recompute(node)
+            hand_over(root.node, new)
+    # Without the tag the partitioner would keep them: for a merged weight a second copy of every
+    # adapted weight, from forward to backward.
+    recompute(emitter.recomputed, set(writer.written))
     for node in reversed(list(graph.nodes)):
         if node in reader.forms and not node.users:
             graph.erase_node(node)

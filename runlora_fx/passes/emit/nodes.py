@@ -7,8 +7,12 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from runlora_fx._torch_compat import COPIED_META, fake_mode_of, in_fake_mode
+
+#: What a user's checkpoint policy says of results that are kept for the backward.
+_SAVED = (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE)
 
 
 class Inserter:
@@ -44,6 +48,8 @@ class Inserter:
         with self._graph.inserting_before(anchor):
             node = self._graph.call_function(target, args, kwargs)
         node.meta = {name: anchor.meta[name] for name in COPIED_META if name in anchor.meta}
+        if node.meta.get("recompute") in _SAVED:
+            del node.meta["recompute"]  # it is the anchor's result that the user saves
         node.meta["val"] = value
         self.written.append(node)
         return node
@@ -53,6 +59,14 @@ class Inserter:
         for node in reversed(self.written):
             self._graph.erase_node(node)
         self.written = []
+
+
+def hand_over(old: fx.Node, new: fx.Node) -> None:
+    """Put a node in the place of another: what the user has saved of one is saved of the other."""
+    tag = old.meta.get("recompute")
+    if tag in _SAVED:
+        new.meta.setdefault("recompute", tag)
+    old.replace_all_uses_with(new)
 
 
 def values_of(x: Any) -> Any:
