@@ -11,6 +11,9 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from runlora_fx._torch_compat import COPIED_META, fake_mode_of, in_fake_mode
 
+#: The metadata of a node that says which step or law it was written for.
+RULE = "runlora"
+
 #: What a user's checkpoint policy says of results that are kept for the backward.
 _SAVED = (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE)
 
@@ -20,10 +23,12 @@ class Inserter:
 
     Attributes:
         written: The nodes made so far, in order.
+        rule: What the nodes are made for: their ``meta["runlora"]``.
     """
 
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, rule: str = "") -> None:
         """Write into a graph whose tensor nodes have example tensors in ``meta["val"]``."""
+        self.rule = rule
         self._graph = graph
         self._anchor: fx.Node | None = None
         self.mode = fake_mode_of(node.meta.get("val") for node in graph.nodes)
@@ -51,6 +56,8 @@ class Inserter:
         if node.meta.get("recompute") in _SAVED:
             del node.meta["recompute"]  # it is the anchor's result that the user saves
         node.meta["val"] = value
+        if self.rule:
+            node.meta[RULE] = self.rule
         self.written.append(node)
         return node
 

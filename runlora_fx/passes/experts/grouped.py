@@ -102,7 +102,7 @@ def split_grouped_products(context: Context) -> Outcome:
     if context.options.numerics == "strict":
         return Outcome()
     graph = context.graph
-    insert, effects = Inserter(graph), context.effects()
+    insert, effects = Inserter(graph, "experts: grouped products are split"), context.effects()
     found: list[Mixture] = []
     for node in list(graph.nodes):
         with attempt(context, node.name):

@@ -56,7 +56,7 @@ def split_gathered_weights(context: Context) -> Outcome:
     if context.options.numerics == "strict":
         return Outcome()
     graph = context.graph
-    insert, effects = Inserter(graph), context.effects()
+    insert, effects = Inserter(graph, "experts: picked weights are split"), context.effects()
     found: list[Mixture] = []
     for node in list(graph.nodes):
         with attempt(context, node.name):

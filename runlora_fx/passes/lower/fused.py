@@ -51,7 +51,7 @@ class _Fused:
     def __init__(self, graph: fx.Graph) -> None:
         """Spell out every fused product, in place."""
         self._graph = graph
-        self._insert = Inserter(graph)
+        self._insert = Inserter(graph, "dequantised: a fused product is spelled out")
         self._spelled: dict[fx.Node, _Spelled] = {}
         for node in list(graph.nodes):
             if str(node.target) == "bitsandbytes.gemm_4bit.default":
