@@ -174,6 +174,93 @@ class Dots:
 
 
 @dataclass(frozen=True)
+class GroupedMatMul:
+    """Products of tokens with the matrices (rows, cols) of their experts, by one operator.
+
+    Attributes:
+        tokens: Tokens [rows].
+        experts: Matrices.
+        rows: Rows of each [elements].
+        cols: Columns of each [elements].
+        itemsize: Element width [B].
+        is_outer: Whether the matrices are made, each as the sum of a column times a row of its
+            tokens; else every token's row is multiplied by one.
+        turned: Whether the matrices lie transposed in memory.
+    """
+
+    tokens: Amount
+    experts: Amount
+    rows: Amount
+    cols: Amount
+    itemsize: int
+    is_outer: bool = False
+    turned: bool = False
+
+    @property
+    def cost(self) -> Cost:
+        """2 tokens rows cols FLOP; the tokens' vectors and all matrices moved; 1 kernel."""
+        stack = self.experts * self.rows * self.cols
+        ends = self.tokens * (self.rows + self.cols)
+        read = ends if self.is_outer else self.tokens * self.rows + stack
+        written = stack if self.is_outer else self.tokens * self.cols
+        return Cost(
+            {
+                _FLOPS[self.is_outer, self.turned]: 2 * self.tokens * self.rows * self.cols,
+                "read": read * self.itemsize,
+                "written": written * self.itemsize,
+                "launches": 1,
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Gather:
+    """``tokens`` matrices (m, n), each read from the stack of all experts'.
+
+    Attributes:
+        tokens: Matrices.
+        m: Rows of each [elements].
+        n: Columns of each [elements].
+        itemsize: Element width [B].
+    """
+
+    tokens: Amount
+    m: Amount
+    n: Amount
+    itemsize: int
+
+    @property
+    def cost(self) -> Cost:
+        """Elementwise = 2 tokens m n itemsize [B]."""
+        return Cost({"elementwise": 2 * self.tokens * self.m * self.n * self.itemsize})
+
+
+@dataclass(frozen=True)
+class ScatterAdd:
+    """``tokens`` matrices (m, n) added up into those of ``experts``, which are zero before.
+
+    Attributes:
+        tokens: Matrices that are read.
+        experts: Matrices that are written.
+        m: Rows of each [elements].
+        n: Columns of each [elements].
+        itemsize: Element width [B].
+    """
+
+    tokens: Amount
+    experts: Amount
+    m: Amount
+    n: Amount
+    itemsize: int
+
+    @property
+    def cost(self) -> Cost:
+        """Elementwise = 2 (tokens + experts) m n itemsize [B]."""
+        matrices = self.tokens + self.experts
+        return Cost({"elementwise": 2 * matrices * self.m * self.n * self.itemsize})
+
+
+@dataclass(frozen=True)
 class Hold:
     """A matrix (b, m, n) held from the forward to the backward.
 
@@ -195,4 +282,4 @@ class Hold:
         return Cost({"held": self.b * self.m * self.n * self.itemsize})
 
 
-Operation: TypeAlias = MatMul | Add | Stretch | Dots | Hold
+Operation: TypeAlias = MatMul | Add | Stretch | Dots | GroupedMatMul | Gather | ScatterAdd | Hold

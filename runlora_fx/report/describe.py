@@ -51,7 +51,9 @@ def describe(
     cost_after = cost_before if plan is None else plan.cost(problem, symbols).flops
     return Site(
         modules=modules_of(region),
-        shapes=", ".join(f"{s}={size}" for s, size in zip(symbols, posed.dims, strict=True)),
+        shapes=", ".join(
+            f"{s}={size}" for s, size in zip(symbols, posed.dims, strict=True) if s.is_Symbol
+        ),
         before=before,
         after=before if plan is None else algebra(problem, names, scalars, plan),
         flops_before=int(decision.before.flops),
@@ -103,7 +105,7 @@ def describe_mixture(mixture: Mixture) -> Site:
 
 def _break_even(posed: PosedProblem, names: Names, objective: Objective) -> str:
     """When merging pays, in the graph's own symbols where the number of tokens is one."""
-    index = next((i for i, symbol in enumerate(names.symbols) if symbol.name == "N"), None)
+    index = names.tokens
     if index is None:
         return ""
     tokens = posed.dims[index]

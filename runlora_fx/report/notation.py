@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import sympy
 
+from runlora_fx.passes.algebra.assignments import GroupedOuter, GroupedProduct, Pick, Scatter
 from runlora_fx.passes.algebra.plan import (
     Keep,
     Plan,
@@ -16,6 +17,7 @@ from runlora_fx.passes.algebra.plan import (
     Sum,
     Value,
     step_operands,
+    turned_step,
 )
 from runlora_fx.passes.algebra.polynomials import (
     IDENTITY,
@@ -31,7 +33,9 @@ class Names:
     """Names of a problem's leaves and dimensions, in the field's own letters.
 
     ``X`` is the activation that the base weight ``W`` and the adapter ``A`` (down), ``B`` (up) act
-    on, ``dY`` the tangent of the result; ``N`` tokens, ``i`` in, ``o`` out, ``r`` rank.
+    on, ``dY`` the tangent of the result; ``N`` tokens, ``i`` in, ``o`` out, ``r`` rank, ``E``
+    experts. ``W[k]`` are the weights that tokens have by the assignment ``k``, and ``sum_k(P)`` the
+    sums over the tokens of each expert.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -40,6 +44,9 @@ class Names:
         self.leaves: dict[int, str] = {}
         self._dims: dict[int, str] = {}
         self._taken: Counter[str] = Counter()
+        for assignment in problem.assignments:
+            self._dim(assignment.tokens, "N")
+            self._dim(assignment.experts, "E")
         forward = [demand.core for demand in problem.demands if not demand.backward]
         # The whole layer tells most about the roles; a norm of the merged weight may come before.
         for core in sorted(forward, key=_longest, reverse=True):
@@ -54,9 +61,23 @@ class Names:
         for d in range(len(problem.dims)):
             self._dim(d, "d")
         self.symbols = tuple(
-            sympy.Symbol(self._dims[d], positive=True, integer=True)
+            sympy.Integer(1)
+            if self._is_one_row(d)
+            else sympy.Symbol(self._dims[d], positive=True, integer=True)
             for d in range(len(problem.dims))
         )
+
+    @property
+    def tokens(self) -> int | None:
+        """The dimension that is the number of tokens; None if there is none."""
+        return next((d for d, name in self._dims.items() if name == "N"), None)
+
+    def _is_one_row(self, dim: int) -> bool:
+        """Whether a dimension is the one row that a token has among its expert's."""
+        tokens = [assignment.tokens for assignment in self._problem.assignments]
+        leaves = (leaf for leaf in self._problem.leaves if leaf.batch in tokens)
+        is_side = any(dim in (leaf.rows, leaf.cols) for leaf in leaves)
+        return is_side and self._problem.dims[dim] == 1
 
     def _name_forward(self, core: Polynomial) -> None:
         """``X W' + s (X A') B'``: the words of a forward demand, whichever way round it stands."""
@@ -78,7 +99,13 @@ class Names:
                 self._dim(self._problem.extent(factors[1])[1], "r")
 
     def _name(self, leaf: int, letter: str) -> None:
-        if leaf not in self.leaves:
+        if leaf in self.leaves:
+            return
+        picked = self._problem.leaves[leaf].picked
+        if picked is not None:
+            self._name(picked.base, letter)
+            self.leaves[leaf] = f"{self.leaves[picked.base]}[{_assignment(picked.assignment)}]"
+        else:
             self._taken[letter] += 1
             n = self._taken[letter]
             self.leaves[leaf] = letter if n == 1 and letter != "L" else f"{letter}{n}"
@@ -103,6 +130,11 @@ class Names:
             left, right = map(self.polynomial, (step.left, _second(value, step)))
             operands = [f"({p})" if " " in p else p for p in (left, right)]
             return f"rowsum({' * '.join(operands)})" if value.core.is_dots else " ".join(operands)
+        if not isinstance(step, Sum):
+            operands = [
+                f"({p})" if " " in p else p for p in map(self.polynomial, step_operands(step))
+            ]
+            return by_expert(step, operands)
         return _added(f"({self.polynomial(p)})" for p in step_operands(step))
 
     def polynomial(self, p: Polynomial) -> str:
@@ -111,6 +143,8 @@ class Names:
 
     def _word(self, word: Word) -> str:
         text = " ".join(map(self.factor, word.factors)) or "I"
+        if word.scattered:
+            return f"sum_{_assignment(word.scattered[0])}({text})"
         return f"diagonal({text})" if word.dots else text
 
     def demand(self, value: Value) -> tuple[str, bool]:
@@ -121,7 +155,7 @@ class Names:
         if not value.backward:
             return "Y", self._dims[cols] == "N"
         for i, spec in enumerate(self._problem.leaves):
-            if not spec.backward and spec.kind == "matrix":
+            if not spec.backward and spec.kind == "matrix" and spec.picked is None:
                 if (spec.rows, spec.cols) == (rows, cols):
                     return f"d{self.leaves[i]}", False
                 if (spec.rows, spec.cols) == (cols, rows):
@@ -141,6 +175,26 @@ def algebra(
         plan: A step for every value.
     """
     return _Printer(problem, names, scalars, plan.steps).lines()
+
+
+def by_expert(step: Step, operands: list[str]) -> str:
+    """A step that depends on the experts of tokens, its operands in brackets where they must be."""
+    match step:
+        case Pick(_, k):
+            return f"{operands[0]}[{_assignment(k)}]"
+        case GroupedProduct(_, _, k, "left"):
+            return f"{operands[0]}[{_assignment(k)}] {operands[1]}"
+        case GroupedProduct(_, _, k):
+            return f"{operands[0]} {operands[1]}[{_assignment(k)}]"
+        case Scatter(_, k) if operands[0].startswith("("):
+            return f"sum_{_assignment(k)}{operands[0]}"
+        case Scatter(_, k) | GroupedOuter(_, _, k):
+            return f"sum_{_assignment(k)}({' '.join(operands)})"
+    raise TypeError(f"{step} depends on no assignment")
+
+
+def _assignment(k: int) -> str:
+    return f"k{k + 1}" if k else "k"
 
 
 def _longest(core: Polynomial) -> int:
@@ -228,10 +282,10 @@ class _Printer:
             both = " * ".join(self._operand(p, value.backward, inner=True) for p in shown)
             return f"rowsum({both})"
         operands = [p.T if turned else p for p in step_operands(step)]
-        if isinstance(step, Product):
-            if turned:
-                operands.reverse()
-            return " ".join(self._operand(p, value.backward, inner=True) for p in operands)
+        if not isinstance(step, Sum):
+            step = turned_step(step) if turned else step
+            texts = [self._operand(p, value.backward, inner=True) for p in step_operands(step)]
+            return " ".join(texts) if isinstance(step, Product) else by_expert(step, texts)
         operands.sort(key=lambda p: p.size)
         return _added(self._operand(p, value.backward, inner=False) for p in operands)
 
@@ -256,6 +310,8 @@ class _Printer:
             text = name if turned == transposed else f"{name}'"
             return f"({front}{text})" if front and inner else front + text
         text = self._making(value, transposed)
+        if isinstance(self._step(value), Pick | Scatter | GroupedOuter):  # brackets of its own
+            return f"({front}{text})" if front and inner else front + text
         return f"{front}({text})" if inner or (front and _is_sum(text)) else front + text
 
     def _label(self, value: Value, turned: bool) -> None:
@@ -265,7 +321,7 @@ class _Printer:
         name = stem if n == 0 else f"{stem}{n + 1}"
         self._labels[value.core] = (name, turned)
         again = not value.backward and isinstance(
-            self._plan.get(Value(value.core, True)), Product | Sum
+            self._plan.get(Value(value.core, True)), Product | Sum | GroupedProduct
         )
         self._lines.append(
             f"{name} = {right}" + ("   (made again in the backward)" if again else "")

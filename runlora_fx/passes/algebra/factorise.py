@@ -33,12 +33,12 @@ def components(p: Polynomial) -> list[Polynomial]:
             i = parent[i]
         return i
 
-    seen: dict[tuple[str, Factor], int] = {}
+    seen: dict[tuple[str, Factor, tuple[int, ...]], int] = {}
     for i, word in enumerate(p.words):
         if not word.factors:
             continue
         for end in (("first", word.factors[0]), ("last", word.factors[-1])):
-            parent[find(i)] = find(seen.setdefault(end, i))
+            parent[find(i)] = find(seen.setdefault((*end, word.scattered), i))
     groups: dict[int, list[tuple[Word, float]]] = {}
     for i, term in enumerate(p.terms):
         groups.setdefault(find(i), []).append(term)
@@ -48,7 +48,8 @@ def components(p: Polynomial) -> list[Polynomial]:
 def factorisations(p: Polynomial) -> Iterator[tuple[Polynomial, Polynomial]]:
     """All (L, R) of at least one factor each, with ``L @ R == p``, the leading number in R.
 
-    Of a vector of dots it is the matrix that is cut: ``dots(L @ R) == p``.
+    Of a vector of dots it is the matrix that is cut: ``dots(L @ R) == p``. Of what is scattered to
+    experts it is what the tokens add: ``(L @ R).scattered(k) == p``.
 
     Some words of p can be cut in several places, as in ``X A + X B A``, which is ``X (A + B A)``
     and ``(X + X B) A``. Beyond a fixed number of combinations only the shortest and the longest L
@@ -56,6 +57,10 @@ def factorisations(p: Polynomial) -> Iterator[tuple[Polynomial, Polynomial]]:
     """
     if p.is_dots:
         p = p.matrix
+    if p.is_partly_scattered:
+        return
+    if p.scattering is not None:
+        p = p.unscattered
     if len(p) == 1:
         (word, c) = p.terms[0]
         for i in range(1, len(word.factors)):

@@ -14,7 +14,25 @@ from typing import Literal, NamedTuple, TypeAlias
 import sympy
 
 from runlora_fx.cost_model.cost import FREE, Cost
-from runlora_fx.cost_model.ops import Add, Dots, Hold, MatMul, Operation, Stretch
+from runlora_fx.cost_model.ops import (
+    Add,
+    Dots,
+    Gather,
+    GroupedMatMul,
+    Hold,
+    MatMul,
+    Operation,
+    ScatterAdd,
+    Stretch,
+)
+from runlora_fx.passes.algebra.assignments import (
+    Assignment,
+    GroupedOuter,
+    GroupedProduct,
+    Pick,
+    Picked,
+    Scatter,
+)
 from runlora_fx.passes.algebra.polynomials import (
     Factor,
     Polynomial,
@@ -38,6 +56,7 @@ class LeafSpec:
             ``"diagonal"`` for the diagonal matrix of a vector.
         backward: Whether it depends on a tangent.
         held: Whether the backward can use it without more being saved for it.
+        picked: What it is picked from, if no tensor holds it.
     """
 
     rows: int
@@ -46,6 +65,7 @@ class LeafSpec:
     kind: Literal["matrix", "ones", "diagonal"] = "matrix"
     backward: bool = False
     held: bool = True
+    picked: Picked | None = None
 
 
 class Value(NamedTuple):
@@ -75,7 +95,7 @@ class Keep:
     """The backward uses what the forward computed: it is saved."""
 
 
-Step: TypeAlias = Product | Sum | Keep
+Step: TypeAlias = Product | Sum | Keep | Pick | Scatter | GroupedProduct | GroupedOuter
 
 
 def step_operands(step: Step) -> tuple[Polynomial, ...]:
@@ -85,8 +105,61 @@ def step_operands(step: Step) -> tuple[Polynomial, ...]:
             return ()
         case Sum(parts):
             return parts
-        case Product(left, right):
+        case Pick(whole):
+            return (whole,)
+        case Scatter(part):
+            return (part,)
+        case Product(left, right) | GroupedProduct(left, right) | GroupedOuter(left, right):
             return (left, right)
+
+
+def turned_step(step: Step) -> Step:
+    """The step that makes the transpose."""
+    match step:
+        case Sum(parts):
+            return Sum(tuple(p.T for p in parts))
+        case Product(left, right):
+            return Product(right.T, left.T)
+        case Pick(whole, k):
+            return Pick(whole.T, k)
+        case Scatter(part, k):
+            return Scatter(part.T, k)
+        case GroupedProduct(left, right, k, picked):
+            return GroupedProduct(right.T, left.T, k, "left" if picked == "right" else "right")
+        case GroupedOuter(left, right, k):
+            return GroupedOuter(right.T, left.T, k)
+    return step
+
+
+def rescaled_step(step: Step, made: Polynomial) -> Step:
+    """The step, turned and divided such that it makes the normalised value.
+
+    Args:
+        step: A step that makes ``made``.
+        made: A polynomial that is a value up to a number and a transpose.
+    """
+    scalar, transposed, _ = normalise(made)
+    match turned_step(step) if transposed else step:
+        case Sum(parts):
+            return Sum(tuple(divided(p, scalar) for p in parts))
+        case Pick(whole, k):
+            return Pick(divided(whole, scalar), k)
+        case Scatter(part, k):
+            return Scatter(divided(part, scalar), k)
+        case Product(left, right):
+            return Product(*_rescaled(left, right, scalar))
+        case GroupedProduct(left, right, k, picked):
+            return GroupedProduct(*_rescaled(left, right, scalar), k, picked)
+        case GroupedOuter(left, right, k):
+            return GroupedOuter(*_rescaled(left, right, scalar), k)
+    return step
+
+
+def _rescaled(left: Polynomial, right: Polynomial, over: Scalar) -> tuple[Polynomial, Polynomial]:
+    """The operands of ``left @ right`` over a scalar, all that is left of scalars in the second."""
+    by, left = without_scalar(left)
+    right = right.scaled(Scalar(by.number / over.number, by.leaves))
+    return left, divided(right, Scalar(1.0, over.leaves))
 
 
 def product_step(left: Polynomial, right: Polynomial, *, dots: bool = False) -> Product:
@@ -122,6 +195,7 @@ class Problem:
         dtype: Of the elements, as torch names it.
         lasting: Leaves that are the same tensors in every call. What is made of them alone is kept
             from call to call, and costs nothing in most. Empty where nothing is to be kept.
+        assignments: By number, the assignments of tokens to experts that leaves are picked by.
     """
 
     leaves: tuple[LeafSpec, ...]
@@ -132,6 +206,7 @@ class Problem:
     itemsize: int
     dtype: str = "float32"
     lasting: frozenset[int] = frozenset()
+    assignments: tuple[Assignment, ...] = ()
 
     def extent(self, factor: Factor) -> tuple[int, int]:
         """The dimensions of a factor: indices of its rows and columns."""
@@ -141,7 +216,10 @@ class Problem:
     def shape(self, p: Polynomial) -> tuple[int | None, int, int]:
         """The dimensions of a polynomial: indices of batch, rows and columns."""
         factors = p.shown
+        scattered = next((w.scattered for w in p.words if w.factors), ())
         batch = self.leaves[factors[0].leaf].batch
+        if scattered:
+            batch = self.assignments[scattered[0]].experts
         return batch, self.extent(factors[0])[0], self.extent(factors[-1])[1]
 
 
@@ -181,8 +259,32 @@ def step_operation(
                 # A demand is read by something elementwise, which scales it on the way.
                 is_demand = any(core == demand.core for demand in problem.demands)
                 return None if is_demand else Stretch(b, m, n, problem.itemsize)
+            inner = problem.shape(left)[2]
+            if _is_by_token(problem, batch) and problem.dims[inner] == 1:
+                return Stretch(b, m, n, problem.itemsize)  # a column times a row: elementwise
             turned = (_lies_turned(problem, left), _lies_turned(problem, right))
-            return MatMul(b, m, size[problem.shape(left)[2]], n, problem.itemsize, turned)
+            return MatMul(b, m, size[inner], n, problem.itemsize, turned)
+        case Pick():
+            return Gather(b, m, n, problem.itemsize)
+        case Scatter(_, assignment):
+            tokens = size[problem.assignments[assignment].tokens]
+            return ScatterAdd(tokens, b, m, n, problem.itemsize)
+        case GroupedProduct(left, right, assignment, picked):
+            experts = size[problem.assignments[assignment].experts]
+            stack = left if picked == "left" else right
+            _, rows, cols = problem.shape(stack.T if picked == "left" else stack)
+            turned_stack = _lies_turned(problem, stack) != (picked == "left")
+            return GroupedMatMul(
+                b, experts, size[rows], size[cols], problem.itemsize, turned=turned_stack
+            )
+        case GroupedOuter(_, _, assignment):
+            tokens = size[problem.assignments[assignment].tokens]
+            return GroupedMatMul(tokens, b, m, n, problem.itemsize, is_outer=True)
+
+
+def _is_by_token(problem: Problem, batch: int | None) -> bool:
+    """Whether a batch has a matrix for each token that an index assigns."""
+    return any(a.kind == "indexed" and a.tokens == batch for a in problem.assignments)
 
 
 def _lies_turned(problem: Problem, operand: Polynomial) -> bool:

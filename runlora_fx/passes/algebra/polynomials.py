@@ -12,6 +12,10 @@ two: the vector ``sum(L * R', 1)`` of the dot products of the rows of L with the
 is the diagonal of ``L R``. It is a word of its own kind; what it is the diagonal of can be cut
 anywhere: ``dots(dY' (X A' B')) = dots((dY' X A') B')``.
 
+A word may also be *scattered*: an assignment gives each of T tokens one of E experts, and a batch
+of T matrices becomes a batch of E, each the sum over its tokens. The factors of such a word are
+those of the T matrices: see :mod:`runlora_fx.passes.algebra.assignments`.
+
 This module knows nothing of torch, shapes or costs: leaves are integers.
 """
 
@@ -51,11 +55,13 @@ class Word(NamedTuple):
         factors: The matrices.
         scalars: The scalars.
         dots: Whether the word stands for the diagonal of that product, a vector.
+        scattered: The assignment by which the product is scattered to experts; empty if it is not.
     """
 
     factors: Factors
     scalars: tuple[int, ...] = ()
     dots: bool = False
+    scattered: tuple[int, ...] = ()
 
     @property
     def T(self) -> Word:
@@ -71,17 +77,25 @@ class Word(NamedTuple):
         return self._replace(factors=factors)
 
     def __matmul__(self, other: Word) -> Word:
-        """The two words behind one another."""
-        return Word(_joined(self.factors, other.factors), _merge(self.scalars, other.scalars))
+        """The two words behind one another; the leaves of a scattered word's partner are picked.
+
+        Raises:
+            ValueError: If both are scattered.
+        """
+        factors = _joined(self.factors, other.factors)
+        scattered = self.scattered or other.scattered
+        if self.scattered and other.scattered:
+            raise ValueError("two scattered words have no product in normal form")
+        return Word(factors, _merge(self.scalars, other.scalars), scattered=scattered)
 
     @property
     def without_diagonals(self) -> Factors:
         """The factors that are no diagonal matrices."""
         return tuple(f for f in self.factors if not f.diagonal)
 
-    def sort_key(self) -> tuple[int, Factors, tuple[int, ...], bool]:
+    def sort_key(self) -> tuple[int, Factors, tuple[int, ...], bool, tuple[int, ...]]:
         """Shortest first: the base weight leads W + s B A, and keeps the coefficient 1."""
-        return (len(self.factors), self.factors, self.scalars, self.dots)
+        return (len(self.factors), self.factors, self.scalars, self.dots, self.scattered)
 
 
 class Scalar(NamedTuple):
@@ -169,6 +183,32 @@ class Polynomial:
         """The matrix whose diagonal it is."""
         return polynomial((word._replace(dots=False), c) for word, c in self.terms)
 
+    @cached_property
+    def scattering(self) -> int | None:
+        """The assignment by which all words are scattered; None if not all are, or by several."""
+        found = {word.scattered for word in self.words}
+        return next(iter(found))[0] if len(found) == 1 and found != {()} else None
+
+    @cached_property
+    def is_partly_scattered(self) -> bool:
+        """Whether some words are scattered, but not all of them by one assignment."""
+        return self.scattering is None and any(word.scattered for word in self.words)
+
+    def scattered(self, assignment: int) -> Polynomial:
+        """The sums over the tokens of each expert.
+
+        Raises:
+            ValueError: If a word is scattered already.
+        """
+        if any(word.scattered for word in self.words):
+            raise ValueError("a scattered word cannot be scattered again")
+        return polynomial((word._replace(scattered=(assignment,)), c) for word, c in self.terms)
+
+    @cached_property
+    def unscattered(self) -> Polynomial:
+        """The matrices of the tokens, before they are added up by expert."""
+        return polynomial((word._replace(scattered=()), c) for word, c in self.terms)
+
     @property
     def unmirrored(self) -> Polynomial:
         """The same with one spelling for every vector: dots of L R are dots of R' L'."""
@@ -184,9 +224,11 @@ class Polynomial:
     @cached_property
     def leaf(self) -> Factor | None:
         """The factor that it is, if it is a single leaf up to a scalar."""
-        if len(self.terms) == 1 and len(self.terms[0][0].factors) == 1 and not self.is_dots:
-            return self.terms[0][0].factors[0]
-        return None
+        if len(self.terms) != 1:
+            return None
+        word = self.terms[0][0]
+        is_alone = len(word.factors) == 1 and not word.dots and not word.scattered
+        return word.factors[0] if is_alone else None
 
     def __add__(self, other: Polynomial) -> Polynomial:
         return polynomial([*self.terms, *other.terms])
@@ -289,14 +331,20 @@ def normalise(p: Polynomial) -> Normalised:
     return Normalised(scalar, False, core)
 
 
-def substitute(p: Polynomial, leaves: Mapping[int, int], scalars: Mapping[int, int]) -> Polynomial:
-    """Rename the leaves."""
+def substitute(
+    p: Polynomial,
+    leaves: Mapping[int, int],
+    scalars: Mapping[int, int],
+    assignments: Mapping[int, int] | None = None,
+) -> Polynomial:
+    """Rename the leaves, and the assignments unless they keep their numbers."""
     return polynomial(
         (
             Word(
                 _renamed(w.factors, leaves),
                 tuple(sorted(scalars[s] for s in w.scalars)),
                 w.dots,
+                w.scattered if assignments is None else tuple(assignments[k] for k in w.scattered),
             ),
             c,
         )

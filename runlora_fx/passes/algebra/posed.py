@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 import sympy
 
+from runlora_fx.passes.algebra.assignments import GroupedOuter, GroupedProduct, Pick, Scatter
 from runlora_fx.passes.algebra.plan import (
     Plan,
     Problem,
@@ -14,8 +15,7 @@ from runlora_fx.passes.algebra.plan import (
     Step,
     Sum,
     Value,
-    product_step,
-    sum_step,
+    rescaled_step,
 )
 from runlora_fx.passes.algebra.polynomials import Polynomial, normalise, substitute
 
@@ -32,12 +32,14 @@ class PosedProblem:
         dims: Its dimensions: sizes as the graph has them.
         matrices: By leaf number of the problem, the leaf number of the graph.
         scalars: The same for scalar leaves.
+        assignments: The same for assignments of tokens to experts.
     """
 
     problem: Problem
     dims: tuple[Dim, ...]
     matrices: tuple[int, ...]
     scalars: tuple[int, ...]
+    assignments: tuple[int, ...] = ()
 
     @property
     def is_symbolic(self) -> bool:
@@ -48,22 +50,35 @@ class PosedProblem:
         """A polynomial in leaves of the graph, in the problem's own."""
         matrices = {graph: own for own, graph in enumerate(self.matrices)}
         scalars = {graph: own for own, graph in enumerate(self.scalars)}
-        return substitute(p, matrices, scalars)
+        assignments = {graph: own for own, graph in enumerate(self.assignments)}
+        return substitute(p, matrices, scalars, assignments)
 
     def in_graph(self, plan: Plan) -> Plan:
         """A plan of the problem, in leaves of the graph."""
         matrices, scalars = dict(enumerate(self.matrices)), dict(enumerate(self.scalars))
+        assignments = dict(enumerate(self.assignments))
 
         def renamed(p: Polynomial) -> Polynomial:
-            return substitute(p, matrices, scalars)
+            return substitute(p, matrices, scalars, assignments)
+
+        def in_graph(step: Step, made: Polynomial) -> Step:
+            match step:
+                case Product(left, right):
+                    step = Product(renamed(left), renamed(right))
+                case Sum(parts):
+                    step = Sum(tuple(renamed(p) for p in parts))
+                case Pick(whole, k):
+                    step = Pick(renamed(whole), assignments[k])
+                case Scatter(part, k):
+                    step = Scatter(renamed(part), assignments[k])
+                case GroupedProduct(left, right, k, picked):
+                    step = GroupedProduct(renamed(left), renamed(right), assignments[k], picked)
+                case GroupedOuter(left, right, k):
+                    step = GroupedOuter(renamed(left), renamed(right), assignments[k])
+            return rescaled_step(step, made)
 
         steps: dict[Value, Step] = {}
         for value, step in plan.steps.items():
-            match step:
-                case Product(left, right):
-                    dots = value.core.is_dots
-                    step = product_step(renamed(left), renamed(right), dots=dots)
-                case Sum(parts):
-                    step = sum_step([renamed(p) for p in parts])
-            steps[Value(normalise(renamed(value.core)).core, value.backward)] = step
+            made = renamed(value.core)
+            steps[Value(normalise(made).core, value.backward)] = in_graph(step, made)
         return Plan(steps)

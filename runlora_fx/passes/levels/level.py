@@ -1,9 +1,4 @@
-"""What a dialect is: a table of readers, and the few calls that emission needs.
-
-Example: ``ATEN.read(node)`` of ``aten.mm(x, w)`` is the matrix product of ``x`` and ``w``.
-
-Invariant: a node that no reader takes has no form, and is a leaf.
-"""
+"""What a dialect is: a table of readers, and the few calls that emission needs."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from runlora_fx.passes.algebra.plan import (
     incoming_operations,
     total_cost,
 )
+from runlora_fx.passes.search.assigned import refusal
 from runlora_fx.passes.search.frontiers import Proof, first_steps, search
 
 #: How wide an alternative is searched: they are mostly to be shown.
@@ -121,6 +122,9 @@ def judge(
         reason = "left alone: the graph as it came is the cheapest"
         if proof != "exact":
             reason = "left alone: no cheaper plan was found (not all were compared)"
+        refused = refusal(problem)
+        if refused is not None:
+            reason += f" ({refused})"
     return Decision(plan, False, before, before, reason, considered, proof=proof)
 
 

@@ -16,9 +16,11 @@ from runlora_fx.passes.algebra.plan import (
     Sum,
     Value,
     is_broadcast,
+    step_operands,
     step_operation,
 )
 from runlora_fx.passes.algebra.polynomials import Polynomial, Word, normalise
+from runlora_fx.passes.search.assigned import assigned_steps, is_assigned
 
 #: Up to this many words every way to split a sum in two is tried; beyond, common factors only.
 _ALL_SPLITS = 6
@@ -47,16 +49,26 @@ class Ways:
         self._incoming = incoming
         self._materialised = {value.core for value in (*incoming, *self.problem.demands)}
 
-    def rank(self, value: Value) -> tuple[int, bool, Terms]:
-        """Orders values such that operands come before what they make."""
-        return (value.core.size, value.backward, value.core.terms)
+    def rank(self, value: Value) -> tuple[int, int, bool, Terms]:
+        """Orders values such that operands come before what they make.
+
+        What is picked or scattered has as many factors as what it is made from.
+        """
+        core, leaves = value.core, self.problem.leaves
+        marks = 0
+        if self.problem.assignments:
+            marks = sum(leaves[leaf].picked is not None for leaf in core.leaves)
+            marks += sum(bool(word.scattered) for word in core.words)
+        return (core.size, marks, value.backward, core.terms)
 
     def is_given(self, value: Value) -> bool:
         """Whether the value is a diagonal matrix, or a leaf that needs no step."""
         if value.core.is_diagonal:  # a vector, or the identity
             return True
         factor = value.core.leaf
-        return factor is not None and (not value.backward or self.problem.leaves[factor.leaf].held)
+        if factor is None or self.problem.leaves[factor.leaf].picked is not None:
+            return False
+        return not value.backward or self.problem.leaves[factor.leaf].held
 
     def of(self, value: Value) -> list[Way]:
         """All ways to make a value: (step, its price, the operands that need a step)."""
@@ -85,7 +97,9 @@ class Ways:
 
     def _rounds_as_before(self, operands: frozenset[Value]) -> bool:
         """Whether a step reads nothing that is rounded here and was not in the incoming graph."""
-        if self.objective.adds_rounding or self.problem.itemsize >= _EXACT_ITEMSIZE:
+        # What experts multiply by is as the model makes it, whatever the width.
+        is_exact = self.problem.itemsize >= _EXACT_ITEMSIZE and not self.problem.assignments
+        if self.objective.adds_rounding or is_exact:
             return True
         return all(v.core.leaf is not None or v.core in self._materialised for v in operands)
 
@@ -103,20 +117,22 @@ class Ways:
         """The values that a step reads, without those that need no step of their own."""
         if isinstance(step, Keep):
             return frozenset([Value(value.core, False)])
-        polynomials = step.parts if isinstance(step, Sum) else (step.left, step.right)
-        operands = (self.phase(p, value.backward) for p in polynomials)
+        operands = (self.phase(p, value.backward) for p in step_operands(step))
         return frozenset(v for v in operands if not self.is_given(v))
 
     def _steps(self, value: Value, all_splits: int = _ALL_SPLITS) -> Iterator[Step]:
         core = value.core
-        if core.leaf is not None:
+        is_by_expert = is_assigned(self.problem, core)
+        if core.leaf is not None and not is_by_expert:
             return  # a forward leaf that the backward does not hold
         yield from self._incoming.get(value, ())
         # What lasts from call to call need not be kept besides.
         lasts = core.leaves <= self.problem.lasting
         if value.backward and core in self.problem.kept and not lasts:
             yield Keep()
-        for left, right in factorisations(core):
+        if is_by_expert:
+            yield from assigned_steps(self.problem, core)
+        for left, right in () if is_by_expert else factorisations(core):
             # A diagonal matrix is a vector that exists; none is made.
             if any(p.is_diagonal and p.leaf is None for p in (left, right)):
                 continue
