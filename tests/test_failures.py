@@ -160,7 +160,7 @@ STAGES = {
     "put dots back": PASSES + "lower.dots._GatheredDots.undo",
     "spell fused products": PASSES + "lower.fused._Fused.__init__",
     "put fused products back": PASSES + "lower.fused._Fused.undo",
-    "plan of the whole graph": PASSES + "emit.apply._whole_plan",
+    "plan of the whole graph": PASSES + "emit.apply.task_of",
     "emit": PASSES + "emit.apply.Emitter.emit",
     "verify": PASSES + "emit.apply.verify",
     "replace": "torch.fx.Node.replace_all_uses_with",

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from checks import assert_same_outputs_and_grads
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -133,3 +134,23 @@ def test_a_torch_level_graph_keeps_the_number_of_columns_that_only_the_call_know
     torch._dynamo.mark_dynamic(x, 2)
     compiled = torch.compile(fn, backend=backend, fullgraph=True)
     torch.testing.assert_close(compiled(x, w, a, b), fn(x, w, a, b))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_numbers_of_tokens_that_only_the_run_knows(grad: bool) -> None:
+    """Tokens picked by a mask, in front of a layer with a bias, an adapter and a vector."""
+
+    def fn(x: Tensor, mask: Tensor, w: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        y = x[mask]
+        return ((F.linear(y, w, c) + 2 * F.linear(F.linear(y, a), b)) * c).sin()
+
+    torch._dynamo.reset()
+    shapes = [(400, 64), (64, 64), (4, 64), (64, 4), (64,)]
+    x, *weights = (torch.randn(s, dtype=torch.float64, requires_grad=grad) for s in shapes)
+    given = [x, torch.arange(400) % 3 > 0, *weights]
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(fn, backend="runlora_eager", fullgraph=True, options=STRICT)
+        assert_same_outputs_and_grads(fn, compiled, given, 1e-9)
+    report = runlora_fx.last_report()
+    assert report is not None
+    assert report.flops_after < report.flops_before

@@ -22,11 +22,11 @@ from runlora_fx.passes.algebra.plan import Plan, incoming_cost
 from runlora_fx.passes.algebra.posed import PosedProblem
 from runlora_fx.passes.context import Context, Outcome
 from runlora_fx.passes.emit.apply import NotAppliedError, apply
+from runlora_fx.passes.emit.recompute import recompute_dropout_masks
 from runlora_fx.passes.emit.transaction import note_failure, transaction
 from runlora_fx.passes.lower.dots import gathered_dots
 from runlora_fx.passes.lower.fused import fused_products
 from runlora_fx.passes.read.analysis import Analysis
-from runlora_fx.passes.read.phases import recompute_dropout_masks
 from runlora_fx.passes.read.regions import Region
 from runlora_fx.passes.search.decide import Decision
 from runlora_fx.passes.search.dynamic import decide_all

@@ -7,19 +7,18 @@ from contextlib import contextmanager
 
 from torch import fx
 
-from runlora_fx.passes.algebra.plan import Plan, Step, Value, product_step
-from runlora_fx.passes.algebra.polynomials import IDENTITY, normalise
-from runlora_fx.passes.emit.dequantised import recompute_dequantised
+from runlora_fx.passes.algebra.plan import Plan
 from runlora_fx.passes.emit.emitter import Emitter
 from runlora_fx.passes.emit.kept import stop_keeping_what_escapes
 from runlora_fx.passes.emit.layout import is_relied_on
+from runlora_fx.passes.emit.nodes import hand_over
+from runlora_fx.passes.emit.recompute import recompute, recompute_dequantised
 from runlora_fx.passes.emit.results import keep_results_apart, memory_of_results
+from runlora_fx.passes.emit.task import Task, task_of
 from runlora_fx.passes.emit.verify import verify
 from runlora_fx.passes.emit.writer import Writer
 from runlora_fx.passes.read.analysis import Analysis
-from runlora_fx.passes.read.phases import recompute
-from runlora_fx.passes.read.reader import GraphReader
-from runlora_fx.passes.read.regions import Regions, Root
+from runlora_fx.passes.read.regions import Root
 
 
 class NotAppliedError(Exception):
@@ -51,97 +50,26 @@ def apply(analysis: Analysis, plans: Mapping[int, Plan], lasting: Collection[fx.
     """
     if not plans:
         return
-    regions, reader = analysis.regions, analysis.reader
-    touched = {root.node for i in plans for root, _ in regions.regions[i].demands}
-    roots = [root for root in regions.roots if root.node in touched]
-    writer = Writer(analysis.graph, reader, analysis.dialect)
-    emitter = Emitter(
-        reader,
-        analysis.phases,
-        writer,
-        _whole_plan(analysis, plans),
-        roots,
-        _existing(regions, reader),
-        _incoming(analysis),
-        analysis.hint,
-        lasting,
-    )
+    task = task_of(analysis, plans, lasting)
+    writer = Writer(analysis.graph, analysis.reader, analysis.dialect)
+    emitter = Emitter(task, writer)
     memory = memory_of_results(analysis.graph, analysis.effects)
-    _replace(analysis.graph, reader, writer, emitter, roots)
+    _replace(task, writer, emitter)
     keep_results_apart(analysis.graph, memory, analysis.dialect.calls.clone)
     if analysis.phases.is_joint:
-        leaves = (
-            reader.leaves.matrices[leaf] for i in plans for leaf in analysis.posed[i].matrices
-        )
+        matrices = analysis.reader.leaves.matrices
+        leaves = (matrices[leaf] for i in plans for leaf in analysis.posed[i].matrices)
         for node in dict.fromkeys(leaf.node for leaf in leaves if leaf.node is not None):
             recompute_dequantised(node, analysis.effects)
     if analysis.dialect.calls.merged is not None:
         stop_keeping_what_escapes(analysis.graph, analysis.dialect.calls.addmm)
 
 
-def _whole_plan(analysis: Analysis, plans: Mapping[int, Plan]) -> Plan:
-    """One plan for the graph: the chosen steps where it changes, the incoming ones elsewhere."""
-    steps: dict[Value, Step] = {}
-    for i, posed in enumerate(analysis.posed):
-        own = plans.get(i)
-        if own is None:
-            first: dict[Value, Step] = {}
-            for value, step in posed.problem.incoming:
-                first.setdefault(value, step)
-            own = Plan(first)
-        steps.update(posed.in_graph(own).steps)
-    return Plan(steps)
-
-
-def _incoming(analysis: Analysis) -> set[tuple[Value, Step]]:
-    """Every step of the graph as it came, in its own leaves."""
-    found: set[tuple[Value, Step]] = set()
-    for posed in analysis.posed:
-        steps = [Plan({value: step}) for value, step in posed.problem.incoming]
-        found |= {pair for plan in steps for pair in posed.in_graph(plan).steps.items()}
-    return found
-
-
-def _existing(
-    regions: Regions, reader: GraphReader
-) -> dict[tuple[Value, Step], tuple[fx.Node, bool]]:
-    """Interior nodes that are products: a plan that makes the same product can take them."""
-    found: dict[tuple[Value, Step], tuple[fx.Node, bool]] = {}
-    for region in regions.regions:
-        for made in region.incoming:
-            is_plain = reader.forms[made.node].is_product
-            if not (made.is_product and is_plain) or made.node in reader.stops:
-                continue
-            if _reads_identity(reader, made.node):
-                continue  # it would drag a product with the identity matrix along
-            scalar, transposed, core = normalise(made.polynomial)
-            if scalar.is_one:
-                key = (Value(core, made.backward), product_step(*made.operands))
-                found.setdefault(key, (made.node, transposed))
-    return found
-
-
-def _reads_identity(reader: GraphReader, node: fx.Node) -> bool:
-    """Whether a product takes, or is, a product with the identity matrix."""
-    form = reader.forms.get(node)
-    if form is None:
-        return False
-    factors = (operand for product in form.products for operand in product.operands(reader))
-    if any(p == IDENTITY for operand in factors for p in operand):
-        return True
-    return any(
-        _reads_identity(reader, source)
-        for source in form.sources
-        if source in reader.cuts and source not in reader.stops
-    )
-
-
-def _replace(
-    graph: fx.Graph, reader: GraphReader, writer: Writer, emitter: Emitter, roots: list[Root]
-) -> None:
+def _replace(task: Task, writer: Writer, emitter: Emitter) -> None:
     """Emit and verify every root, then put them all in the places of the old ones."""
+    graph, reader = task.analysis.graph, task.analysis.reader
     emitted: list[tuple[Root, fx.Node]] = []
-    for root in roots:
+    for root in task.roots:
         with _of_root(root):
             new = emitter.emit(root)
             verify(reader, new, root.node, root.polynomial)
@@ -149,11 +77,10 @@ def _replace(
         emitted.append((root, new))
     for root, new in emitted:
         with _of_root(root):
-            root.node.replace_all_uses_with(new)
-    for node in emitter.recomputed:
-        # Without the tag the partitioner would keep it: for a merged weight a second copy of every
-        # adapted weight, from forward to backward.
-        recompute(node)
+            hand_over(root.node, new)
+    # Without the tag the partitioner would keep them: for a merged weight a second copy of every
+    # adapted weight, from forward to backward.
+    recompute(emitter.recomputed, set(writer.written))
     for node in reversed(list(graph.nodes)):
         if node in reader.forms and not node.users:
             graph.erase_node(node)

@@ -7,8 +7,15 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from runlora_fx._torch_compat import COPIED_META, fake_mode_of, in_fake_mode
+
+#: The metadata of a node that says which step or law it was written for.
+RULE = "runlora"
+
+#: What a user's checkpoint policy says of results that are kept for the backward.
+_SAVED = (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE)
 
 
 class Inserter:
@@ -16,10 +23,12 @@ class Inserter:
 
     Attributes:
         written: The nodes made so far, in order.
+        rule: What the nodes are made for: their ``meta["runlora"]``.
     """
 
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, rule: str = "") -> None:
         """Write into a graph whose tensor nodes have example tensors in ``meta["val"]``."""
+        self.rule = rule
         self._graph = graph
         self._anchor: fx.Node | None = None
         self.mode = fake_mode_of(node.meta.get("val") for node in graph.nodes)
@@ -44,7 +53,11 @@ class Inserter:
         with self._graph.inserting_before(anchor):
             node = self._graph.call_function(target, args, kwargs)
         node.meta = {name: anchor.meta[name] for name in COPIED_META if name in anchor.meta}
+        if node.meta.get("recompute") in _SAVED:
+            del node.meta["recompute"]  # it is the anchor's result that the user saves
         node.meta["val"] = value
+        if self.rule:
+            node.meta[RULE] = self.rule
         self.written.append(node)
         return node
 
@@ -53,6 +66,14 @@ class Inserter:
         for node in reversed(self.written):
             self._graph.erase_node(node)
         self.written = []
+
+
+def hand_over(old: fx.Node, new: fx.Node) -> None:
+    """Put a node in the place of another: what the user has saved of one is saved of the other."""
+    tag = old.meta.get("recompute")
+    if tag in _SAVED:
+        new.meta.setdefault("recompute", tag)
+    old.replace_all_uses_with(new)
 
 
 def values_of(x: Any) -> Any:

@@ -70,7 +70,7 @@ def keep_results_apart(
 
 def _copy(graph: fx.Graph, which: list[int], clone: Callable[..., Any]) -> None:
     """Return copies of some results."""
-    insert, output = Inserter(graph), graph.output_node()
+    insert, output = Inserter(graph, "copy: two results lie apart"), graph.output_node()
     insert.move_to(output)
     place = iter(range(len(results_of(graph))))
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import reduce
 from typing import Any, cast
 
@@ -54,6 +55,15 @@ class Writer:
     def move_to(self, anchor: fx.Node) -> None:
         """Write in front of this node from now on."""
         self._insert.move_to(anchor)
+
+    @contextmanager
+    def making(self, rule: str) -> Iterator[None]:
+        """A context in which nodes are written for a step, and say so in their metadata."""
+        outer, self._insert.rule = self._insert.rule, rule
+        try:
+            yield
+        finally:
+            self._insert.rule = outer
 
     @property
     def written(self) -> list[fx.Node]:

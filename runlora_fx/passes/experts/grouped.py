@@ -23,7 +23,7 @@ import torch
 from torch import fx
 
 from runlora_fx.passes.context import Context, Outcome
-from runlora_fx.passes.emit.nodes import Inserter
+from runlora_fx.passes.emit.nodes import Inserter, hand_over
 from runlora_fx.passes.emit.transaction import attempt
 from runlora_fx.passes.experts.stacks import (
     Merged,
@@ -102,7 +102,7 @@ def split_grouped_products(context: Context) -> Outcome:
     if context.options.numerics == "strict":
         return Outcome()
     graph = context.graph
-    insert, effects = Inserter(graph), context.effects()
+    insert, effects = Inserter(graph, "experts: grouped products are split"), context.effects()
     found: list[Mixture] = []
     for node in list(graph.nodes):
         with attempt(context, node.name):
@@ -335,13 +335,13 @@ class _Splitter:
         """``X M = X W + s (X L) R``; of a backward, ``dY M'`` likewise."""
         if str(product.node.target) != _FALLBACK_BACKWARD:
             split = self._times_merged(product.rows, product.turned, product.offsets)
-            product.node.replace_all_uses_with(split)
+            hand_over(product.node, split)
             return
         args: Any = product.node.args
         for part in list(product.node.users):
             if part.args[1] == 0:
                 split = self._times_merged(args[3], not product.turned, product.offsets)
-                part.replace_all_uses_with(split)
+                hand_over(part, split)
 
     def _split_gradient(self, gradient: _Gradient, reading: tuple[fx.Node, bool, bool]) -> None:
         """``dM R' = P' (Q R')`` and ``L' dM = (P L)' Q``."""
@@ -354,7 +354,7 @@ class _Splitter:
         else:
             low = self._times(left, first, offsets)
             made = self._outer(low, right, second, offsets)
-        reader.replace_all_uses_with(transpose(self._insert, made) if flipped else made)
+        hand_over(reader, transpose(self._insert, made) if flipped else made)
 
     def _times_merged(self, rows: fx.Node, turned: bool, offsets: fx.Node) -> fx.Node:
         first, second = _factors(self._merged, turned)

@@ -21,7 +21,8 @@ import torch
 from torch import fx
 
 from runlora_fx.passes.context import Context, Outcome
-from runlora_fx.passes.emit.nodes import Inserter
+from runlora_fx.passes.emit.nodes import Inserter, hand_over
+from runlora_fx.passes.emit.recompute import recompute
 from runlora_fx.passes.emit.transaction import attempt
 from runlora_fx.passes.experts.stacks import (
     Merged,
@@ -36,7 +37,6 @@ from runlora_fx.passes.experts.stacks import (
 )
 from runlora_fx.passes.levels.sizes import value_of
 from runlora_fx.passes.read.effects import Effects
-from runlora_fx.passes.read.phases import recompute
 
 _aten = torch.ops.aten
 
@@ -56,7 +56,7 @@ def split_gathered_weights(context: Context) -> Outcome:
     if context.options.numerics == "strict":
         return Outcome()
     graph = context.graph
-    insert, effects = Inserter(graph), context.effects()
+    insert, effects = Inserter(graph, "experts: picked weights are split"), context.effects()
     found: list[Mixture] = []
     for node in list(graph.nodes):
         with attempt(context, node.name):
@@ -182,8 +182,7 @@ def _split_pick(insert: Inserter, merged: Merged, pick: fx.Node, uses: list[Use]
     indices = pick.args[1]
     insert.move_to(pick)
     parts = [insert(_aten.index.Tensor, x, indices) for x in merged[:3]]
-    for part in parts:
-        recompute(part)  # as cheap as any view, and as large as everything that is picked
+    recompute(parts, parts)  # as cheap as any view, and as large as everything that is picked
     for use in uses:
         insert.move_to(use.product)
         base, left, right = parts
@@ -196,7 +195,7 @@ def _split_pick(insert: Inserter, merged: Merged, pick: fx.Node, uses: list[Use]
             low = insert(_aten.bmm.default, insert(_aten.bmm.default, use.other, left), right)
             first = insert(_aten.bmm.default, use.other, base)
         scaled = insert(_aten.mul.Tensor, low, merged.alpha)
-        use.product.replace_all_uses_with(insert(_aten.add.Tensor, first, scaled))
+        hand_over(use.product, insert(_aten.add.Tensor, first, scaled))
 
 
 def _split_scatter(insert: Inserter, scatter: _Scatter) -> None:
@@ -220,4 +219,4 @@ def _split_scatter(insert: Inserter, scatter: _Scatter) -> None:
         shape = [len(experts), *val.shape[1:]]
         empty = insert(_aten.full.default, shape, 0, dtype=val.dtype, device=val.device)
         summed = insert(_aten.index_put.default, empty, [scatter.indices], outer, True)
-        use.product.replace_all_uses_with(summed)
+        hand_over(use.product, summed)

@@ -1,4 +1,9 @@
-"""The ATen level: joint and inference graphs after AOTAutograd, ``make_fx``, ``torch.export``."""
+"""The ATen level: joint and inference graphs after AOTAutograd, ``make_fx``, ``torch.export``.
+
+Example: ``aten.linear(x, w, b)`` is the sum of ``x w'`` and the broadcast ``b``.
+
+Invariant: at the differentiable level ``detach`` is not read, for it stops a gradient.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""What a dialect is: a table of readers, and the few calls that emission needs."""
+"""What a dialect is: a table of readers, and the few calls that emission needs.
+
+Example: ``ATEN.read(node)`` of ``aten.mm(x, w)`` is the matrix product of ``x`` and ``w``.
+
+Invariant: a node that no reader takes has no form, and is a leaf.
+"""
 
 from __future__ import annotations
 

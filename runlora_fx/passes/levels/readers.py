@@ -1,4 +1,9 @@
-"""Forms of the usual linear-algebra calls, shared by all dialects."""
+"""Forms of the usual linear-algebra calls, shared by all dialects.
+
+Example: ``addmm(b, x, w, 1, 2)`` is the sum of the broadcast ``b`` and twice the product ``x w``.
+
+Invariant: a form says exactly what the call computes; for any other call the result is None.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""The torch level: ``symbolic_trace`` and Dynamo graphs of torch functions and tensor methods."""
+"""The torch level: ``symbolic_trace`` and Dynamo graphs of torch functions and tensor methods.
+
+Example: ``x.matmul(w.T)`` and ``F.linear(x, w)`` are one form, the product ``x w'``.
+
+Invariant: ``detach`` is not read, for graphs of this level are still to be differentiated.
+"""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ class _GatheredDots:
 
     def gather(self) -> None:
         """Gather all dots of products, in place."""
-        insert = Inserter(self._graph)
+        insert = Inserter(self._graph, "diagonal of a product: a sum of elementwise products")
         for node in list(self._graph.nodes):
             operands = self._operands(node)
             if operands is not None:
@@ -153,7 +153,7 @@ def spell_out(graph: fx.Graph, dialect: Dialect, but: set[fx.Node] | None = None
         dialect: Its level.
         but: The nodes to leave alone.
     """
-    insert = Inserter(graph)
+    insert = Inserter(graph, "diagonal of a product: a sum of elementwise products")
     for node in list(graph.nodes):
         if node in (but or ()) or not _is_dots(dialect, node):
             continue

@@ -17,9 +17,9 @@ from torch import fx
 
 from runlora_fx.passes.context import Context
 from runlora_fx.passes.emit.nodes import Inserter
+from runlora_fx.passes.emit.recompute import recompute
 from runlora_fx.passes.emit.transaction import transaction
 from runlora_fx.passes.levels.sizes import is_contiguous, value_of
-from runlora_fx.passes.read.phases import recompute
 
 _aten = torch.ops.aten
 
@@ -51,7 +51,7 @@ class _Fused:
     def __init__(self, graph: fx.Graph) -> None:
         """Spell out every fused product, in place."""
         self._graph = graph
-        self._insert = Inserter(graph)
+        self._insert = Inserter(graph, "dequantised: a fused product is spelled out")
         self._spelled: dict[fx.Node, _Spelled] = {}
         for node in list(graph.nodes):
             if str(node.target) == "bitsandbytes.gemm_4bit.default":
@@ -110,8 +110,8 @@ def _gemm_4bit(
         absmax = call(_aten.add.Tensor, absmax, absmax_offset)
     dequantise = operators.dequantize_4bit.default
     weight = call(dequantise, packed, absmax, blocksize, kind, shape, value.dtype)
-    for node in call.written[written:]:
-        recompute(node)  # else the partitioner would keep the weight for the backward
+    # Else the partitioner would keep the weight for the backward.
+    recompute(call.written[written:], call.written)
     columns = call(_aten.permute.default, weight, [1, 0])
     if value.dim() == 2:
         reader = product = call(_aten.mm.default, x, columns)

@@ -1,7 +1,11 @@
 """Dimensions of a region: which sizes must be equal because matrices are multiplied or added.
 
+Example: ``X W' + 2 X A' B'`` has four dimensions: tokens, inputs, outputs and the rank.
+
 Equal numbers are not equal dimensions: a square weight has an input and an output side. Telling
 them apart lets a plan's cost be written, and read, in tokens, features and ranks.
+
+Invariant: two sides have one dimension only if the region's algebra makes their sizes equal.
 """
 
 from __future__ import annotations

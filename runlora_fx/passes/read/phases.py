@@ -4,19 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from runlora_fx._torch_compat import draws_from_seeds
 from runlora_fx.passes.read.gradients import gradient_nodes
 from runlora_fx.passes.read.reader import GraphReader
-
-_RANDOM = (torch.ops.aten.rand.default, torch.ops.aten.rand_like.default)
-_COMPARISONS = (
-    *(torch.ops.aten.gt.Scalar, torch.ops.aten.ge.Scalar),
-    *(torch.ops.aten.lt.Scalar, torch.ops.aten.le.Scalar),
-)
 
 
 class Phases:
@@ -71,35 +63,6 @@ def recomputed(node: fx.Node) -> bool:
         CheckpointPolicy.MUST_RECOMPUTE,
         CheckpointPolicy.PREFER_RECOMPUTE,
     )
-
-
-def recompute(node: fx.Node) -> None:
-    """Make the partitioner have the backward compute a node again."""
-    node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
-
-
-def recompute_dropout_masks(graph: fx.Graph) -> int:
-    """Have the backward draw the masks of dropout again, from the seeds that Inductor keeps.
-
-    Inductor replaces random operators by functions of a seed; what compares their numbers with the
-    probability is then as cheap to compute again as any elementwise operation. Operators that use
-    the generator's state instead are left alone.
-
-    Returns:
-        The number of masks.
-    """
-    if not draws_from_seeds():
-        return 0
-    found = 0
-    for node in graph.nodes:
-        if node.target not in _RANDOM or node.meta.get("recompute") is not None:
-            continue
-        readers = list(node.users)
-        if readers and all(reader.target in _COMPARISONS for reader in readers):
-            for drawn in (node, *readers):
-                recompute(drawn)
-            found += len(readers)
-    return found
 
 
 def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:

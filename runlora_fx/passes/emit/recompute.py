@@ -1,0 +1,115 @@
+"""Recomputation: what the backward computes again instead of keeping it from the forward.
+
+The partitioner saves what the backward reads, unless ``meta["recompute"]`` says otherwise. Three
+kinds of tensors are tagged, each as large as what was to stay small, and cheap to compute again:
+
+    M = W + s B A               a merged weight that a plan also makes in the backward
+    W = dequantise(Wq, scales)  a weight that was quantised
+    gt(rand(seed), p)           a mask of dropout, under the option ``memory="low"``
+
+Invariant: tags of nodes that were in the graph are the user's (checkpoint policies). None of them
+is changed. No other module tags anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+import torch
+from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+from runlora_fx._torch_compat import draws_from_seeds
+from runlora_fx.passes.levels.sizes import value_of
+from runlora_fx.passes.read.calls import name_of
+from runlora_fx.passes.read.effects import Effects
+
+_RANDOM = (torch.ops.aten.rand.default, torch.ops.aten.rand_like.default)
+_COMPARISONS = (
+    *(torch.ops.aten.gt.Scalar, torch.ops.aten.ge.Scalar),
+    *(torch.ops.aten.lt.Scalar, torch.ops.aten.le.Scalar),
+)
+
+#: Operations that are followed from a weight back to the graph's inputs.
+_MAX_NODES = 64
+
+_PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "convolution", "matmul", "linear")
+
+
+def recompute(nodes: Iterable[fx.Node], ours: Collection[fx.Node] = ()) -> None:
+    """Have the backward compute nodes again, but for those that the user has tagged.
+
+    Args:
+        nodes: The nodes.
+        ours: Those that we wrote: a tag that they have is a copy of another node's.
+    """
+    for node in nodes:
+        if node in ours or node.meta.get("recompute") is None:
+            node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+
+
+def recompute_dropout_masks(graph: fx.Graph) -> int:
+    """Have the backward draw the masks of dropout again, from the seeds that Inductor keeps.
+
+    Inductor replaces random operators by functions of a seed; what compares their numbers with the
+    probability is then as cheap to compute again as any elementwise operation. Operators that use
+    the generator's state instead are left alone.
+
+    Returns:
+        The number of masks.
+    """
+    if not draws_from_seeds():
+        return 0
+    found = 0
+    for node in graph.nodes:
+        if node.target not in _RANDOM or node.meta.get("recompute") is not None:
+            continue
+        readers = list(node.users)
+        if readers and all(reader.target in _COMPARISONS for reader in readers):
+            recompute((node, *readers))
+            found += len(readers)
+    return found
+
+
+def recompute_dequantised(weight: fx.Node, effects: Effects) -> None:
+    """Have the backward make a weight again, if it was dequantised.
+
+    That is a tensor which few simple operations make from inputs that are smaller than it is, and
+    that nothing modifies.
+    """
+    recompute(_chain(weight, effects))
+
+
+def _chain(weight: fx.Node, effects: Effects) -> list[fx.Node]:
+    """What makes a tensor from inputs of the graph; nothing if that is not cheap to do again."""
+    pending, chain, inputs = [weight], dict[fx.Node, None](), dict[fx.Node, None]()
+    while pending:
+        node = pending.pop()
+        if effects.is_overwritten(node):
+            return []
+        if node.op == "placeholder":
+            inputs[node] = None
+        elif (
+            node.op != "call_function" or not _is_simple(node, effects) or len(chain) >= _MAX_NODES
+        ):
+            return []
+        elif node not in chain:
+            chain[node] = None
+            pending.extend(node.all_input_nodes)
+    sizes, size = [_bytes(node) for node in inputs], _bytes(weight)
+    is_smaller = None not in sizes and size is not None and sum(filter(None, sizes)) < size
+    return list(chain) if is_smaller else []
+
+
+def _is_simple(node: fx.Node, effects: Effects) -> bool:
+    acts = effects.is_random(node) or effects.writes(node)
+    return name_of(node.target) not in _PRODUCTS and not acts
+
+
+def _bytes(node: fx.Node) -> int | None:
+    """The size of a tensor, unless only the run knows it; nothing for anything else."""
+    val = value_of(node)
+    if val is None:
+        return 0
+    numel = val.numel()
+    return numel * val.itemsize if isinstance(numel, int) else None

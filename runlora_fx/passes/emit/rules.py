@@ -1,0 +1,61 @@
+"""Rules: which step of a plan a node was written for, as a short text.
+
+    node.meta["runlora"] == "sum: primals_2 + 2 primals_4 primals_3"
+
+Reports and debuggers show it. Invariant: it is for reading only; no pass decides by it.
+"""
+
+from __future__ import annotations
+
+from runlora_fx.passes.algebra.plan import Product, Sum, Value, step_operands
+from runlora_fx.passes.algebra.polynomials import Factor, Polynomial, Word
+from runlora_fx.passes.read.leaves import Leaves
+from runlora_fx.passes.read.regions import Root
+
+#: Longer formulas are cut off [characters].
+_LONGEST = 100
+
+
+def rule_of(value: Value, step: Product | Sum, leaves: Leaves) -> str:
+    """The rule and the formula that a step of a plan computes a value by."""
+    operands = step_operands(step)
+    if isinstance(step, Sum):
+        return _cut("sum: " + " + ".join(_text(p, leaves) for p in operands))
+    left, right = (_in_brackets(p, leaves) for p in operands)
+    if value.core.is_dots:
+        return _cut(f"diagonal of a product: {left} {right}")
+    if any(p.is_diagonal for p in operands):
+        return _cut(f"scaling: {left} {right}")
+    return _cut(f"product: {left} {right}")
+
+
+def rule_of_root(root: Root, leaves: Leaves) -> str:
+    """The rule and the formula that the parts of a root are put together by."""
+    return _cut("sum: " + " + ".join(_text(p, leaves) for p in root.parts))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+
+
+def _in_brackets(p: Polynomial, leaves: Leaves) -> str:
+    return _text(p, leaves) if len(p) == 1 else f"({_text(p, leaves)})"
+
+
+def _text(p: Polynomial, leaves: Leaves) -> str:
+    return " + ".join(_term(word, c, leaves) for word, c in p.terms)
+
+
+def _term(word: Word, c: float, leaves: Leaves) -> str:
+    scalars = [leaves.scalars[i].node.name for i in word.scalars]
+    factors = [_factor(factor, leaves) for factor in word.factors] or ["I"]
+    number = [] if c == 1.0 else [f"{c:g}"]
+    return " ".join([*number, *scalars, *factors])
+
+
+def _factor(factor: Factor, leaves: Leaves) -> str:
+    leaf = leaves.matrices[factor.leaf]
+    name = "1" if leaf.node is None else leaf.node.name
+    if leaf.diagonal:
+        return f"diag({name})"
+    return f"{name}'" if factor.transposed else name

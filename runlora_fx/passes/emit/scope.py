@@ -1,0 +1,123 @@
+"""Scope: the leaves of a graph as matrices, and the small questions that every step asks.
+
+    leaf x[2, 5, 64], transposed      ->      permute(view(x, [10, 64]), [1, 0])
+
+Invariant: nothing here depends on what was emitted before.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import fx
+
+from runlora_fx.passes.algebra.plan import Value
+from runlora_fx.passes.algebra.polynomials import Factor, Polynomial, Scalar
+from runlora_fx.passes.algebra.posed import Dim
+from runlora_fx.passes.emit.task import Task
+from runlora_fx.passes.emit.writer import Writer
+from runlora_fx.passes.levels.sizes import equal, is_one, numel, shape_of, value_of
+
+
+class Scope:
+    """One emission: its task, where it writes, and the leaves.
+
+    Attributes:
+        task: What is emitted.
+        writer: Where to write.
+        reader: The linear algebra of the graph.
+        leaves: The leaves of the graph.
+    """
+
+    def __init__(self, task: Task, writer: Writer) -> None:
+        """Emit a task by a writer."""
+        self.task = task
+        self.writer = writer
+        self.reader = task.analysis.reader
+        self.leaves = task.analysis.reader.leaves
+
+    # -- sizes and dtypes ----------------------------------------------------------------------
+
+    def hint(self, size: Dim) -> int:
+        """The size that a dimension had when the graph was traced."""
+        return self.task.analysis.hint(size)
+
+    def size(self, factor: Factor) -> int:
+        """The size of a leaf at the hints [elements]."""
+        leaf = self.leaves.matrices[factor.leaf]
+        return self.hint(leaf.rows) * self.hint(leaf.cols)
+
+    def dtype(self, value: Value) -> torch.dtype:
+        """The dtype that a value is computed in: the narrowest of its leaves'.
+
+        They differ only where casts are crossed. A product of fp32 adapters is computed in fp32,
+        and rounded once when it is added to a bf16 weight.
+        """
+        origins = (self.leaves.matrices[i].origin for i in sorted(value.core.leaves))
+        dtypes = [origin.dtype for origin in origins if origin.dtype is not None]
+        return min(dtypes or [self.writer.dtype], key=lambda dtype: dtype.itemsize)
+
+    # -- leaves --------------------------------------------------------------------------------
+
+    def is_ones(self, factor: Factor) -> bool:
+        """Whether a leaf is the column of ones that broadcasts a bias."""
+        return self.leaves.matrices[factor.leaf].is_ones
+
+    def leaf_node(self, factor: Factor) -> fx.Node:
+        """The node that holds a leaf, in its own shape."""
+        return self.writer.leaf(self.leaves.matrices[factor.leaf].origin)
+
+    def leaf(self, factor: Factor) -> fx.Node:
+        """A leaf as a matrix, or as activations whose rows a product need not flatten."""
+        leaf, node = self.leaves.matrices[factor.leaf], self.leaf_node(factor)
+        as_it_is = (
+            not self.writer.flattens
+            and len(shape_of(node)) > 1
+            and equal(shape_of(node)[-1], leaf.cols)
+        )
+        if not as_it_is or factor.transposed or leaf.batched:
+            node = self.flat(factor.leaf, node)
+        return self.writer.transpose(node) if factor.transposed else node
+
+    def flat(self, leaf: int, node: fx.Node) -> fx.Node:
+        """A node that holds a leaf, as a matrix or a batch of matrices."""
+        spec = self.leaves.matrices[leaf]
+        return self.writer.reshape(node, matrix_shape(spec.batch, spec.rows, spec.cols))
+
+    def ones_side(self, left: Polynomial, right: Polynomial) -> Literal["left", "right"] | None:
+        """Which operand is the column of ones that repeats a row, or the row of ones."""
+        first, last = left.leaf, right.leaf
+        if first is not None and not first.transposed and self.is_ones(first):
+            return "left"
+        if last is not None and last.transposed and self.is_ones(last):
+            return "right"
+        return None
+
+    def scaled(self, node: fx.Node, scalar: Scalar) -> fx.Node:
+        """A node times a number and scalar leaves."""
+        node = self.writer.scale(node, scalar.number)
+        for i in scalar.leaves:
+            by, inverse = self.leaves.scalars[i]
+            if value_of(by) is not None:
+                by = self.writer.reshape(by, ())
+            node = self.writer.divide(node, by) if inverse else self.writer.scale(node, by)
+        return node
+
+
+def dtype_of(node: fx.Node) -> torch.dtype:
+    """The dtype of a tensor node."""
+    val = value_of(node)
+    assert val is not None
+    return val.dtype
+
+
+def matrix_shape(batch: Dim, rows: Dim, cols: Dim) -> tuple[Dim, ...]:
+    """The shape of a matrix, or of a batch of matrices."""
+    return (rows, cols) if is_one(batch) else (batch, rows, cols)
+
+
+def flattened(node: fx.Node) -> tuple[Dim, ...]:
+    """The shape of a tensor as a matrix of its last dimension."""
+    shape = shape_of(node)
+    return (numel(shape[:-1]), shape[-1])

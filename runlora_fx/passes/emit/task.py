@@ -1,0 +1,180 @@
+"""Tasks: what is to be emitted, as data, before anything is written.
+
+    plans of two regions      ->      one plan for the graph, the roots that they touch,
+                                      and the nodes that already compute a step of it
+
+Invariant: a task never changes, and says nothing of what the emitted nodes look like.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from torch import fx
+
+from runlora_fx.passes.algebra.plan import (
+    Keep,
+    Plan,
+    Step,
+    Value,
+    product_step,
+    step_operands,
+)
+from runlora_fx.passes.algebra.polynomials import IDENTITY, Polynomial, normalise
+from runlora_fx.passes.emit.orientation import orientations
+from runlora_fx.passes.read.analysis import Analysis
+from runlora_fx.passes.read.reader import GraphReader
+from runlora_fx.passes.read.regions import Root
+
+
+class Laid(NamedTuple):
+    """A node that holds a value, or the transpose of it."""
+
+    node: fx.Node
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be emitted into one graph.
+
+    Attributes:
+        analysis: The graph as it came.
+        steps: A step for every value that the roots need, in leaves of the graph.
+        roots: All roots that are emitted, in graph order.
+        existing: Nodes of the incoming graph that compute a value by a step.
+        came: Every step of the incoming graph.
+        lasting: Inputs that are the same tensors in every call, and of which merged weights are
+            kept.
+    """
+
+    analysis: Analysis
+    steps: Mapping[Value, Step]
+    roots: tuple[Root, ...]
+    existing: Mapping[tuple[Value, Step], Laid]
+    came: frozenset[tuple[Value, Step]]
+    lasting: frozenset[fx.Node]
+
+    def value(self, core: Polynomial, backward: bool) -> Value:
+        """The value of a normalised polynomial, in the phase in which it is computed."""
+        matrices, tangent = self.analysis.reader.leaves.matrices, self.analysis.phases.tangent
+        nodes = (node for i in core.leaves for node in matrices[i].sources)
+        return Value(core, backward or any(node in tangent for node in nodes))
+
+    @cached_property
+    def orientations(self) -> dict[Value, bool]:
+        """By value that a root shows, whether it is computed transposed."""
+        return orientations(self.steps, self.roots, self.value)
+
+    @cached_property
+    def uses(self) -> Counter[Value]:
+        """How often each value is read, by steps of either phase and by roots."""
+        uses: Counter[Value] = Counter()
+        for root in self.roots:
+            uses.update(self.value(normalise(p).core, root.backward) for p in root.parts)
+        for value, step in self.steps.items():
+            if isinstance(step, Keep):
+                uses[Value(value.core, False)] += 1
+            else:
+                operands = (normalise(p).core for p in step_operands(step))
+                uses.update(self.value(core, value.backward) for core in operands)
+        return uses
+
+    def came_so(self, value: Value, step: Step) -> bool:
+        """Whether the incoming graph makes all that a step reads as the plan does.
+
+        Otherwise the node that takes the step there would drag along another way to its operands.
+        """
+        for p in step_operands(step):
+            below = self.value(normalise(p).core, value.backward)
+            planned = self.steps.get(below)
+            if isinstance(planned, Keep):
+                below = Value(below.core, False)
+                planned = self.steps.get(below)
+            if planned is not None and not (
+                (below, planned) in self.came and self.came_so(below, planned)
+            ):
+                return False
+        return True
+
+
+def task_of(
+    analysis: Analysis, plans: Mapping[int, Plan], lasting: Collection[fx.Node] = ()
+) -> Task:
+    """The task of putting plans into a graph.
+
+    Args:
+        analysis: The graph as it came.
+        plans: By the index of a region, what to compute it by; the others stay as they came.
+        lasting: Inputs of which merged weights are kept from call to call.
+    """
+    regions = analysis.regions
+    touched = {root.node for i in plans for root, _ in regions.regions[i].demands}
+    return Task(
+        analysis,
+        _whole_plan(analysis, plans).steps,
+        tuple(root for root in regions.roots if root.node in touched),
+        _existing(analysis),
+        frozenset(_incoming(analysis)),
+        frozenset(lasting),
+    )
+
+
+def _whole_plan(analysis: Analysis, plans: Mapping[int, Plan]) -> Plan:
+    """One plan for the graph: the chosen steps where it changes, the incoming ones elsewhere."""
+    steps: dict[Value, Step] = {}
+    for i, posed in enumerate(analysis.posed):
+        own = plans.get(i)
+        if own is None:
+            first: dict[Value, Step] = {}
+            for value, step in posed.problem.incoming:
+                first.setdefault(value, step)
+            own = Plan(first)
+        steps.update(posed.in_graph(own).steps)
+    return Plan(steps)
+
+
+def _incoming(analysis: Analysis) -> set[tuple[Value, Step]]:
+    """Every step of the graph as it came, in its own leaves."""
+    found: set[tuple[Value, Step]] = set()
+    for posed in analysis.posed:
+        steps = [Plan({value: step}) for value, step in posed.problem.incoming]
+        found |= {pair for plan in steps for pair in posed.in_graph(plan).steps.items()}
+    return found
+
+
+def _existing(analysis: Analysis) -> dict[tuple[Value, Step], Laid]:
+    """Interior nodes that are products: a plan that makes the same product can take them."""
+    found: dict[tuple[Value, Step], Laid] = {}
+    reader = analysis.reader
+    for region in analysis.regions.regions:
+        for made in region.incoming:
+            is_plain = reader.forms[made.node].is_product
+            if not (made.is_product and is_plain) or made.node in reader.stops:
+                continue
+            if _reads_identity(reader, made.node):
+                continue  # it would drag a product with the identity matrix along
+            scalar, transposed, core = normalise(made.polynomial)
+            if scalar.is_one:
+                key = (Value(core, made.backward), product_step(*made.operands))
+                found.setdefault(key, Laid(made.node, transposed))
+    return found
+
+
+def _reads_identity(reader: GraphReader, node: fx.Node) -> bool:
+    """Whether a product takes, or is, a product with the identity matrix."""
+    form = reader.forms.get(node)
+    if form is None:
+        return False
+    factors = (operand for product in form.products for operand in product.operands(reader))
+    if any(p == IDENTITY for operand in factors for p in operand):
+        return True
+    return any(
+        _reads_identity(reader, source)
+        for source in form.sources
+        if source in reader.cuts and source not in reader.stops
+    )
