@@ -26,7 +26,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Site:
-    """One place where low-rank algebra was found.
+    """One place where low-rank algebra was found, or where matrix products were changed.
 
     Attributes:
         modules: Dotted names of the modules it comes from.
@@ -76,7 +76,7 @@ class Report:
 
     Attributes:
         graph: The kind of graph: ``"joint"``, ``"inference"``, ``"torch"``, or several.
-        sites: Where low-rank algebra was found, in graph order.
+        sites: Where low-rank algebra was found or something was changed, in graph order.
         refusals: What was left alone although it looks like LoRA.
         flops_before: FLOPs of all matrix products of the graph as it came [FLOP].
         flops_after: FLOPs of all matrix products that will run [FLOP].

@@ -1,7 +1,10 @@
 """Description: a region and what was decided about it, for the report.
 
-A site is a region in which some word has three factors or more: a product of products, which can be
-evaluated in more than one order. Plain linear layers are not sites.
+``X W' + s (X A') B'`` and the plan ``X (W + s B A)'`` -> a :class:`Site`: two texts, FLOPs, reason.
+
+Invariant: a region that was changed is a site. One that was left alone is a site if some word has
+three factors or more, so that it can be evaluated in more than one order; plain linear layers are
+not.
 """
 
 from __future__ import annotations
@@ -34,10 +37,9 @@ def describe(
     changed: bool,
     objective: Objective,
 ) -> Site | None:
-    """A region as a site, or None where there is nothing low-rank about it."""
+    """A region as a site; None where it was left alone and there is nothing low-rank about it."""
     problem = posed.problem
-    matrices = [d.core for d in problem.demands if not d.core.is_dots]
-    if max((len(w.without_diagonals) for core in matrices for w in core.words), default=0) < 3:
+    if not changed and not _has_products_of_products(problem):
         return None
     names = Names(problem)
     parts = [normalise(posed.own(part)) for _, part in region.demands]
@@ -68,6 +70,12 @@ def describe(
             for a in decision.alternatives
         ),
     )
+
+
+def _has_products_of_products(problem: Problem) -> bool:
+    """Whether some word has three factors or more."""
+    words = (w for demand in problem.demands if not demand.core.is_dots for w in demand.core.words)
+    return any(len(word.without_diagonals) >= 3 for word in words)
 
 
 def describe_mixture(mixture: Mixture) -> Site:

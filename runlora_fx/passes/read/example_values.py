@@ -39,7 +39,7 @@ def annotate(gm: fx.GraphModule, example_inputs: Sequence[Any] | None) -> None:
                 f"rewrite() needs shapes: give example_inputs, or placeholders with meta['val'] "
                 f"(missing on {', '.join(missing)})"
             )
-        known = [node.meta.get("val") for node in gm.graph.nodes if node.op != "output"]
+        known = [node.meta.get("val") for node in gm.graph.nodes if node.users]
         modes = _modes(known)
         if None not in known and len(modes) < 2:
             return
@@ -54,6 +54,13 @@ def annotate(gm: fx.GraphModule, example_inputs: Sequence[Any] | None) -> None:
 
 class _Propagation(FakeTensorProp):
     """Computes example tensors only: what modifies a parameter or buffer leaves the real one."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        # A module that nobody reads checks the inputs of an export, and a check of a symbolic size
+        # would make it the size of the example.
+        if n.op == "call_module" and not n.users:
+            return None
+        return super().run_node(n)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         return self._example(super().get_attr(target, args, kwargs))

@@ -1,0 +1,65 @@
+"""The report: whatever was changed is in it, in words that are true."""
+
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import runlora_fx
+
+IN, OUT, TOKENS = 32, 48, 256
+
+
+def adapted(config: Any) -> nn.Module:
+    """Two layers with adapters that are not zero, for inference."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(IN, OUT), nn.GELU(), nn.Linear(OUT, IN))
+    model = peft.get_peft_model(layers, config)
+    for weight in model.parameters():
+        if weight.requires_grad:
+            nn.init.normal_(weight, std=0.1)
+    return model.eval()
+
+
+WITHOUT_LOW_RANK_WORDS = {
+    "HiRA": lambda: peft.HiraConfig(r=4, target_modules=["0", "2"]),
+    "LoHa": lambda: peft.LoHaConfig(r=4, target_modules=["0", "2"]),
+    "LoKr": lambda: peft.LoKrConfig(r=4, target_modules=["0", "2"]),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_LOW_RANK_WORDS)
+def test_what_was_changed_is_reported(name: str) -> None:
+    """The update is a matrix of full rank, and the input multiplies two matrices of one shape."""
+    if not hasattr(peft, "HiraConfig") and name == "HiRA":
+        pytest.skip("this PEFT has no HiRA")
+    model, x = adapted(WITHOUT_LOW_RANK_WORDS[name]()), torch.randn(TOKENS, IN)
+    with torch.no_grad():
+        report = runlora_fx.explain(model, x, objective="flops", strict=True)
+    assert report.flops_after < report.flops_before
+    assert [site.changed for site in report.sites] == [True, True]
+    text = str(report)
+    assert "NO low-rank site" not in text
+    assert report.flops_before - report.flops_after == sum(
+        site.flops_before - site.flops_after for site in report.sites
+    )
+    assert all(site.after.startswith("Y = X (W") for site in report.sites)
+
+
+def two_weights(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    return x @ w + x @ v
+
+
+@pytest.mark.parametrize(("tokens", "is_site"), ((TOKENS, True), (1, False)))
+def test_a_region_without_low_rank_words_is_a_site_where_it_changes(
+    tokens: int, is_site: bool
+) -> None:
+    inputs = [torch.randn(size) for size in ((tokens, IN), (IN, OUT), (IN, OUT))]
+    margin = 0.1 if is_site else 0.9
+    gm = fx.symbolic_trace(two_weights)
+    runlora_fx.rewrite(gm, inputs, objective="flops", margin=margin)
+    report = runlora_fx.last_report()
+    assert report is not None
+    assert [site.changed for site in report.sites] == [True] * is_site
