@@ -62,4 +62,4 @@ def test_a_region_without_low_rank_words_is_a_site_where_it_changes(
     runlora_fx.rewrite(gm, inputs, objective="flops", margin=margin)
     report = runlora_fx.last_report()
     assert report is not None
-    assert [site.changed for site in report.sites] == [True] * is_site
+    assert [(site.changed, site.is_exact) for site in report.sites] == [(True, True)] * is_site

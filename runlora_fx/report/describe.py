@@ -63,6 +63,7 @@ def describe(
         flops_before_expr=_expr(cost_before),
         flops_after_expr=_expr(cost_after),
         changed=changed,
+        is_exact=decision.proof == "exact",
         break_even=_break_even(posed, names, objective),
         reason=reason,
         considered=tuple(
