@@ -32,6 +32,7 @@ from runlora_fx.passes.experts.stacks import (
     is_transpose,
     is_turned,
     merged_stack,
+    possible_stacks,
     sizes,
     transpose,
     untransposed,
@@ -104,7 +105,7 @@ def split_grouped_products(context: Context) -> Outcome:
     graph = context.graph
     insert, effects = Inserter(graph, "experts: grouped products are split"), context.effects()
     found: list[Mixture] = []
-    for node in list(graph.nodes):
+    for node in possible_stacks(graph):
         with attempt(context, node.name):
             mixture = _split(context, insert, effects, node)
             if mixture is not None:

@@ -31,6 +31,7 @@ from runlora_fx.passes.experts.stacks import (
     batched_uses,
     is_turned,
     merged_stack,
+    possible_stacks,
     sizes,
     transpose,
     untransposed,
@@ -58,7 +59,7 @@ def split_gathered_weights(context: Context) -> Outcome:
     graph = context.graph
     insert, effects = Inserter(graph, "experts: picked weights are split"), context.effects()
     found: list[Mixture] = []
-    for node in list(graph.nodes):
+    for node in possible_stacks(graph):
         with attempt(context, node.name):
             mixture = _split(insert, effects, node)
             if mixture is not None:

@@ -89,6 +89,11 @@ class Mixture:
         return 2 * (self.rows * self.columns * self.multiplied + low)
 
 
+def possible_stacks(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes that may be stacks of merged weights: few, for each is tried in a transaction."""
+    return list(graph.find_nodes(op="call_function", target=_aten.baddbmm.default))
+
+
 def merged_stack(node: fx.Node) -> Merged | None:
     """A node as a stack of merged weights."""
     if node.target is not _aten.baddbmm.default or node.kwargs.get("beta", 1) != 1:
