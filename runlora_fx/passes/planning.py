@@ -190,7 +190,7 @@ class _Planner:
             lasting = [n for i in plans for n in analysis.nodes_of(i, decisions[i].lasting)]
             try:
                 with transaction(self._context.graph):
-                    apply(analysis, _known(plans), lasting)
+                    apply(analysis, _known(plans), lasting, probes=self._options.strict)
                 self._changed |= {name for name, i in here.items() if i in plans}
             except NotAppliedError as failure:
                 mine = self._of_root(analysis, here, failure.root.node)

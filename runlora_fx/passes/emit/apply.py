@@ -12,6 +12,7 @@ from runlora_fx.passes.emit.emitter import Emitter
 from runlora_fx.passes.emit.kept import stop_keeping_what_escapes
 from runlora_fx.passes.emit.layout import is_relied_on
 from runlora_fx.passes.emit.nodes import hand_over
+from runlora_fx.passes.emit.probe import probe
 from runlora_fx.passes.emit.recompute import recompute, recompute_dequantised
 from runlora_fx.passes.emit.results import keep_results_apart, memory_of_results
 from runlora_fx.passes.emit.task import Task, task_of
@@ -36,13 +37,20 @@ class NotAppliedError(Exception):
         self.cause = cause
 
 
-def apply(analysis: Analysis, plans: Mapping[int, Plan], lasting: Collection[fx.Node] = ()) -> None:
+def apply(
+    analysis: Analysis,
+    plans: Mapping[int, Plan],
+    lasting: Collection[fx.Node] = (),
+    *,
+    probes: bool = False,
+) -> None:
     """Rewrite a graph, inside a transaction of the caller's.
 
     Args:
         analysis: The graph as it came.
         plans: By the index of a region, what to compute it by; the others stay as they came.
         lasting: Inputs of which merged weights are kept from call to call.
+        probes: Whether every root is also computed from random numbers, in both ways.
 
     Raises:
         NotAppliedError: If a plan cannot be written, or is not what it was to be.
@@ -54,7 +62,7 @@ def apply(analysis: Analysis, plans: Mapping[int, Plan], lasting: Collection[fx.
     writer = Writer(analysis.graph, analysis.reader, analysis.dialect)
     emitter = Emitter(task, writer)
     memory = memory_of_results(analysis.graph, analysis.effects)
-    _replace(task, writer, emitter)
+    _replace(task, writer, emitter, probes=probes)
     keep_results_apart(analysis.graph, memory, analysis.dialect.calls.clone)
     if analysis.phases.is_joint:
         matrices = analysis.reader.leaves.matrices
@@ -65,7 +73,7 @@ def apply(analysis: Analysis, plans: Mapping[int, Plan], lasting: Collection[fx.
         stop_keeping_what_escapes(analysis.graph, analysis.dialect.calls.addmm)
 
 
-def _replace(task: Task, writer: Writer, emitter: Emitter) -> None:
+def _replace(task: Task, writer: Writer, emitter: Emitter, *, probes: bool) -> None:
     """Emit and verify every root, then put them all in the places of the old ones."""
     graph, reader = task.analysis.graph, task.analysis.reader
     emitted: list[tuple[Root, fx.Node]] = []
@@ -75,6 +83,10 @@ def _replace(task: Task, writer: Writer, emitter: Emitter) -> None:
             verify(reader, new, root.node, root.polynomial)
         # All roots are proven before any is replaced: until then the graph is only longer.
         emitted.append((root, new))
+    for root, new in emitted:
+        with _of_root(root):
+            if probes:
+                probe(task.analysis, root.node, new, writer.written)
     for root, new in emitted:
         with _of_root(root):
             hand_over(root.node, new)

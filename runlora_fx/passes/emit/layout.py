@@ -103,6 +103,13 @@ def is_relied_on(node: fx.Node) -> bool:
     return False
 
 
+def takes_any_layout(target: torch._ops.OpOverload) -> bool:
+    """Whether an operator computes the same whatever the strides of its operands are."""
+    if target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags:
+        return False
+    return torch.Tag.pointwise in target.tags or target in _FOLLOWING or target in _IGNORING
+
+
 def _reading(user: fx.Node, node: fx.Node) -> _Reading:
     target: Any = user.target
     if isinstance(target, torch._ops.OpOverload):

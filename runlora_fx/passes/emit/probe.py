@@ -1,0 +1,224 @@
+"""Probes: the old and the new nodes of a root, computed from the same random numbers and compared.
+
+    X W' + s (X A') B'   and   X (W + s B A)'     on random X, W, A, B: equal to within rounding
+
+A probe does not ask the reader what a node computes: it runs the calls of the graph, in fp64 and on
+the CPU, with the sizes of the examples. It walks up from the root through products, elementwise
+operators and views. Every other tensor is random: one for each input and each call that draws
+random numbers, the same one for equal calls of what is pure. So a probe also finds two draws of
+dropout that were taken for one.
+
+Invariant: a probe changes neither the graph nor the state of the random generators. What it cannot
+run, or what would take too much memory, is left out and logged.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable, Iterable
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx
+
+from runlora_fx._torch_compat import outside_all_modes
+from runlora_fx.passes.emit.layout import takes_any_layout
+from runlora_fx.passes.emit.verify import VerificationError
+from runlora_fx.passes.levels.sizes import dim_of, shape_of, value_of
+from runlora_fx.passes.read.analysis import Analysis
+from runlora_fx.passes.read.calls import name_of
+
+_log = logging.getLogger("runlora_fx")
+
+#: All tensors of one probe together are at most so large [B].
+_MAX_BYTES = 1 << 26
+
+#: Calls above what is rewritten that a probe runs; the tensors above them are random.
+_MAX_NODES = 200
+
+#: How far the results may be apart, relative to the largest number in them.
+_TOLERANCE = 1e-8
+
+_CASTS = ("to", "float", "half", "bfloat16", "double", "type", "convert_element_type", "_to_copy")
+_VIEWS = ("view", "_unsafe_view")
+
+#: Calls that make the same tensor every time: the identity matrix is made of them.
+_CONSTANTS = ("iota", "arange", "eye", "full", "ones", "zeros")
+
+_MERGED = torch.ops.runlora.merged.default
+
+
+def probe(analysis: Analysis, old: fx.Node, new: fx.Node, written: Iterable[fx.Node]) -> bool:
+    """Compare a root that was emitted with the one that it is to replace, on random numbers.
+
+    Args:
+        analysis: The graph; both nodes are in it.
+        old: The root as it came.
+        new: The root as it was emitted.
+        written: All nodes that were emitted.
+
+    Returns:
+        Whether they were compared.
+
+    Raises:
+        VerificationError: If they differ by more than rounding.
+    """
+    try:
+        with outside_all_modes(), torch.no_grad():
+            values = _Probe(analysis, old, new, set(written)).values()
+            found = None if values is None else _apart(*values)
+    except Exception as error:
+        _log.info("runlora could not probe %s: %s: %s", old.name, type(error).__name__, error)
+        return False
+    if found is None:
+        _log.info("runlora did not probe %s: it takes more than %d B", old.name, _MAX_BYTES)
+        return False
+    apart, size = found
+    if not apart <= _TOLERANCE * (1.0 + size):
+        raise VerificationError(
+            f"{old.name}: on random numbers the emitted {new.name} is {apart:.3g} apart, "
+            f"of numbers up to {size:.3g}"
+        )
+    return True
+
+
+def _apart(was: torch.Tensor, now: torch.Tensor) -> tuple[float, float]:
+    """How far two tensors are apart, and how large the numbers in them are."""
+    finite = was.isfinite()
+    if not torch.equal(finite, now.isfinite()):
+        return float("inf"), 0.0
+    if not bool(finite.any()):
+        return 0.0, 0.0
+    return float((was - now)[finite].abs().max()), float(was[finite].abs().max())
+
+
+class _Probe:
+    """One run of two nodes and of what they depend on."""
+
+    def __init__(
+        self, analysis: Analysis, old: fx.Node, new: fx.Node, written: set[fx.Node]
+    ) -> None:
+        self._analysis = analysis
+        self._ends = (old, new)
+        self._written = written
+        self._generator = torch.Generator().manual_seed(0)
+        self._random: dict[Hashable, Any] = {}
+        self._keys: dict[fx.Node, Hashable] = {}
+
+    def values(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What both nodes hold; None if that takes too much memory."""
+        run = self._calls_to_run()
+        needed = dict.fromkeys(n for node in run for n in (*node.all_input_nodes, node))
+        if sum(map(self._bytes, needed)) > _MAX_BYTES:
+            return None
+        known: dict[fx.Node, Any] = {}
+        for node in self._analysis.graph.nodes:
+            if node in needed:
+                known[node] = self._run(node, known) if node in run else self._given(node)
+        old, new = self._ends
+        return known[old], known[new]
+
+    def _calls_to_run(self) -> set[fx.Node]:
+        """The calls between the two nodes and what is random."""
+        run: set[fx.Node] = set()
+        pending, above = list(self._ends), 0
+        while pending:
+            node = pending.pop(0)
+            if node in run or node.op not in ("call_function", "call_method"):
+                continue
+            if node not in self._written and node not in self._analysis.reader.forms:
+                if above == _MAX_NODES or not self._is_simple(node):
+                    continue
+                above += 1
+            if self._is_random(node) or value_of(node) is None:
+                continue
+            run.add(node)
+            pending.extend(node.all_input_nodes)
+        return run
+
+    def _is_simple(self, node: fx.Node) -> bool:
+        if name_of(node.target) in _CONSTANTS:
+            return True
+        return isinstance(node.target, torch._ops.OpOverload) and takes_any_layout(node.target)
+
+    def _is_random(self, node: fx.Node) -> bool:
+        if isinstance(node.target, torch._ops.OpOverload):
+            target = node.target
+            return target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags
+        return node not in self._written and not self._analysis.effects.is_pure(node)
+
+    # -- values --------------------------------------------------------------------------------
+
+    def _given(self, node: fx.Node) -> Any:
+        """A random tensor, or the size that a symbol had when the graph was traced."""
+        key = self._key(node)
+        if key not in self._random:
+            self._random[key] = self._new(node)
+        return self._random[key]
+
+    def _new(self, node: fx.Node) -> Any:
+        val = node.meta.get("val")
+        if isinstance(val, torch.SymInt):
+            return self._analysis.hint(dim_of(val))
+        if not isinstance(val, torch.Tensor):
+            return 1.5 if isinstance(val, torch.SymFloat) else val
+        shape = self._shape(node)
+        if not val.dtype.is_floating_point:
+            return torch.randint(0, 2, shape, generator=self._generator).to(val.dtype)
+        number = torch.rand(shape, generator=self._generator, dtype=torch.float64)
+        # Far from zero, for it may be divided by. What is drawn may be compared with any number.
+        is_drawn = node.op.startswith("call") and self._is_random(node)
+        return number if is_drawn else number + 0.5
+
+    def _key(self, node: fx.Node) -> Hashable:
+        """What two nodes have in common exactly if they hold the same tensor."""
+        if node not in self._keys:
+            self._keys[node] = self._key_of(node)
+        return self._keys[node]
+
+    def _key_of(self, node: fx.Node) -> Hashable:
+        if node.op == "get_attr":
+            return (node.op, node.target)
+        if node.op not in ("call_function", "call_method") or self._is_random(node):
+            return node
+        args = fx.node.map_arg((node.args, node.kwargs), self._number)
+        return (node.op, node.target, repr(args))
+
+    def _number(self, node: fx.Node) -> Any:
+        """A number in the place of an argument, the same for equal keys."""
+        key = ("number", self._key(node))
+        return self._random.setdefault(key, len(self._random))
+
+    def _run(self, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
+        """What a call makes of known values, in fp64 and on the CPU."""
+        sources = node.all_input_nodes
+        if name_of(node.target) in _CASTS and self._is_floating(node, sources[0]):
+            return known[sources[0]]
+        given: Any = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: known[n])
+        args, kwargs = given[0], dict(given[1])
+        if "device" in kwargs:
+            kwargs["device"] = "cpu"
+        if name_of(node.target) in _VIEWS:  # the numbers given may lie otherwise in memory
+            made = args[0].reshape(*args[1:])
+        elif node.op == "call_method":
+            made = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        elif node.target is _MERGED:  # nothing is kept of a probe
+            made = torch.addmm(*args[:3], alpha=args[3])
+        else:
+            made = node.target(*args, **kwargs)  # type: ignore[operator]
+        if isinstance(made, torch.Tensor) and made.is_floating_point():
+            return made.double()
+        return made
+
+    def _is_floating(self, *nodes: fx.Node) -> bool:
+        values = [value_of(node) for node in nodes]
+        return all(val is not None and val.dtype.is_floating_point for val in values)
+
+    # -- sizes ---------------------------------------------------------------------------------
+
+    def _shape(self, node: fx.Node) -> tuple[int, ...]:
+        return tuple(map(self._analysis.hint, shape_of(node)))
+
+    def _bytes(self, node: fx.Node) -> int:
+        return 0 if value_of(node) is None else 8 * prod(self._shape(node))
