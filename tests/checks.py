@@ -35,6 +35,9 @@ MATMULS = {
     "mkl._mkl_linear": 0,
 }
 
+#: Inductor takes a list of joint passes; in torch 2.11 one only.
+TAKES_LISTS = not torch.__version__.startswith("2.11.")
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
