@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +25,13 @@ from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from transformers import AlbertConfig, AlbertModel, LlamaConfig, LlamaForCausalLM
 
+from runlora_fx.cost_model.objective import Objective
 from runlora_fx.joint_pass import run
 from runlora_fx.options import Options
+from runlora_fx.passes.algebra.plan import Problem
 from runlora_fx.passes.levels.aten import ATEN
+from runlora_fx.passes.search import dynamic
+from runlora_fx.passes.search.decide import Decision
 from runlora_fx.report.data import Report
 
 ALL_SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -172,15 +177,38 @@ class Outcome:
         tracing: Time of AOTAutograd before the pass [CPU s].
         planning: Time of the whole pass [CPU s].
         report: What it did.
+        decisions: What it decided, for every kind of problem, and the time of it [CPU s].
     """
 
     tracing: float
     planning: float
     report: Report
+    decisions: tuple[tuple[Decision, float], ...]
 
 
 class _Stop(Exception):
     """The graph was seen: nothing is to be compiled or run."""
+
+
+@contextmanager
+def recorded() -> Iterator[list[tuple[Decision, float]]]:
+    """Record all that is decided inside the block, equal problems once, and how long it takes."""
+    found: dict[int, tuple[Decision, float]] = {}
+    decide = dynamic.decide
+
+    def timed(problem: Problem, objective: Objective) -> Decision:
+        start = time.process_time()
+        decision = decide(problem, objective)
+        found.setdefault(id(decision), (decision, time.process_time() - start))
+        return decision
+
+    decided: list[tuple[Decision, float]] = []
+    dynamic.decide = timed  # type: ignore[attr-defined, assignment]
+    try:
+        yield decided
+    finally:
+        dynamic.decide = decide  # type: ignore[attr-defined]
+        decided.extend(found.values())
 
 
 def measured(case: Case) -> Outcome:
@@ -193,8 +221,10 @@ def measured(case: Case) -> Outcome:
 
     def partition(joint: fx.GraphModule, *_: Any, **__: Any) -> Any:
         begun = time.process_time()
-        report = run(joint.graph, ATEN, Options(objective="flops"), may_guard=True)
-        found.append(Outcome(begun - start, time.process_time() - begun, report))
+        with recorded() as decisions:
+            report = run(joint.graph, ATEN, Options(objective="flops"), may_guard=True)
+        took = time.process_time() - begun
+        found.append(Outcome(begun - start, took, report, tuple(decisions)))
         raise _Stop
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
@@ -217,6 +247,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cases", nargs="*", help="parts of names of cases; all if none")
     wanted = parser.parse_args().cases
+    slowest: list[tuple[str, Decision, float]] = []
     print("| case | tracing [CPU s] | planning [CPU s] | share | FLOPs |\n|---|---|---|---|---|")
     for name, case in CASES.items():
         if wanted and not any(part in name for part in wanted):
@@ -229,6 +260,10 @@ def main() -> None:
             f"| {found.planning / found.tracing:.1%} | {change:+.2%} |",
             flush=True,
         )
+        slowest += [(name, decision, took) for decision, took in found.decisions]
+    print("\n| problem of | steps tried | proof | deciding [CPU s] |\n|---|---|---|---|")
+    for name, decision, took in sorted(slowest, key=lambda row: -row[1].effort)[:SLOWEST]:
+        print(f"| {name} | {decision.effort} | {decision.proof} | {took:.2f} |")
 
 
 if __name__ == "__main__":
