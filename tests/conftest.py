@@ -26,6 +26,11 @@ os.environ["OMP_NUM_THREADS"] = os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option that writes `tests/goldens/` anew."""
+    parser.addoption("--update-goldens", action="store_true", help="write tests/goldens/ anew")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _flops_bound_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Store the profile where this process and those it starts look for it."""
