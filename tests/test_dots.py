@@ -4,6 +4,7 @@
 the two, tensors of rank r have to exist anyway. Likewise for the columns that VeRA scales.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,8 +18,8 @@ import runlora_fx
 from runlora_fx.cost_model.devices.machine import Machine
 from runlora_fx.options import Options
 from runlora_fx.passes.levels.aten import ATEN
-from runlora_fx.passes.lower.dots import gathered_dots
 from runlora_fx.passes.pipeline import rewrite_graph
+from runlora_fx.passes.read.analysis import Analysis
 
 IN, OUT, RANK, EXPERTS = 48, 64, 4, 2
 MANY, FEW = 160, 16  # tokens: more, and fewer, than IN and OUT
@@ -137,19 +138,59 @@ def reducing(tokens: int, dims: list[int], *, keepdim: bool) -> fx.GraphModule:
 
 @pytest.mark.parametrize("dims", ([2], [-1], [0, 1]))
 @pytest.mark.parametrize("keepdim", (False, True))
-def test_what_is_not_rewritten_is_put_back(dims: list[int], keepdim: bool) -> None:
+def test_a_sum_of_products_is_read_as_it_is(dims: list[int], keepdim: bool) -> None:
+    """The sum is the diagonal of ``T (X w)'``: no root but the sum, and nothing is written."""
     gm = reducing(MANY, dims, keepdim=keepdim)
     before = gm.code
-    with gathered_dots(gm.graph, ATEN):
-        assert any(node.target is torch.ops.aten.einsum.default for node in gm.graph.nodes)
+    analysis = Analysis(gm.graph, ATEN)
+    (root,) = analysis.reader.roots
+    assert root.target is torch.ops.aten.sum.dim_IntList
+    assert analysis.reader.expression(root).is_dots
+    (multiplication,) = analysis.reader.linear.absorbed
+    assert multiplication.target is torch.ops.aten.mul.Tensor
     gm.recompile()
     assert gm.code == before
 
 
-def test_what_sums_over_other_dimensions_is_not_gathered() -> None:
+def test_what_sums_over_other_dimensions_is_no_diagonal() -> None:
     gm = reducing(MANY, [1], keepdim=False)
-    with gathered_dots(gm.graph, ATEN):
-        assert not any(node.target is torch.ops.aten.einsum.default for node in gm.graph.nodes)
+    reader = Analysis(gm.graph, ATEN).reader
+    assert not reader.linear.absorbed
+    assert not any(reader.expression(root).is_dots for root in reader.roots)
+
+
+def reading(fn: Callable[[Tensor, Tensor], object]) -> tuple[fx.GraphModule, Analysis]:
+    gm = make_fx(fn, tracing_mode="fake")(torch.randn(MANY, OUT), torch.randn(OUT, OUT))
+    return gm, Analysis(gm.graph, ATEN)
+
+
+def test_a_multiplication_with_another_reader_is_not_a_part_of_the_sum() -> None:
+    def fn(t: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        product = torch.ops.aten.mul.Tensor(torch.ops.aten.mm.default(t, w), t)
+        return torch.ops.aten.sum.dim_IntList(product, [1]), torch.ops.aten.relu.default(product)
+
+    _, analysis = reading(fn)
+    assert [root.target for root in analysis.reader.roots] == [torch.ops.aten.mm.default]
+
+
+def test_elementwise_arithmetic_without_a_product_is_not_read() -> None:
+    """The backward of a norm sums up products of leaves: no region is made of it."""
+
+    def fn(t: Tensor, w: Tensor) -> Tensor:
+        return torch.ops.aten.sum.dim_IntList(torch.ops.aten.mul.Tensor(t, t + 1), [0])
+
+    _, analysis = reading(fn)
+    assert not analysis.reader.roots
+
+
+def test_a_multiplication_stays_in_front_of_what_modifies_its_factor() -> None:
+    def fn(t: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        product = torch.ops.aten.mul.Tensor(torch.ops.aten.mm.default(t, w), t)
+        torch.ops.aten.add_.Tensor(t, 1.0)
+        return torch.ops.aten.sum.dim_IntList(product, [1]), t
+
+    _, analysis = reading(fn)
+    assert not analysis.reader.linear.absorbed
 
 
 def test_no_einsum_of_ours_is_left() -> None:

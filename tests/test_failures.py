@@ -157,8 +157,6 @@ STAGES = {
     "pose": PASSES + "read.analysis.Regions.pose",
     "search": PASSES + "planning.decide_all",
     "split picked products": PASSES + "experts.picked.merged_stack",
-    "gather dots": PASSES + "lower.dots._GatheredDots.gather",
-    "put dots back": PASSES + "lower.dots._GatheredDots.undo",
     "spell fused products": PASSES + "lower.fused._Fused.__init__",
     "put fused products back": PASSES + "lower.fused._Fused.undo",
     "plan of the whole graph": PASSES + "emit.apply.task_of",

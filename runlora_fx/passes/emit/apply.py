@@ -94,7 +94,7 @@ def _replace(task: Task, writer: Writer, emitter: Emitter, *, probes: bool) -> N
     # adapted weight, from forward to backward.
     recompute(emitter.recomputed, set(writer.written))
     for node in reversed(list(graph.nodes)):
-        if node in reader.forms and not node.users:
+        if reader.is_read(node) and not node.users:
             graph.erase_node(node)
     _drop_copies(graph, emitter.copied)
 

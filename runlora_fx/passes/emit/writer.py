@@ -19,10 +19,12 @@ from runlora_fx.passes.levels.forms import (
     Broadcast,
     Copy,
     DiagonalMultiple,
+    DiagonalOfProduct,
     Reshape,
     Total,
     Written,
 )
+from runlora_fx.passes.levels.forms.products import aligned_factors
 from runlora_fx.passes.levels.level import Dialect
 from runlora_fx.passes.levels.origins import Origin
 from runlora_fx.passes.levels.sizes import (
@@ -203,9 +205,11 @@ class Writer:
 
     def dots(self, a: fx.Node, b: fx.Node, *, rows: bool) -> fx.Node:
         """The dot products of the rows of two matrices, or those of their columns."""
-        if self._calls.einsum is None:
-            raise EmissionError("this level of graphs has no dots")
-        return self._call(self._calls.einsum, f"ab,ab->{'a' if rows else 'b'}", [a, b])
+        multiplied = self._call(self._calls.mul, a, b)
+        node = self._call(self._calls.sum, multiplied, [1 if rows else 0])
+        # Also where something else reads the multiplication, or nothing here is a product.
+        self._reader.forms[node] = DiagonalOfProduct(*aligned_factors(a, b, 2, rows=rows))
+        return node
 
     # -- nodes ---------------------------------------------------------------------------------
 

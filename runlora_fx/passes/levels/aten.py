@@ -46,6 +46,15 @@ def _einsum(equation: str, operands: Any, path: Any = None) -> Form | None:
     return builders.einsum(equation, operands) or builders.dots(equation, operands)
 
 
+def _sum(x: Any, dims: Any, keepdim: Any = False) -> Form | None:
+    """A sum of elementwise products that nothing else reads; ``keepdim`` moves no element."""
+    is_product = isinstance(x, fx.Node) and x.target is _aten.mul.Tensor and not x.kwargs
+    if not is_product or len(x.users) > 1:
+        return None
+    a, b = x.args
+    return builders.sum_of_products(x, a, b, dims)
+
+
 def _eye(n: Any, m: Any = None, **_: Any) -> Form | None:
     return Identity() if m is None or n == m else None
 
@@ -108,6 +117,7 @@ ATEN = Dialect(
         _aten.matmul.default: builders.matmul,
         _aten.linear.default: builders.linear,
         _aten.einsum.default: _einsum,
+        _aten.sum.dim_IntList: _sum,
         _aten.add.Tensor: builders.add,
         _aten.sub.Tensor: _sub,
         _aten.neg.default: _neg,
@@ -158,7 +168,6 @@ ATEN = Dialect(
         sum=_aten.sum.dim_IntList,
         cast=torch.ops.prims.convert_element_type.default,
         clone=_aten.clone.default,
-        einsum=_aten.einsum.default,
         merged=torch.ops.runlora.merged.default,
     ),
 )

@@ -27,7 +27,6 @@ class Calls:
     """The call targets that emission writes.
 
     Attributes:
-        einsum: Reduces elementwise products, where the level has gradients of vectors.
         stacked: Multiplies a tensor of any rank by a matrix, where the level has such a call.
             Graphs traced at that level hold for any batch shape, so activations are not flattened.
         merged: Adds a product onto a weight and keeps the result from call to call, where the graph
@@ -49,7 +48,6 @@ class Calls:
     full: Callable[..., Any]
     expand: Callable[..., Any]
     sum: Callable[..., Any]
-    einsum: Callable[..., Any] | None = None
     stacked: Callable[..., Any] | None = None
     merged: Callable[..., Any] | None = None
 
@@ -81,10 +79,27 @@ class Dialect:
         if reader is None:
             return None
         try:
-            return reader(*node.args, **node.kwargs)
+            form = reader(*node.args, **node.kwargs)
         except TypeError:
             # An overload whose arguments the reader does not take (out=, dtype=, ...): a leaf.
             return None
+        return None if form is None or not self.unread.isdisjoint(form.absorbed) else form
+
+    def absorbing(self, node: fx.Node) -> fx.Node | None:
+        """The one user that reads a node as a part of itself; None if there is none."""
+        if len(node.users) != 1:
+            return None
+        (user,) = node.users
+        form = self.read(user)
+        return user if form is not None and node in form.absorbed else None
+
+    def is_readable(self, node: fx.Node) -> bool:
+        """Whether a node has a form, or is a part of one that has."""
+        return self.read(node) is not None or self.absorbing(node) is not None
+
+    def users_of(self, node: fx.Node) -> list[fx.Node]:
+        """The users of a node; where one is a part of another node, that node."""
+        return list(dict.fromkeys(self.absorbing(user) or user for user in node.users))
 
     def is_made_of_product(self, node: fx.Node, depth: int = _DEPTH) -> bool:
         """Whether a product of matrices is added up, scaled, viewed or cast to a node."""

@@ -25,8 +25,10 @@ from runlora_fx.passes.levels.forms import (
     Reshape,
     ScalarMultiple,
     Shift,
+    SumOfProducts,
     WeightedSum,
 )
+from runlora_fx.passes.levels.forms.products import aligned_factors
 from runlora_fx.passes.levels.sizes import all_one, equal, is_one, same_shape, shape_of, value_of
 
 
@@ -134,12 +136,28 @@ def dots(equation: str, operands: Any) -> DiagonalOfProduct | None:
         return None
     if not same_shape(shape_of(operands[0]), shape_of(operands[1])):
         return None
-    rows, cut = out == letters[:-1], last_dim_cut(n)
-    a, b = (
-        Operand(node, cut, transposed=turned)
-        for node, turned in zip(operands, (not rows, rows), strict=True)
+    return DiagonalOfProduct(
+        *aligned_factors(operands[0], operands[1], n, rows=out == letters[:-1])
     )
-    return DiagonalOfProduct(a, b, Cut(0, n - 1) if rows else Cut(0, 0))
+
+
+def sum_of_products(multiplication: fx.Node, a: Any, b: Any, dims: Any) -> SumOfProducts | None:
+    """``sum(a * b, dims)`` along the last dimension, or along all others.
+
+    Args:
+        multiplication: The node ``a * b``.
+        a: One factor.
+        b: The other; elementwise, so that the multiplication alone has no form.
+        dims: The dimensions that are added up.
+    """
+    n = ndim(multiplication)
+    if n < 2 or not isinstance(dims, list | tuple) or not all(ndim(x) == n for x in (a, b)):
+        return None
+    is_elementwise = same_shape(shape_of(a), shape_of(b)) and scale(a, b) is None
+    summed = {int(d) % n for d in dims}
+    if not is_elementwise or summed not in ({n - 1}, set(range(n - 1))):
+        return None
+    return SumOfProducts(*aligned_factors(a, b, n, rows=summed == {n - 1}), multiplication)
 
 
 def add(a: Any, b: Any, alpha: Any = 1, sign: float = 1.0) -> Form | None:

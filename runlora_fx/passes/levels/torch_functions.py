@@ -154,7 +154,6 @@ TORCH = Dialect(
         sum=torch.sum,
         cast=torch.Tensor.to,
         clone=torch.clone,
-        einsum=torch.einsum,
         stacked=torch.matmul,
     ),
 )

@@ -30,12 +30,18 @@ class Linear:
         cuts: The cut through which each linear node shows its matrix, in graph order.
         vectors: Linear nodes that are diagonals of products, or sums of such.
         widened: Casts of products to a wider dtype, and the sums that they are only made for.
+        absorbed: The nodes that are a part of another, and that node.
     """
 
     forms: Mapping[fx.Node, Form]
     cuts: Mapping[fx.Node, Cut]
     vectors: Collection[fx.Node]
     widened: Collection[fx.Node]
+    absorbed: Mapping[fx.Node, fx.Node]
+
+    def users_of(self, node: fx.Node) -> list[fx.Node]:
+        """The users of a node; where one is a part of another node, that node."""
+        return list(dict.fromkeys(self.absorbed.get(user, user) for user in node.users))
 
     def cut_of(self, node: fx.Node) -> Cut | None:
         """The cut of a linear node; None for any other."""
@@ -78,12 +84,13 @@ class LinearFinder:
         self._cuts: dict[fx.Node, Cut] = {}
         self._vectors: set[fx.Node] = set()
         self._widened: set[fx.Node] = set()
+        self._absorbed: dict[fx.Node, fx.Node] = {}
 
     def find(self, nodes: Iterable[fx.Node]) -> Linear:
         """The linear nodes among those of a graph."""
         for node in nodes:
             self._classify(node)
-        return Linear(self._tables.forms, self._cuts, self._vectors, self._widened)
+        return Linear(self._tables.forms, self._cuts, self._vectors, self._widened, self._absorbed)
 
     def form_of(self, node: fx.Node) -> Form | None:
         """What a node computes; None if it is not read."""
@@ -109,6 +116,7 @@ class LinearFinder:
         if form is None:
             return
         self._tables.forms[node] = form
+        self._absorbed.update(dict.fromkeys(form.absorbed, node))
         cut = form.cut(node, self)
         if cut is None:
             return
@@ -147,6 +155,10 @@ class LinearFinder:
         forms = (self._dialect.read(user) for user in node.users)
         return all(form is not None and form.adds for form in forms)
 
+    def is_made_of_product(self, node: fx.Node) -> bool:
+        """True if a product of matrices is added up, scaled, viewed or cast to the node."""
+        return self._dialect.is_made_of_product(node)
+
     def may_scale(self, node: fx.Node, source: fx.Node, vector: fx.Node, *, rows: bool) -> bool:
         """True if scaling by a vector is to be read as a product with a diagonal matrix.
 
@@ -160,7 +172,7 @@ class LinearFinder:
             return False
         if source not in self._cuts:
             return rows and self._meets_product(source)
-        return all(self._dialect.read(user) for user in source.users)
+        return all(self._dialect.read(user) for user in self._dialect.users_of(source))
 
     def _meets_product(self, node: fx.Node) -> bool:
         """Whether a product of the forward takes a node as it is, or a view of it."""

@@ -62,7 +62,7 @@ class GraphReader(Expander):
             effects: What the nodes do besides computing a value.
             casts: What casts between floats are taken for.
         """
-        fixed = effects.fixed(lambda node: dialect.read(node) is not None)
+        fixed = effects.fixed(dialect.is_readable)
         super().__init__(ValueNumbers(graph, effects, fixed), Leaves(), {})
         self.casts = casts
         self._dialect = replace(dialect, unread=fixed)
@@ -105,6 +105,10 @@ class GraphReader(Expander):
     def factors_at(self, node: fx.Node) -> list[tuple[Addends, Addends]]:
         """The operands of every product that a linear node computes."""
         return self.forms[node].factors(self.cuts[node], self)
+
+    def is_read(self, node: fx.Node) -> bool:
+        """Whether a node has a form, or is a part of one that has."""
+        return node in self.forms or node in self.linear.absorbed
 
     def classify(self, node: fx.Node) -> None:
         """Find the form of a node that was written after the graph was read."""

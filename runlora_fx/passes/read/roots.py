@@ -39,14 +39,15 @@ def sums_below(linear: Linear, node: fx.Node, roots: set[fx.Node]) -> list[fx.No
 
 def _is_interior(linear: Linear, node: fx.Node) -> bool:
     """True if every user reads this node through the cut it was computed with."""
-    return bool(node.users) and all(
+    users = linear.users_of(node)
+    return bool(users) and all(
         user in linear.cuts
         and linear.forms[user].reads_as_computed(node, user, linear)
         # No matrix is made of such a vector: whatever else reads it takes it as a leaf.
         and (node not in linear.vectors or user in linear.vectors)
         # What was added up in a wider dtype is multiplied in it.
         and (node not in linear.widened or user in linear.widened)
-        for user in node.users
+        for user in users
     )
 
 
@@ -55,9 +56,8 @@ def _is_seen(linear: Linear, roots: set[fx.Node], node: fx.Node) -> bool:
 
     This tensor exists in memory already, so other users read it instead of computing it again.
     """
-    return len(node.users) > 1 and any(
-        user in roots and linear.forms[user].is_view for user in node.users
-    )
+    users = linear.users_of(node)
+    return len(users) > 1 and any(user in roots and linear.forms[user].is_view for user in users)
 
 
 def _grows(linear: Linear, node: fx.Node) -> bool:
@@ -65,16 +65,17 @@ def _grows(linear: Linear, node: fx.Node) -> bool:
 
     Its polynomial would grow from layer to layer, and so would that of every product with it.
     """
-    if not linear.forms[node].adds or len(node.users) < 2:
+    users = linear.users_of(node)
+    if not linear.forms[node].adds or len(users) < 2:
         return False
-    forms = (linear.forms.get(user) for user in node.users)
+    forms = map(linear.forms.get, users)
     is_added = any(form is not None and form.adds for form in forms)
     return is_added and _is_multiplied(linear, node)
 
 
 def _is_multiplied(linear: Linear, node: fx.Node) -> bool:
     """Whether a product takes a node, or another view of it."""
-    for user in node.users:
+    for user in linear.users_of(node):
         form = linear.forms.get(user)
         if form is None:
             continue

@@ -117,7 +117,9 @@ def _linear(reader: GraphReader, roots: Iterable[fx.Node]) -> set[fx.Node]:
     found = set(roots)
     pending = list(found)
     while pending:
-        for source in reader.forms[pending.pop()].sources:
+        form = reader.forms[pending.pop()]
+        found.update(form.absorbed)
+        for source in form.sources:
             if source not in found and source in reader.forms and source not in reader.stops:
                 found.add(source)
                 pending.append(source)

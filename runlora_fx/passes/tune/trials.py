@@ -30,7 +30,6 @@ from runlora_fx.cost_model.store import Record
 from runlora_fx.passes.algebra.plan import Plan, Problem
 from runlora_fx.passes.emit.apply import NotAppliedError, apply
 from runlora_fx.passes.levels.sizes import value_of
-from runlora_fx.passes.lower.dots import spell_out
 from runlora_fx.passes.read.analysis import Analysis
 from runlora_fx.passes.search.decide import Decision, alternatives, judge
 from runlora_fx.passes.tune.pricing import Pricing
@@ -184,7 +183,6 @@ def _planned(
             apply(own, {index: plan})
         except NotAppliedError as failure:
             raise failure.cause from None
-    spell_out(copied, analysis.dialect)
     module.recompile()
     return module
 

@@ -11,7 +11,12 @@ Forms are named apart from the steps of a plan: a :class:`MatrixProduct` is what
 from runlora_fx.passes.levels.forms.broadcasts import Broadcast, Total
 from runlora_fx.passes.levels.forms.form import Diagonals, Form, LinearNodes, Operand, Reading
 from runlora_fx.passes.levels.forms.multiples import DiagonalMultiple, ScalarMultiple, Shift
-from runlora_fx.passes.levels.forms.products import DiagonalOfProduct, Identity, MatrixProduct
+from runlora_fx.passes.levels.forms.products import (
+    DiagonalOfProduct,
+    Identity,
+    MatrixProduct,
+    SumOfProducts,
+)
 from runlora_fx.passes.levels.forms.sums import WeightedSum
 from runlora_fx.passes.levels.forms.views import Cast, Copy, Permute, Reshape
 from runlora_fx.passes.levels.forms.written import Written
@@ -33,6 +38,7 @@ __all__ = [
     "Reshape",
     "ScalarMultiple",
     "Shift",
+    "SumOfProducts",
     "Total",
     "WeightedSum",
     "Written",

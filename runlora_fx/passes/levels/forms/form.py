@@ -38,6 +38,9 @@ class LinearNodes(Cuts, Protocol):
     def is_only_added(self, node: fx.Node) -> bool:
         """True if every user adds the node to something: nobody relies on its memory."""
 
+    def is_made_of_product(self, node: fx.Node) -> bool:
+        """True if a product of matrices is added up, scaled, viewed or cast to the node."""
+
     def may_scale(self, node: fx.Node, source: fx.Node, vector: fx.Node, *, rows: bool) -> bool:
         """True if ``node = source * vector`` is to be read as a product with a diagonal matrix."""
 
@@ -112,6 +115,11 @@ class Form:
     @property
     def scalars(self) -> tuple[fx.Node, ...]:
         """The sources that are one number, of whatever dtype."""
+        return ()
+
+    @property
+    def absorbed(self) -> tuple[fx.Node, ...]:
+        """The nodes that are a part of this one: nothing else reads them, they have no form."""
         return ()
 
     @property

@@ -1,7 +1,7 @@
 """Products of matrices, their diagonals, and the matrix that vanishes in them.
 
-Example: ``mm(x, permute(w))`` is ``MatrixProduct(x, w')``, and ``einsum("ij,ij->i", dY, P)`` is the
-diagonal of ``dY P'``.
+Example: ``mm(x, permute(w))`` is ``MatrixProduct(x, w')``, and both ``einsum("ij,ij->i", dY, P)``
+and ``sum(mul(dY, P), [1])`` are the diagonal of ``dY P'``.
 
 Invariant: a product is one addend, however many words its operands have.
 """
@@ -9,14 +9,14 @@ Invariant: a product is one addend, however many words its operands have.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import fx
 
 from runlora_fx.passes.algebra.addends import Addends, total
 from runlora_fx.passes.algebra.polynomials import IDENTITY
-from runlora_fx.passes.levels.cuts import Cut, same_matrix
+from runlora_fx.passes.levels.cuts import Cut, last_dim_cut, same_matrix
 from runlora_fx.passes.levels.forms.form import Cuts, Form, LinearNodes, Operand, Reading
 from runlora_fx.passes.levels.sizes import Shape
 
@@ -92,7 +92,7 @@ class DiagonalOfProduct(_OfTwo):
         """The same vector as the diagonal of ``right' @ left'``, if only ``right`` is a leader."""
         if self.left.node in nodes or self.right.node not in nodes:
             return self
-        return DiagonalOfProduct(self.right.T, self.left.T, self.out)
+        return replace(self, left=self.right.T, right=self.left.T)
 
     def is_vector(self, vectors: Collection[fx.Node]) -> bool:
         """It is one."""
@@ -102,6 +102,47 @@ class DiagonalOfProduct(_OfTwo):
         """A vector: as a row or as a column, all the same."""
         left, right = self.operands(reading)
         return ((total(left) @ total(right)).dots,)
+
+
+def aligned_factors(
+    a: fx.Node, b: fx.Node, rank: int, *, rows: bool
+) -> tuple[Operand, Operand, Cut]:
+    """The fields of the diagonal that holds the dot products of rows, or of columns.
+
+    Args:
+        a: A tensor, seen as a matrix by its last dimension.
+        b: Another of its shape.
+        rank: Their number of dimensions.
+        rows: Whether rows are multiplied; else columns.
+    """
+    cut = last_dim_cut(rank)
+    left, right = Operand(a, cut, transposed=not rows), Operand(b, cut, transposed=rows)
+    return left, right, Cut(0, rank - 1) if rows else Cut(0, 0)
+
+
+@dataclass(frozen=True)
+class SumOfProducts(DiagonalOfProduct):
+    """``sum(a * b)`` along rows or columns: the same diagonal, computed by two nodes.
+
+    It is read where a factor is made of a product. Elsewhere it stays elementwise arithmetic, such
+    as the backward of a norm.
+
+    Attributes:
+        multiplication: The node ``a * b``, which only the sum reads.
+    """
+
+    multiplication: fx.Node
+
+    is_leaf_alone: ClassVar[bool] = True
+
+    @property
+    def absorbed(self) -> tuple[fx.Node, ...]:
+        """The multiplication."""
+        return (self.multiplication,)
+
+    def cut(self, node: fx.Node, linear: LinearNodes) -> Cut | None:
+        """As it is made, if a factor is made of a product."""
+        return self.out if any(map(linear.is_made_of_product, self.sources)) else None
 
 
 @dataclass(frozen=True)
