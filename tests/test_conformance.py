@@ -177,6 +177,10 @@ def _eye_condition(t: Make) -> Call:
     return Call(aten.eq.Tensor, (column, Call(aten.arange.default, (n,))))
 
 
+def _mul(a: Any, b: Any) -> Call:
+    return Call(aten.mul.Tensor, (a, b))
+
+
 def _full(value: float) -> Call:
     return Call(aten.full.default, ([], value))
 
@@ -198,6 +202,16 @@ ATEN_SAMPLES: dict[Any, list[Sample]] = {
     aten.matmul.default: matmuls,
     aten.linear.default: linears,
     aten.einsum.default: nested_einsums,
+    aten.sum.dim_IntList: [
+        s(lambda t: (_mul(t("m", "n"), t("m", "n")), [1])),
+        s(lambda t: (_mul(t("m", "n"), Call(aten.mm.default, (t("m", "k"), t("k", "n")))), [0])),
+        s(lambda t: (_mul(t("b", "m", "n"), t("b", "m", "n")), [-1], True)),
+        s(lambda t: (_mul(t("b", "m", "n"), t("b", "m", "n")), [0, 1], True)),
+        no(lambda t: (_mul(t("b", "m", "n"), t("b", "m", "n")), [1])),
+        no(lambda t: (_mul(t("b", "m", "n"), t("b", "m", "n")), [0, 1, 2])),
+        no(lambda t: (_mul(t("m", "n"), t("n")), [1])),
+        no(lambda t: (t("m", "n"), [1])),
+    ],
     aten.add.Tensor: adds,
     aten.sub.Tensor: adds,
     aten.neg.default: negations,

@@ -2,7 +2,7 @@
 
     left @ right                     ->      mm, bmm, matmul; scaled where that costs least
     diag(g) P,  P diag(g)            ->      mul, broadcast over rows or columns
-    diagonal of left @ right         ->      einsum: dots of rows or columns
+    diagonal of left @ right         ->      mul, sum: dot products of rows or columns
 
 Invariant: a step decides nothing about the algebra. It obeys the plan.
 """
@@ -72,7 +72,7 @@ class Steps:
         return None if is_batched else step
 
     def dots(self, value: Value, step: Product) -> fx.Node:
-        """The diagonal of a product: dots of rows or of columns, as the left operand lies."""
+        """The diagonal of a product: it multiplies rows or columns, as the left operand lies."""
         _, transposed, core = normalise(step.left)
         _, lies = self._values.laid(self._scope.task.value(core, value.backward))
         rows = lies == transposed
