@@ -181,6 +181,10 @@ def _mul(a: Any, b: Any) -> Call:
     return Call(aten.mul.Tensor, (a, b))
 
 
+def _made(t: Make, *rows: str) -> Call:
+    return Call(aten.matmul.default, (t(*rows, "k"), t("k", "n")))
+
+
 def _full(value: float) -> Call:
     return Call(aten.full.default, ([], value))
 
@@ -203,12 +207,11 @@ ATEN_SAMPLES: dict[Any, list[Sample]] = {
     aten.linear.default: linears,
     aten.einsum.default: nested_einsums,
     aten.sum.dim_IntList: [
-        s(lambda t: (_mul(t("m", "n"), t("m", "n")), [1])),
-        s(lambda t: (_mul(t("m", "n"), Call(aten.mm.default, (t("m", "k"), t("k", "n")))), [0])),
-        s(lambda t: (_mul(t("b", "m", "n"), t("b", "m", "n")), [-1], True)),
-        s(lambda t: (_mul(t("b", "m", "n"), t("b", "m", "n")), [0, 1], True)),
+        s(lambda t: (_mul(_made(t, "m"), t("m", "n")), [1])),
+        s(lambda t: (_mul(t("m", "n"), _made(t, "m")), [0])),
+        s(lambda t: (_mul(_made(t, "b", "m"), t("b", "m", "n")), [-1], True)),
+        s(lambda t: (_mul(t("b", "m", "n"), _made(t, "b", "m")), [0, 1], True)),
         no(lambda t: (_mul(t("b", "m", "n"), t("b", "m", "n")), [1])),
-        no(lambda t: (_mul(t("b", "m", "n"), t("b", "m", "n")), [0, 1, 2])),
         no(lambda t: (_mul(t("m", "n"), t("n")), [1])),
         no(lambda t: (t("m", "n"), [1])),
     ],

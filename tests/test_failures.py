@@ -157,8 +157,6 @@ STAGES = {
     "pose": PASSES + "read.analysis.Regions.pose",
     "search": PASSES + "planning.decide_all",
     "split picked products": PASSES + "experts.picked.merged_stack",
-    "spell fused products": PASSES + "lower.fused._Fused.__init__",
-    "put fused products back": PASSES + "lower.fused._Fused.undo",
     "plan of the whole graph": PASSES + "emit.apply.task_of",
     "emit": PASSES + "emit.apply.Emitter.emit",
     "verify": PASSES + "emit.apply.verify",

@@ -5,6 +5,7 @@ Libraries' own layers (bitsandbytes, torchtune) and hand-written ones (`examples
 
 import importlib
 import sys
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,10 +26,17 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 from torch.autograd.graph import saved_tensors_hooks
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy
 from trainings import Products, without_kernels
 
 import runlora_fx
+from runlora_fx.cost_model.devices.machine import Machine
+from runlora_fx.options import Options
+from runlora_fx.passes.levels.aten import ATEN
+from runlora_fx.passes.levels.cuts import Cut
+from runlora_fx.passes.pipeline import rewrite_graph
+from runlora_fx.passes.read.analysis import Analysis
 
 sys.path.append(str(Path(__file__).parent.parent / "examples" / "flavours"))
 
@@ -165,7 +173,7 @@ def gemms(graph: fx.Graph) -> int:
 
 
 def test_with_few_tokens_the_fused_product_stays() -> None:
-    """Spelled out only where that gains something."""
+    """The weight is made only where that gains something."""
     model = layer("bitsandbytes")
     x = activation(FEW)
     joint = runlora_fx.joint_graph(model, (x,), strict=True)
@@ -174,7 +182,7 @@ def test_with_few_tokens_the_fused_product_stays() -> None:
     assert_same_outputs_and_grads(model, compile_whole(model, "runlora_eager"), [x], RTOL)
 
 
-def test_with_many_tokens_the_fused_product_is_spelled_out() -> None:
+def test_with_many_tokens_the_weight_is_made_and_merged() -> None:
     joint = runlora_fx.joint_graph(layer("bitsandbytes"), (activation(MANY),), strict=True)
     assert gemms(joint.graph) == 0
 
@@ -207,6 +215,87 @@ def test_a_fused_product_without_an_adapter_stays() -> None:
     model = layer("bitsandbytes").get_base_model()[0].base_layer
     joint = runlora_fx.joint_graph(model, (activation(MANY),), strict=True)
     assert gemms(joint.graph) == 1
+
+
+def fused_graph(
+    tokens: int, *, nested: bool, product: str
+) -> tuple[fx.GraphModule, list[Tensor], Tensor]:
+    """``x W' + bias + x a b`` with a 4-bit W, where ``a b`` is multiplied first or last."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((tokens, IN), (OUT,), (IN, RANK), (RANK, OUT))
+    inputs = [torch.randn(size, generator=generator) / 4 for size in sizes]
+    weight = torch.randn(OUT, IN, generator=generator) / 8
+    packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=nested)
+    inputs += [packed, state.absmax]
+    if nested:
+        inputs[-1:] = [state.state2.absmax, state.absmax, state.state2.code, state.offset]
+
+    def fn(
+        x: Tensor, bias: Tensor, a: Tensor, b: Tensor, packed: Tensor, *scales: Tensor
+    ) -> Tensor:
+        mm, block = torch.ops.aten.mm.default, state.blocksize
+        base = torch.ops.bitsandbytes.gemm_4bit.default(
+            x, packed, [OUT, IN], scales[0], block, "nf4", bias, *scales[1:]
+        )
+        low_rank = mm(mm(x, a), b) if product == "left first" else mm(x, mm(a, b))
+        return torch.ops.aten.add.Tensor(base, low_rank)
+
+    return make_fx(fn, tracing_mode="fake")(*inputs), inputs, fn(*inputs)
+
+
+def rewritten(gm: fx.GraphModule) -> Counter[str]:
+    """How often a rewritten graph calls each operator."""
+    options = Options(objective="flops", strict=True)
+    rewrite_graph(gm.graph, ATEN, options, Machine(use_stored=False))
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    return Counter(str(node.target) for node in gm.graph.nodes)
+
+
+DEQUANTISE, GEMM = "bitsandbytes.dequantize_4bit.default", "bitsandbytes.gemm_4bit.default"
+
+
+@pytest.mark.parametrize("nested", (False, True))
+def test_a_fused_product_stays_where_only_other_products_change(nested: bool) -> None:
+    gm, inputs, wanted = fused_graph(FEW, nested=nested, product="right first")
+    calls = rewritten(gm)
+    assert (calls[GEMM], calls[DEQUANTISE]) == (1, 0)
+    assert calls["aten.mm.default"] + calls["aten.addmm.default"] == 2
+    assert relative_error(gm(*inputs), wanted) < RTOL
+
+
+@pytest.mark.parametrize("nested", (False, True))
+def test_a_graph_with_a_fused_product_that_gains_nothing_is_not_touched(nested: bool) -> None:
+    gm, _, _ = fused_graph(FEW, nested=nested, product="left first")
+    before = gm.code
+    rewritten(gm)
+    assert gm.code == before
+
+
+@pytest.mark.parametrize("nested", (False, True))
+def test_a_merged_weight_is_made_of_the_dequantised_one(nested: bool) -> None:
+    gm, inputs, wanted = fused_graph(MANY, nested=nested, product="left first")
+    calls = rewritten(gm)
+    assert (calls[GEMM], calls[DEQUANTISE]) == (0, 1)
+    assert relative_error(gm(*inputs), wanted) < RTOL
+
+
+def test_a_weight_dequantised_in_both_phases_is_one_leaf() -> None:
+    """The forward multiplies by it without making it, the backward makes it."""
+    seen: list[set[int]] = []
+
+    def look(gm: fx.GraphModule) -> None:
+        reader = Analysis(gm.graph, ATEN).reader
+        (gemm,) = (n for n in gm.graph.nodes if str(n.target) == GEMM)
+        (made,) = (n for n in gm.graph.nodes if str(n.target) == DEQUANTISE)
+        (product,) = reader.forms[gemm].products
+        seen.append({leaf for p in product.operands(reader)[1] for leaf in p.leaves})
+        seen.append({leaf for p in reader.operand(made, Cut(0, 1)) for leaf in p.leaves})
+
+    x = activation(FEW)
+    look(runlora_fx.joint_graph(layer("bitsandbytes, quantised scales"), (x,), strict=True))
+    assert seen[0] == seen[1]
 
 
 # --- mixed batches

@@ -24,7 +24,6 @@ from runlora_fx.passes.context import Context, Outcome
 from runlora_fx.passes.emit.apply import NotAppliedError, apply
 from runlora_fx.passes.emit.recompute import recompute_dropout_masks
 from runlora_fx.passes.emit.transaction import note_failure, transaction
-from runlora_fx.passes.lower.fused import fused_products
 from runlora_fx.passes.read.analysis import Analysis
 from runlora_fx.passes.read.regions import Region
 from runlora_fx.passes.search.decide import Decision
@@ -59,8 +58,7 @@ class PlannedRegion:
 
 def plan_linear_algebra(context: Context) -> Outcome:
     """Rewrite the linear algebra of a graph into its cheapest plans."""
-    with fused_products(context):
-        return _Planner(context).run()
+    return _Planner(context).run()
 
 
 class _Planner:

@@ -93,6 +93,8 @@ def _replace(task: Task, writer: Writer, emitter: Emitter, *, probes: bool) -> N
     # Without the tag the partitioner would keep them: for a merged weight a second copy of every
     # adapted weight, from forward to backward.
     recompute(emitter.recomputed, set(writer.written))
+    # The same for a weight that was quantised to be small, and is written whole.
+    recompute(writer.materialised, set(writer.written))
     for node in reversed(list(graph.nodes)):
         if reader.is_read(node) and not node.users:
             graph.erase_node(node)

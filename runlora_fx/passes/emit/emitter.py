@@ -196,4 +196,7 @@ class Emitter:
             return self._broadcasts.repeated(value, transposed)
         if self._scope.ones_side(step.left.T, step.right.T) is not None:
             return self._broadcasts.totalled(value, step, transposed)
+        fused = self._steps.fused_product(value, step, transposed)
+        if fused is not None:
+            return fused
         return self._steps.product(*self._steps.operands(value, step, transposed))

@@ -55,7 +55,7 @@ def _term(word: Word, c: float, leaves: Leaves) -> str:
 
 def _factor(factor: Factor, leaves: Leaves) -> str:
     leaf = leaves.matrices[factor.leaf]
-    name = "1" if leaf.node is None else leaf.node.name
+    name = leaf.origin.name
     if leaf.diagonal:
         return f"diag({name})"
     return f"{name}'" if factor.transposed else name

@@ -13,10 +13,11 @@ import torch
 from torch import fx
 
 from runlora_fx.passes.algebra.plan import Value
-from runlora_fx.passes.algebra.polynomials import Factor, Polynomial, Scalar
+from runlora_fx.passes.algebra.polynomials import Factor, Polynomial, Scalar, normalise
 from runlora_fx.passes.algebra.posed import Dim
 from runlora_fx.passes.emit.task import Task
 from runlora_fx.passes.emit.writer import Writer
+from runlora_fx.passes.levels.origins import Computed, FusedProduct
 from runlora_fx.passes.levels.sizes import equal, is_one, numel, shape_of, value_of
 
 
@@ -93,6 +94,26 @@ class Scope:
         if last is not None and last.transposed and self.is_ones(last):
             return "right"
         return None
+
+    def fused_operator(self, right: Polynomial, value: Value) -> FusedProduct | None:
+        """The operator that multiplies by a virtual leaf without making it.
+
+        Args:
+            right: The right factor of a product: the transpose of such a leaf.
+            value: What the product computes.
+
+        Returns:
+            None if there is no such operator, or if the plan makes the leaf anyway.
+        """
+        _, transposed, core = normalise(right)
+        factor = core.leaf
+        if factor is None or factor.transposed == transposed:
+            return None
+        origin = self.leaves.matrices[factor.leaf].origin
+        if not isinstance(origin, Computed) or origin.dtype != self.dtype(value):
+            return None
+        is_made = (factor.leaf, value.backward) in self.task.whole_leaves
+        return None if is_made else origin.product
 
     def scaled(self, node: fx.Node, scalar: Scalar) -> fx.Node:
         """A node times a number and scalar leaves."""

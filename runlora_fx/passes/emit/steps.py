@@ -2,6 +2,7 @@
 
     left @ right                     ->      mm, bmm, matmul; scaled where that costs least
     diag(g) P,  P diag(g)            ->      mul, broadcast over rows or columns
+    x W', W a virtual leaf           ->      the operator that makes no W, if there is one
     diagonal of left @ right         ->      mul, sum: dot products of rows or columns
 
 Invariant: a step decides nothing about the algebra. It obeys the plan.
@@ -57,6 +58,20 @@ class Steps:
             self._scope.writer.cast(a, dtype), self._scope.writer.cast(b, dtype), by_a * by_b
         )
 
+    def fused_product(self, value: Value, step: Product, transposed: bool) -> fx.Node | None:
+        """A product with a virtual leaf by the operator that does not make it; None if none is."""
+        for turned in (False, True):
+            left, right = (step.right.T, step.left.T) if turned else (step.left, step.right)
+            operator = self._scope.fused_operator(right, value)
+            if operator is None:
+                continue
+            x, by = self._values.operand(left, value.backward)
+            x = self._scope.writer.cast(x, self._scope.dtype(value))
+            node = self._scope.writer.call(operator.target, x, *operator.args)
+            node = self._scope.scaled(node, by * normalise(right).scalar)
+            return node if turned == transposed else self._scope.writer.transpose(node)
+        return None
+
     def unshared_product(self, value: Value) -> Product | None:
         """The step of a matrix product that nothing else reads; None if it is no such value."""
         step = self._scope.task.steps.get(value)
@@ -67,6 +82,8 @@ class Steps:
         if step.left.is_diagonal or step.right.is_diagonal:
             return None
         if self._scope.ones_side(step.left.T, step.right.T) is not None:
+            return None
+        if any(self._scope.fused_operator(p, value) for p in (step.right, step.left.T)):
             return None
         is_batched = self._scope.leaves.matrices[value.core.shown[0].leaf].batched
         return None if is_batched else step

@@ -19,6 +19,7 @@ from torch import fx
 from runlora_fx.passes.algebra.plan import (
     Keep,
     Plan,
+    Product,
     Step,
     Value,
     product_step,
@@ -83,6 +84,29 @@ class Task:
                 operands = (normalise(p).core for p in step_operands(step))
                 uses.update(self.value(core, value.backward) for core in operands)
         return uses
+
+    @cached_property
+    def whole_leaves(self) -> frozenset[tuple[int, bool]]:
+        """The leaves that a step of either phase reads otherwise than as M in ``x M'``."""
+        matrices, found = self.analysis.reader.leaves.matrices, set[tuple[int, bool]]()
+        for value, step in self.steps.items():
+            operands = [(p, normalise(p)) for p in step_operands(step)]
+            leaves = [core.leaf for _, (_, _, core) in operands]
+            is_matmul = (
+                isinstance(step, Product)
+                and not value.core.is_dots
+                and not any(p.is_diagonal for p, _ in operands)
+                and not any(leaf is not None and matrices[leaf.leaf].is_ones for leaf in leaves)
+            )
+            for place, (leaf, (_, (_, transposed, _))) in enumerate(
+                zip(leaves, operands, strict=True)
+            ):
+                if leaf is None:
+                    continue
+                stands = leaf.transposed == transposed
+                if not is_matmul or stands == (place == 1):
+                    found.add((leaf.leaf, value.backward))
+        return frozenset(found)
 
     def came_so(self, value: Value, step: Step) -> bool:
         """Whether the incoming graph makes all that a step reads as the plan does.

@@ -26,7 +26,7 @@ from runlora_fx.passes.levels.forms import (
 )
 from runlora_fx.passes.levels.forms.products import aligned_factors
 from runlora_fx.passes.levels.level import Dialect
-from runlora_fx.passes.levels.origins import Origin
+from runlora_fx.passes.levels.origins import Computed, Origin
 from runlora_fx.passes.levels.sizes import (
     Shape,
     dim_of,
@@ -45,13 +45,18 @@ class EmissionError(RuntimeError):
 
 
 class Writer:
-    """Writes nodes in front of an anchor, which lends them its metadata."""
+    """Writes nodes in front of an anchor, which lends them its metadata.
+
+    Attributes:
+        materialised: What computes virtual leaves that a plan needs.
+    """
 
     def __init__(self, graph: fx.Graph, reader: GraphReader, dialect: Dialect) -> None:
         """Write into the graph that the reader has read."""
         self._insert = Inserter(graph)
         self._reader = reader
         self._calls = dialect.calls
+        self.materialised: list[fx.Node] = []
         self._position = {node: i for i, node in enumerate(graph.nodes)}
 
     def move_to(self, anchor: fx.Node) -> None:
@@ -170,8 +175,11 @@ class Writer:
         """The tensor of a leaf: the node that holds it, or one that is written."""
         if origin.node is not None:
             return origin.node
+        begin = len(self.written)
         node = origin.write(self)
         self._reader.forms[node] = Written(origin)
+        if isinstance(origin, Computed):
+            self.materialised += [node, *self.written[begin:]]
         return node
 
     @property
@@ -218,8 +226,8 @@ class Writer:
         return self._call(target, *args, **kwargs)
 
     def _call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        known = self._reader.values.find(target, args, kwargs)
-        if known is not None and self.is_before(known):
+        known = self._reader.values.find(target, args, kwargs, self.is_before)
+        if known is not None:
             return known
         node = self._insert(target, *args, **kwargs)
         # After the anchor's operands and before the anchor: as early as anything written here.

@@ -16,6 +16,7 @@ from torch import fx
 from runlora_fx.passes.levels import readers as builders
 from runlora_fx.passes.levels.forms import Form, Identity
 from runlora_fx.passes.levels.level import Calls, Dialect
+from runlora_fx.passes.levels.quantised import gemm_4bit
 from runlora_fx.passes.levels.sizes import equal, requested_shape, same_shape, shape_of, value_of
 from runlora_fx.runtime import kept_weights as reuse  # noqa: F401  (registers the operator)
 
@@ -152,6 +153,7 @@ ATEN = Dialect(
         _aten.eye.m: _eye,
         _aten.where.self: _where,
     },
+    foreign={"bitsandbytes.gemm_4bit.default": gemm_4bit},
     calls=Calls(
         mm=_aten.mm.default,
         bmm=_aten.bmm.default,

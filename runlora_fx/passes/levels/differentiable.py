@@ -25,7 +25,7 @@ from runlora_fx.passes.levels.torch_functions import TORCH
 
 _READERS = {**TORCH.readers, **DIFFERENTIABLE_ATEN.readers}
 _WRITES_ATEN = replace(DIFFERENTIABLE_ATEN, readers=_READERS)
-_WRITES_TORCH = replace(TORCH, readers=_READERS)
+_WRITES_TORCH = replace(TORCH, readers=_READERS, foreign=DIFFERENTIABLE_ATEN.foreign)
 
 
 def level_of(graph: fx.Graph) -> Dialect:

@@ -8,12 +8,16 @@ Invariant: a node that no reader takes has no form, and is a leaf.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from torch import fx
+from torch._ops import OpOverload
 
 from runlora_fx.passes.levels.forms import Form
+
+#: The namespaces of operators that are always registered.
+_OWN = ("aten", "prims", "runlora")
 
 #: How many nodes :meth:`Dialect.is_made_of_product` looks through.
 _DEPTH = 6
@@ -62,6 +66,8 @@ class Dialect:
         readers: By call target, or by method name where the level has method calls. Each takes the
             node's own arguments and returns its form, or None for "not linear".
         calls: The targets that emission writes.
+        foreign: Readers of operators of other libraries, by their names: they are registered where
+            the library is imported.
         unread: Nodes that must not be read through, whatever they call.
     """
 
@@ -69,13 +75,14 @@ class Dialect:
     graph: str
     readers: Mapping[Any, Reader]
     calls: Calls
+    foreign: Mapping[str, Reader] = field(default_factory=dict)
     unread: frozenset[fx.Node] = frozenset()
 
     def read(self, node: fx.Node) -> Form | None:
         """The form of a node, or None if it is not readable linear algebra."""
         if node.op not in ("call_function", "call_method") or node in self.unread:
             return None
-        reader = self.readers.get(node.target)
+        reader = self.readers.get(node.target) or self._foreign_reader(node.target)
         if reader is None:
             return None
         try:
@@ -84,6 +91,10 @@ class Dialect:
             # An overload whose arguments the reader does not take (out=, dtype=, ...): a leaf.
             return None
         return None if form is None or not self.unread.isdisjoint(form.absorbed) else form
+
+    def _foreign_reader(self, target: object) -> Reader | None:
+        is_foreign = isinstance(target, OpOverload) and target.namespace not in _OWN
+        return self.foreign.get(str(target)) if is_foreign else None
 
     def absorbing(self, node: fx.Node) -> fx.Node | None:
         """The one user that reads a node as a part of itself; None if there is none."""

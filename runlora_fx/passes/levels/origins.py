@@ -1,12 +1,14 @@
 """Origins: where the tensor of a leaf comes from.
 
 Example: the leaf ``W`` of ``mm(x, w)`` is held by the node ``w``. The column of ones that repeats a
-bias is held by no node; emission writes it where a plan needs it.
+bias is held by no node; emission writes it where a plan needs it. So is the weight that
+``gemm_4bit(x, packed, ...)`` dequantises inside: it is ``dequantize_4bit(packed, ...)``.
 
-A new origin, such as a weight that a fused operator dequantises inside, is one class here, and one
-call of :meth:`Reading.virtual` in the form that knows of it.
+What no node holds is a *virtual* leaf. A form that knows of one names it by a
+:class:`~runlora_fx.passes.levels.forms.VirtualOperand`. A new origin is one class here.
 
-Invariant: two leaves are one if their origins are of one type and have equal keys and sizes.
+Invariant: two leaves are one if their origins have equal keys and they have equal sizes. A tensor
+has one key, whether a node holds it or not.
 """
 
 from __future__ import annotations
@@ -20,6 +22,21 @@ from torch import fx
 
 from runlora_fx.passes.algebra.posed import Dim
 from runlora_fx.passes.levels.sizes import value_of
+
+
+class Numbers(Protocol):
+    """The numbers of values: equal values have equal numbers."""
+
+    def of(self, node: fx.Node) -> int:
+        """The number of a node's value."""
+
+    def of_call(self, target: Callable[..., Any], args: tuple[Any, ...]) -> int:
+        """The number of what a call computes, whether or not a node makes it.
+
+        Args:
+            target: What is called.
+            args: Nodes, constants, and origins that are computed.
+        """
 
 
 class LeafWriter(Protocol):
@@ -47,12 +64,12 @@ class Origin(Protocol):
     def dtype(self) -> torch.dtype | None:
         """The dtype of the tensor; None if it is written in any."""
 
-    def key(self, number_of: Callable[[fx.Node], int]) -> Hashable:
-        """What identifies the tensor among the origins of its type.
+    @property
+    def name(self) -> str:
+        """What the tensor is called where a formula is shown."""
 
-        Args:
-            number_of: The number of a node's value; equal values have equal numbers.
-        """
+    def key(self, numbers: Numbers) -> Hashable:
+        """What identifies the tensor."""
 
     def write(self, writer: LeafWriter) -> fx.Node:
         """The node that holds the tensor, written where the writer stands if there is none."""
@@ -75,9 +92,14 @@ class Held:
         val = value_of(self.node)
         return None if val is None else val.dtype
 
-    def key(self, number_of: Callable[[fx.Node], int]) -> Hashable:
+    @property
+    def name(self) -> str:
+        """That of the node."""
+        return self.node.name
+
+    def key(self, numbers: Numbers) -> Hashable:
         """The node's value."""
-        return number_of(self.node)
+        return numbers.of(self.node)
 
     def write(self, writer: LeafWriter) -> fx.Node:
         """The node; nothing is written."""
@@ -93,11 +115,72 @@ class OnesColumn:
     node: ClassVar[None] = None
     sources: ClassVar[tuple[fx.Node, ...]] = ()
     dtype: ClassVar[None] = None
+    name: ClassVar[str] = "1"
 
-    def key(self, number_of: Callable[[fx.Node], int]) -> Hashable:
-        """The number of rows, which the sizes of the leaf tell already."""
-        return ()
+    def key(self, numbers: Numbers) -> Hashable:
+        """The number of rows."""
+        return OnesColumn, self.rows
 
     def write(self, writer: LeafWriter) -> fx.Node:
         """A column of ones."""
         return writer.ones(self.rows)
+
+
+@dataclass(frozen=True)
+class FusedProduct:
+    """An operator that multiplies by a computed matrix M and makes no M: ``target(x, *args)``.
+
+    Attributes:
+        target: Computes ``x M'`` for ``x`` of any number of rows.
+        args: Its arguments behind ``x``.
+    """
+
+    target: Callable[..., Any]
+    args: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A call of nodes computes the tensor; some node may hold it, or none.
+
+    Attributes:
+        target: What is called.
+        args: Its arguments: nodes, constants, and other computed tensors.
+        dtype: The dtype of the tensor.
+        product: How to multiply by it without making it, if there is a way. It does not tell two
+            tensors apart.
+    """
+
+    target: Callable[..., Any]
+    args: tuple[Any, ...]
+    dtype: torch.dtype
+    product: FusedProduct | None = None
+
+    node: ClassVar[None] = None
+
+    @property
+    def sources(self) -> tuple[fx.Node, ...]:
+        """The nodes among the arguments, also among those of computed arguments."""
+        found: dict[fx.Node, None] = {}
+        for x in self.args:
+            if isinstance(x, Computed):
+                found.update(dict.fromkeys(x.sources))
+            elif isinstance(x, fx.Node):
+                found[x] = None
+        return tuple(found)
+
+    @property
+    def name(self) -> str:
+        """The call, as ``dequantize_4bit(primals_2)``."""
+        target = getattr(self.target, "overloadpacket", self.target)
+        first = next((node.name for node in self.sources), "")
+        return f"{getattr(target, '__name__', target)}({first})"
+
+    def key(self, numbers: Numbers) -> Hashable:
+        """The number of the call."""
+        return numbers.of_call(self.target, self.args)
+
+    def write(self, writer: LeafWriter) -> fx.Node:
+        """The call, and what it takes."""
+        args = (x.write(writer) if isinstance(x, Computed) else x for x in self.args)
+        return writer.call(self.target, *args)

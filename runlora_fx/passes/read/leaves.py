@@ -102,7 +102,7 @@ class Leaves:
         """A matrix that no node holds, as a leaf; the same one for equal origins."""
         if isinstance(origin, OnesColumn):
             return self.ones(origin.rows)
-        key = (type(origin), origin.key(values.of), rows, cols)
+        key = (origin.key(values), (1, rows, cols))  # as for a node that holds it
         return algebra.leaf(self._numbered(key, lambda: Leaf(origin, 1, rows, cols, False)))
 
     def diagonal(self, values: ValueNumbers, vector: fx.Node) -> Polynomial:

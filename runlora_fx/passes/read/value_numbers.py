@@ -7,13 +7,14 @@ leaf is therefore a value, not a node.
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from itertools import count
 from typing import Any
 
 import torch
 from torch import fx
 
+from runlora_fx.passes.levels.origins import Computed
 from runlora_fx.passes.read import calls
 from runlora_fx.passes.read.effects import Effects
 
@@ -70,11 +71,31 @@ class ValueNumbers:
         """All nodes that hold the same value as this one, itself included."""
         return self._nodes[self.of(node)]
 
-    def find(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node | None:
-        """The earliest node that already makes this very call."""
+    def find(
+        self,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        is_usable: Callable[[fx.Node], bool],
+    ) -> fx.Node | None:
+        """The first usable node that already makes this very call."""
         key = self.key("call_function", target, args, kwargs)
         number = self._by_key.get(key) if key is not None else None
-        return None if number is None else self._nodes[number][0]
+        nodes = [] if number is None else self._nodes.get(number, [])
+        return next(filter(is_usable, nodes), None)
+
+    def of_call(self, target: Any, args: tuple[Any, ...]) -> int:
+        """The number of what a call computes, whether or not a node makes it.
+
+        Args:
+            target: What is called.
+            args: Nodes, constants, and origins that are computed.
+        """
+        key = self.key("call_function", target, args, {})
+        number = None if key is None else self._by_key.get(key)
+        if number is None:
+            number = self._by_key[key] = next(self._fresh)
+        return number
 
     def key(
         self, op: str, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -96,6 +117,8 @@ class ValueNumbers:
     def _freeze(self, x: Any) -> Hashable:
         if isinstance(x, fx.Node):
             return ("value", self.of(x))
+        if isinstance(x, Computed):
+            return ("value", self.of_call(x.target, x.args))
         if isinstance(x, list | tuple):
             return tuple(self._freeze(y) for y in x)
         if isinstance(x, dict):

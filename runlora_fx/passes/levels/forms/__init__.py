@@ -9,7 +9,14 @@ Forms are named apart from the steps of a plan: a :class:`MatrixProduct` is what
 """
 
 from runlora_fx.passes.levels.forms.broadcasts import Broadcast, Total
-from runlora_fx.passes.levels.forms.form import Diagonals, Form, LinearNodes, Operand, Reading
+from runlora_fx.passes.levels.forms.form import (
+    Diagonals,
+    Form,
+    LinearNodes,
+    Operand,
+    Reading,
+    VirtualOperand,
+)
 from runlora_fx.passes.levels.forms.multiples import DiagonalMultiple, ScalarMultiple, Shift
 from runlora_fx.passes.levels.forms.products import (
     DiagonalOfProduct,
@@ -40,6 +47,7 @@ __all__ = [
     "Shift",
     "SumOfProducts",
     "Total",
+    "VirtualOperand",
     "WeightedSum",
     "Written",
 ]

@@ -9,8 +9,8 @@ Invariant: :meth:`Form.expand` is exactly what the node computes, seen through t
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol, TypeAlias
 
 from torch import fx
 
@@ -72,11 +72,11 @@ class Factors(Protocol):
     """Two matrices that are multiplied."""
 
     @property
-    def left(self) -> Operand:
+    def left(self) -> Factor:
         """The first factor."""
 
     @property
-    def right(self) -> Operand:
+    def right(self) -> Factor:
         """The second factor."""
 
     @property
@@ -204,9 +204,50 @@ class Operand:
     @property
     def T(self) -> Operand:
         """The transposed operand."""
-        return Operand(self.node, self.cut, not self.transposed)
+        return replace(self, transposed=not self.transposed)
+
+    def reads_as_computed(self, source: fx.Node, linear: Cuts) -> bool:
+        """True unless it is the source, seen through another cut than it was computed with."""
+        return self.node is not source or linear.shows(source, self.cut)
 
     def addends(self, reading: Reading) -> Addends:
         """The operand as addends."""
         found = reading.operand(self.node, self.cut)
         return transposed(found) if self.transposed else found
+
+
+@dataclass(frozen=True)
+class VirtualOperand:
+    """A matrix that no node holds, maybe transposed.
+
+    Attributes:
+        origin: How it is written where a plan needs it.
+        rows: Its rows, untransposed.
+        cols: Its columns.
+        transposed: Whether the transpose is meant.
+    """
+
+    origin: Origin
+    rows: Dim
+    cols: Dim
+    transposed: bool = False
+
+    node: ClassVar[None] = None
+
+    @property
+    def T(self) -> VirtualOperand:
+        """The transposed operand."""
+        return replace(self, transposed=not self.transposed)
+
+    def reads_as_computed(self, source: fx.Node, linear: Cuts) -> bool:
+        """True: it is no node."""
+        return True
+
+    def addends(self, reading: Reading) -> Addends:
+        """The leaf."""
+        leaf = reading.virtual(self.origin, self.rows, self.cols)
+        return (leaf.T if self.transposed else leaf,)
+
+
+#: What is multiplied.
+Factor: TypeAlias = Operand | VirtualOperand

@@ -17,7 +17,7 @@ from torch import fx
 from runlora_fx.passes.algebra.addends import Addends, total
 from runlora_fx.passes.algebra.polynomials import IDENTITY
 from runlora_fx.passes.levels.cuts import Cut, last_dim_cut, same_matrix
-from runlora_fx.passes.levels.forms.form import Cuts, Form, LinearNodes, Operand, Reading
+from runlora_fx.passes.levels.forms.form import Cuts, Factor, Form, LinearNodes, Operand, Reading
 from runlora_fx.passes.levels.sizes import Shape
 
 
@@ -31,14 +31,15 @@ class _OfTwo(Form):
         out: The cut through which the node shows the result.
     """
 
-    left: Operand
-    right: Operand
+    left: Factor
+    right: Factor
     out: Cut
 
     @property
     def sources(self) -> tuple[fx.Node, ...]:
-        """Both factors."""
-        return (self.left.node, self.right.node)
+        """The factors that nodes hold."""
+        nodes = (self.left.node, self.right.node)
+        return tuple(node for node in nodes if node is not None)
 
     def cut(self, node: fx.Node, linear: LinearNodes) -> Cut | None:
         """As it is made."""
@@ -46,8 +47,7 @@ class _OfTwo(Form):
 
     def reads_as_computed(self, source: fx.Node, node: fx.Node, linear: Cuts) -> bool:
         """True if each factor that is the source shows it as it was computed."""
-        factors = (self.left, self.right)
-        return all(f.node is not source or linear.shows(source, f.cut) for f in factors)
+        return all(f.reads_as_computed(source, linear) for f in (self.left, self.right))
 
     def operands(self, reading: Reading) -> tuple[Addends, Addends]:
         """Both factors, as the graph adds them up."""
