@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+import torch
 from torch import fx
-from torch._ops import OpOverload
 
 from runlora_fx.passes.levels.forms import Form
 
@@ -93,7 +93,7 @@ class Dialect:
         return None if form is None or not self.unread.isdisjoint(form.absorbed) else form
 
     def _foreign_reader(self, target: object) -> Reader | None:
-        is_foreign = isinstance(target, OpOverload) and target.namespace not in _OWN
+        is_foreign = isinstance(target, torch._ops.OpOverload) and target.namespace not in _OWN
         return self.foreign.get(str(target)) if is_foreign else None
 
     def absorbing(self, node: fx.Node) -> fx.Node | None:
