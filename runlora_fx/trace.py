@@ -18,7 +18,6 @@ from runlora_fx.joint_pass import run
 from runlora_fx.keywords import split_keywords
 from runlora_fx.options import Options
 from runlora_fx.passes.levels.differentiable import level_of
-from runlora_fx.passes.lower.modules import Lowering
 from runlora_fx.passes.read.example_values import annotate
 from runlora_fx.report.data import Report, merged
 
@@ -46,11 +45,8 @@ def rewrite(
     """
     chosen = Options.of(options)
     result = _copy(gm)
-    lowering = Lowering(result)
     annotate(result, example_inputs)
-    lowering.lift_attributes()
     run(result.graph, level_of(result.graph), chosen)
-    lowering.undo()
     result.graph.lint()
     result.recompile()
     return result

@@ -37,6 +37,7 @@ from runlora_fx.passes.levels.aten import ATEN
 from runlora_fx.passes.levels.cuts import Cut
 from runlora_fx.passes.pipeline import rewrite_graph
 from runlora_fx.passes.read.analysis import Analysis
+from runlora_fx.passes.tune.region_graph import region_graph
 
 sys.path.append(str(Path(__file__).parent.parent / "examples" / "flavours"))
 
@@ -296,6 +297,19 @@ def test_a_weight_dequantised_in_both_phases_is_one_leaf() -> None:
     x = activation(FEW)
     look(runlora_fx.joint_graph(layer("bitsandbytes, quantised scales"), (x,), strict=True))
     assert seen[0] == seen[1]
+
+
+def test_a_trial_of_a_region_reads_the_same_problem() -> None:
+    """What computes a virtual leaf is taken along, so that both phases read one leaf there too."""
+
+    def look(gm: fx.GraphModule) -> None:
+        whole = Analysis(gm.graph, ATEN)
+        tried = region_graph(gm.graph, whole.reader, whole.phases, whole.regions.regions[0])
+        alone = Analysis(tried.module.graph, ATEN)
+        assert [posed.problem for posed in alone.posed] == [whole.posed[0].problem]
+
+    x = activation(FEW)
+    look(runlora_fx.joint_graph(layer("bitsandbytes, quantised scales"), (x,), strict=True))
 
 
 # --- mixed batches

@@ -18,7 +18,9 @@ from runlora_fx.passes.emit.results import keep_results_apart, memory_of_results
 from runlora_fx.passes.emit.task import Task, task_of
 from runlora_fx.passes.emit.verify import verify
 from runlora_fx.passes.emit.writer import Writer
+from runlora_fx.passes.levels.level import asks_about
 from runlora_fx.passes.read.analysis import Analysis
+from runlora_fx.passes.read.reader import GraphReader
 from runlora_fx.passes.read.regions import Root
 
 
@@ -96,9 +98,19 @@ def _replace(task: Task, writer: Writer, emitter: Emitter, *, probes: bool) -> N
     # The same for a weight that was quantised to be small, and is written whole.
     recompute(writer.materialised, set(writer.written))
     for node in reversed(list(graph.nodes)):
-        if reader.is_read(node) and not node.users:
-            graph.erase_node(node)
+        if reader.is_read(node):
+            _ask_another(reader, node)
+            if not node.users:
+                graph.erase_node(node)
     _drop_copies(graph, emitter.copied)
+
+
+def _ask_another(reader: GraphReader, node: fx.Node) -> None:
+    """Where only its dtype or device is still asked for, have a source of the node asked."""
+    other = reader.linear.stand_in(node)
+    if other is not None and all(map(asks_about, node.users)):
+        for user in list(node.users):
+            user.replace_input_with(node, other)
 
 
 @contextmanager

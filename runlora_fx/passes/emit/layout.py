@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from runlora_fx.passes.algebra.posed import Dim
+from runlora_fx.passes.levels.modules import drops_nothing, is_plain_linear, module_of
 from runlora_fx.passes.levels.sizes import equal, is_one, numel, shape_of, strides_of, value_of
 
 #: What a reader makes of a layout: its result has a layout of its own; the result's layout follows;
@@ -116,6 +117,10 @@ def _reading(user: fx.Node, node: fx.Node) -> _Reading:
         return _reading_of_operator(user, node, target)
     if user.op == "call_method":
         return "follows" if target in _FOLLOWING_NAMES else "relies"
+    if user.op == "call_module":
+        module = module_of(user)
+        is_known = module is not None and (is_plain_linear(module) or drops_nothing(module))
+        return "follows" if is_known else "relies"
     if user.op != "call_function":
         return "relies"
     is_known = getattr(target, "__module__", None) in (*_KNOWN_MODULES, None)

@@ -52,6 +52,18 @@ class Inserter:
             value = target(*values_of(args), **values_of(kwargs))
         with self._graph.inserting_before(anchor):
             node = self._graph.call_function(target, args, kwargs)
+        return self._described(node, value)
+
+    def attribute(self, name: str, tensor: torch.Tensor) -> fx.Node:
+        """Write what reads an attribute of the graph's module."""
+        value = tensor if self.mode is None else self.mode.from_tensor(tensor, static_shapes=True)
+        with self._graph.inserting_before(self.anchor):
+            node = self._graph.get_attr(name)
+        return self._described(node, value)
+
+    def _described(self, node: fx.Node, value: Any) -> fx.Node:
+        """A new node with its metadata."""
+        anchor = self.anchor
         node.meta = {name: anchor.meta[name] for name in COPIED_META if name in anchor.meta}
         if node.meta.get("recompute") in _SAVED:
             del node.meta["recompute"]  # it is the anchor's result that the user saves

@@ -25,7 +25,18 @@ from torch import fx
 from runlora_fx._torch_compat import outside_all_modes
 from runlora_fx.passes.emit.layout import takes_any_layout
 from runlora_fx.passes.emit.verify import VerificationError
-from runlora_fx.passes.levels.sizes import dim_of, shape_of, value_of
+from runlora_fx.passes.levels.forms import (
+    Broadcast,
+    Copy,
+    Form,
+    MatrixProduct,
+    Operand,
+    RepeatedRow,
+    VirtualOperand,
+    WeightedSum,
+)
+from runlora_fx.passes.levels.origins import Attribute, Computed, Origin
+from runlora_fx.passes.levels.sizes import Shape, dim_of, shape_of, value_of
 from runlora_fx.passes.read.analysis import Analysis
 from runlora_fx.passes.read.calls import name_of
 
@@ -105,6 +116,9 @@ class _Probe:
         self._generator = torch.Generator().manual_seed(0)
         self._random: dict[Hashable, Any] = {}
         self._keys: dict[fx.Node, Hashable] = {}
+        reader = analysis.reader
+        origins = (leaf.origin for leaf in reader.leaves.matrices)
+        self._virtual = {o.key(reader.values) for o in origins if isinstance(o, Computed)}
 
     def values(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """What both nodes hold; None if that takes too much memory."""
@@ -125,7 +139,7 @@ class _Probe:
         pending, above = list(self._ends), 0
         while pending:
             node = pending.pop(0)
-            if node in run or node.op not in ("call_function", "call_method"):
+            if node in run or not self._is_run(node):
                 continue
             if node not in self._written and node not in self._analysis.reader.forms:
                 if above == _MAX_NODES or not self._is_simple(node):
@@ -136,6 +150,13 @@ class _Probe:
             run.add(node)
             pending.extend(node.all_input_nodes)
         return run
+
+    def _is_run(self, node: fx.Node) -> bool:
+        """Whether a node computes something that may be run; a virtual leaf is random."""
+        if node.op == "call_module":
+            return node in self._analysis.reader.forms
+        is_call = node.op in ("call_function", "call_method")
+        return is_call and self._analysis.reader.values.of(node) not in self._virtual
 
     def _is_simple(self, node: fx.Node) -> bool:
         if name_of(node.target) in _CONSTANTS:
@@ -182,6 +203,9 @@ class _Probe:
             return (node.op, node.target)
         if node.op not in ("call_function", "call_method") or self._is_random(node):
             return node
+        number = self._analysis.reader.values.of(node)
+        if number in self._virtual:
+            return ("virtual", number)
         args = fx.node.map_arg((node.args, node.kwargs), self._number)
         return (node.op, node.target, repr(args))
 
@@ -192,7 +216,9 @@ class _Probe:
 
     def _run(self, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
         """What a call makes of known values, in fp64 and on the CPU."""
-        sources = node.all_input_nodes
+        form, sources = self._analysis.reader.forms.get(node), node.all_input_nodes
+        if form is not None and (form.origins or node.op == "call_module"):
+            return self._read_through(form, known)
         if name_of(node.target) in _CASTS and self._is_floating(node, sources[0]):
             return known[sources[0]]
         given: Any = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: known[n])
@@ -210,6 +236,32 @@ class _Probe:
         if isinstance(made, torch.Tensor) and made.is_floating_point():
             return made.double()
         return made
+
+    def _read_through(self, form: Form, known: dict[fx.Node, Any]) -> Any:
+        """What a node with virtual leaves computes: itself it may not run in fp64."""
+        match form:
+            case Copy(source) | Broadcast(source):
+                return known[source]
+            case RepeatedRow(origin, size):
+                return self._leaf(origin, (size,))
+            case MatrixProduct(Operand(node), VirtualOperand(origin, rows, cols)):
+                return known[node] @ self._leaf(origin, (rows, cols)).T
+            case WeightedSum(terms):
+                return sum(c * self._read_through(term, known) for term, c in terms)
+        raise NotImplementedError(f"a probe of {form}")
+
+    def _leaf(self, origin: Origin, shape: Shape) -> torch.Tensor:
+        """The random numbers of a virtual leaf, also where a node holds it."""
+        if isinstance(origin, Attribute):
+            key: Hashable = ("get_attr", origin.target)
+        else:
+            key = ("virtual", origin.key(self._analysis.reader.values))
+        if key not in self._random:
+            sizes = tuple(map(self._analysis.hint, shape))
+            numbers = torch.rand(sizes, generator=self._generator, dtype=torch.float64)
+            self._random[key] = numbers + 0.5
+        found: torch.Tensor = self._random[key]
+        return found
 
     def _is_floating(self, *nodes: fx.Node) -> bool:
         values = [value_of(node) for node in nodes]

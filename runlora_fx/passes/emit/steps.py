@@ -67,7 +67,7 @@ class Steps:
                 continue
             x, by = self._values.operand(left, value.backward)
             x = self._scope.writer.cast(x, self._scope.dtype(value))
-            node = self._scope.writer.call(operator.target, x, *operator.args)
+            node = operator.write(self._scope.writer, x)
             node = self._scope.scaled(node, by * normalise(right).scalar)
             return node if turned == transposed else self._scope.writer.transpose(node)
         return None

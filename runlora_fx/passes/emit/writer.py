@@ -225,15 +225,23 @@ class Writer:
         """Any call that computes a tensor from others; an equal one that stands before it."""
         return self._call(target, *args, **kwargs)
 
+    def attribute(self, name: str, tensor: torch.Tensor) -> fx.Node:
+        """The node that reads an attribute of the graph's module."""
+        node = self._insert.attribute(name, tensor)
+        return self._placed(node)
+
     def _call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         known = self._reader.values.find(target, args, kwargs, self.is_before)
         if known is not None:
             return known
-        node = self._insert(target, *args, **kwargs)
+        node = self._placed(self._insert(target, *args, **kwargs))
+        self._reader.classify(node)
+        return node
+
+    def _placed(self, node: fx.Node) -> fx.Node:
         # After the anchor's operands and before the anchor: as early as anything written here.
         self._position[node] = self._position[self._insert.anchor] - 1
         self._reader.values.of(node)
-        self._reader.classify(node)
         return node
 
     def erase(self) -> None:

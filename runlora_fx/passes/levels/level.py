@@ -56,6 +56,12 @@ class Calls:
     merged: Callable[..., Any] | None = None
 
 
+def asks_about(node: fx.Node) -> bool:
+    """Whether a node reads the dtype or the device of a tensor, and no element."""
+    is_attribute = node.op == "call_function" and node.target is getattr
+    return is_attribute and node.args[1] in ("dtype", "device")
+
+
 @dataclass(frozen=True)
 class Dialect:
     """One graph level.
@@ -68,6 +74,7 @@ class Dialect:
         calls: The targets that emission writes.
         foreign: Readers of operators of other libraries, by their names: they are registered where
             the library is imported.
+        modules: Reads a node that calls a module, where the level has such nodes.
         unread: Nodes that must not be read through, whatever they call.
     """
 
@@ -76,11 +83,16 @@ class Dialect:
     readers: Mapping[Any, Reader]
     calls: Calls
     foreign: Mapping[str, Reader] = field(default_factory=dict)
+    modules: Callable[[fx.Node], Form | None] | None = None
     unread: frozenset[fx.Node] = frozenset()
 
     def read(self, node: fx.Node) -> Form | None:
         """The form of a node, or None if it is not readable linear algebra."""
-        if node.op not in ("call_function", "call_method") or node in self.unread:
+        if node in self.unread:
+            return None
+        if node.op == "call_module":
+            return None if self.modules is None else self.modules(node)
+        if node.op not in ("call_function", "call_method"):
             return None
         reader = self.readers.get(node.target) or self._foreign_reader(node.target)
         if reader is None:
@@ -110,7 +122,8 @@ class Dialect:
 
     def users_of(self, node: fx.Node) -> list[fx.Node]:
         """The users of a node; where one is a part of another node, that node."""
-        return list(dict.fromkeys(self.absorbing(user) or user for user in node.users))
+        users = (user for user in node.users if not asks_about(user))
+        return list(dict.fromkeys(self.absorbing(user) or user for user in users))
 
     def is_made_of_product(self, node: fx.Node, depth: int = _DEPTH) -> bool:
         """Whether a product of matrices is added up, scaled, viewed or cast to a node."""

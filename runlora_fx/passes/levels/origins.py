@@ -13,8 +13,8 @@ has one key, whether a node holds it or not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -38,6 +38,9 @@ class Numbers(Protocol):
             args: Nodes, constants, and origins that are computed.
         """
 
+    def of_attribute(self, name: str, at: fx.Node) -> int:
+        """The number of what an attribute of the graph's module holds where a node reads it."""
+
 
 class LeafWriter(Protocol):
     """What emission offers to an origin that has to write its tensor."""
@@ -47,6 +50,9 @@ class LeafWriter(Protocol):
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """A call where the writer stands, or an equal one that stands before it."""
+
+    def attribute(self, name: str, tensor: torch.Tensor) -> fx.Node:
+        """The node that reads an attribute of the graph's module."""
 
 
 class Origin(Protocol):
@@ -138,6 +144,10 @@ class FusedProduct:
     target: Callable[..., Any]
     args: tuple[Any, ...]
 
+    def write(self, writer: LeafWriter, x: fx.Node) -> fx.Node:
+        """The product with a matrix."""
+        return writer.call(self.target, x, *_with_lists(self.args))
+
 
 @dataclass(frozen=True)
 class Computed:
@@ -159,15 +169,16 @@ class Computed:
     node: ClassVar[None] = None
 
     @property
+    def parts(self) -> tuple[Computed, ...]:
+        """It, and what is computed among its arguments."""
+        below = (x.parts for x in self.args if isinstance(x, Computed))
+        return (self, *(part for parts in below for part in parts))
+
+    @property
     def sources(self) -> tuple[fx.Node, ...]:
         """The nodes among the arguments, also among those of computed arguments."""
-        found: dict[fx.Node, None] = {}
-        for x in self.args:
-            if isinstance(x, Computed):
-                found.update(dict.fromkeys(x.sources))
-            elif isinstance(x, fx.Node):
-                found[x] = None
-        return tuple(found)
+        nodes = (x for part in self.parts for x in part.args if isinstance(x, fx.Node))
+        return tuple(dict.fromkeys(nodes))
 
     @property
     def name(self) -> str:
@@ -183,4 +194,45 @@ class Computed:
     def write(self, writer: LeafWriter) -> fx.Node:
         """The call, and what it takes."""
         args = (x.write(writer) if isinstance(x, Computed) else x for x in self.args)
-        return writer.call(self.target, *args)
+        return writer.call(self.target, *_with_lists(args))
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """An attribute of the graph's module, which a call of a module reads.
+
+    Attributes:
+        target: Its dotted name.
+        reader: The call.
+        tensor: The parameter.
+    """
+
+    target: str
+    reader: fx.Node
+    tensor: torch.Tensor = field(compare=False)
+
+    node: ClassVar[None] = None
+    sources: ClassVar[tuple[fx.Node, ...]] = ()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the parameter."""
+        return self.tensor.dtype
+
+    @property
+    def name(self) -> str:
+        """The dotted name."""
+        return self.target
+
+    def key(self, numbers: Numbers) -> Hashable:
+        """The number of a node that reads the attribute."""
+        return numbers.of_attribute(self.target, self.reader)
+
+    def write(self, writer: LeafWriter) -> fx.Node:
+        """Such a node."""
+        return writer.attribute(self.target, self.tensor)
+
+
+def _with_lists(args: Iterable[Any]) -> list[Any]:
+    """Arguments as a graph has them: lists of sizes are tuples here, which can be compared."""
+    return [list(x) if isinstance(x, tuple) else x for x in args]

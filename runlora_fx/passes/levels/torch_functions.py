@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from runlora_fx.passes.levels import readers as builders
 from runlora_fx.passes.levels.forms import Form, Identity
 from runlora_fx.passes.levels.level import Calls, Dialect
+from runlora_fx.passes.levels.modules import read_module
 
 
 def _keywords(reader: Callable[..., Form | None], *names: str) -> Callable[..., Form | None]:
@@ -138,6 +139,7 @@ TORCH = Dialect(
         "double": builders.cast,
         torch.eye: _eye,
     },
+    modules=read_module,
     calls=Calls(
         mm=torch.mm,
         bmm=torch.bmm,

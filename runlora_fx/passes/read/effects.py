@@ -124,7 +124,7 @@ class Effects:
         if not self.is_pure(node) or self.mode_of(node) != self.mode_of(to):
             return False
         here, there = self._position[node], self._position[to]
-        seen = (self.memory_of(n) for n in (node, *node.all_input_nodes))
+        seen = (self.memory_of(node), *self._read(node))
         return all(self._version(m, here) == self._version(m, there) for m in seen)
 
     def is_overwritten(self, node: fx.Node) -> bool:
@@ -133,9 +133,16 @@ class Effects:
 
     def attribute(self, node: fx.Node) -> Hashable:
         """What two ``get_attr`` nodes have in common exactly if they hold the same contents."""
-        value = self._attribute(node)
+        value = self._attribute(str(node.target))
         same = id(value) if isinstance(value, torch.Tensor) else node.target
         return (same, self.version(node, node) if node in self._position else 0)
+
+    def attribute_at(self, name: str, node: fx.Node) -> Hashable:
+        """The same for an attribute that another node of the graph reads."""
+        value = self._attribute(name)
+        if not isinstance(value, torch.Tensor):
+            return (name, 0)
+        return (id(value), self._version(frozenset([_storage(value)]), self._position[node]))
 
     @property
     def writes_inputs(self) -> bool:
@@ -211,8 +218,14 @@ class Effects:
     def _changes(self, node: fx.Node, until: int) -> bool:
         """Whether what a node reads is modified behind it, in front of a position."""
         here = self._position[node]
-        read = map(self.memory_of, node.all_input_nodes)
+        read = self._read(node)
         return any(self._version(m, here) != self._version(m, until) for m in read)
+
+    def _read(self, node: fx.Node) -> Iterator[frozenset[Memory]]:
+        """The memory that a node reads: of its arguments, and of the state of what it calls."""
+        yield from map(self.memory_of, node.all_input_nodes)
+        if node.op == "call_module":
+            yield self._module(node).state
 
     # -- versions ------------------------------------------------------------------------------
 
@@ -229,6 +242,8 @@ class Effects:
     def _is_pure(self, node: fx.Node) -> bool:
         if node.op in ("placeholder", "get_attr"):
             return True
+        if node.op == "call_module":
+            return self._module(node).is_pure
         if node.op not in ("call_function", "call_method"):
             return False
         return calls.is_pure(node.target, node.args, node.kwargs)
@@ -239,7 +254,7 @@ class Effects:
                 value = node.meta.get("val")
                 return frozenset([_storage(value) if isinstance(value, torch.Tensor) else node])
             case "get_attr":
-                value = self._attribute(node)
+                value = self._attribute(str(node.target))
                 return frozenset([_storage(value) if isinstance(value, torch.Tensor) else node])
             case "output":
                 return _NOTHING
@@ -291,10 +306,10 @@ class Effects:
             self._modules[node] = module_effects(module, _storage)
         return self._modules[node]
 
-    def _attribute(self, node: fx.Node) -> object:
-        """What a ``get_attr`` node reads; None if the graph belongs to no module."""
+    def _attribute(self, target: str) -> object:
+        """What an attribute holds; None if the graph belongs to no module."""
         found: object = self._owner
-        for name in str(node.target).split("."):
+        for name in target.split("."):
             found = getattr(found, name, None)
         return found
 
@@ -302,7 +317,7 @@ class Effects:
         """The effects of the graphs that a higher-order operator calls."""
         if not calls.is_foreign(node.target) or self._owner is None:
             return []
-        found = (self._attribute(n) for n in node.all_input_nodes if n.op == "get_attr")
+        found = (self._attribute(str(n.target)) for n in node.all_input_nodes if n.op == "get_attr")
         return [Effects(module.graph) for module in found if isinstance(module, fx.GraphModule)]
 
 

@@ -15,7 +15,7 @@ from torch import fx
 
 from runlora_fx.passes.levels.cuts import Cut, same_matrix
 from runlora_fx.passes.levels.forms import Cast, Form
-from runlora_fx.passes.levels.level import Dialect
+from runlora_fx.passes.levels.level import Dialect, asks_about
 from runlora_fx.passes.levels.sizes import shape_of, value_of
 from runlora_fx.passes.read.casts import CastRules
 from runlora_fx.passes.read.expansion import Tables
@@ -40,8 +40,24 @@ class Linear:
     absorbed: Mapping[fx.Node, fx.Node]
 
     def users_of(self, node: fx.Node) -> list[fx.Node]:
-        """The users of a node; where one is a part of another node, that node."""
-        return list(dict.fromkeys(self.absorbed.get(user, user) for user in node.users))
+        """The users of a node; where one is a part of another node, that node.
+
+        What only asks for its dtype or device may ask another node (:meth:`stand_in`).
+        """
+        may_ask_another = self.stand_in(node) is not None
+        users = (user for user in node.users if not (may_ask_another and asks_about(user)))
+        return list(dict.fromkeys(self.absorbed.get(user, user) for user in users))
+
+    def stand_in(self, node: fx.Node) -> fx.Node | None:
+        """The first source of a node that has its dtype and device."""
+        here = value_of(node)
+        for source in self.forms[node].sources if node in self.forms else ():
+            val = value_of(source)
+            if val is None or here is None or val.device != here.device:
+                continue
+            if val.dtype == here.dtype:
+                return source
+        return None
 
     def cut_of(self, node: fx.Node) -> Cut | None:
         """The cut of a linear node; None for any other."""

@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from runlora_fx.passes.levels.modules import drops_nothing, is_hooked
+
 #: Modules that return new memory, whatever their arguments.
 _FRESH = (
     *(nn.Linear, nn.Bilinear, nn.Embedding, nn.LayerNorm, nn.GroupNorm),
@@ -51,6 +53,11 @@ class ModuleEffects:
     written: frozenset[Hashable]
     state: frozenset[Hashable]
 
+    @property
+    def is_pure(self) -> bool:
+        """Whether a call does nothing but return what its arguments and the state determine."""
+        return not (self.is_random or self.writes_arguments or self.written)
+
 
 def module_effects(module: nn.Module, memory: Callable[[torch.Tensor], Hashable]) -> ModuleEffects:
     """The effects of calling a module.
@@ -73,11 +80,6 @@ def module_effects(module: nn.Module, memory: Callable[[torch.Tensor], Hashable]
     )
 
 
-def is_hooked(module: nn.Module) -> bool:
-    """Whether calling a module also calls hooks."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
-
-
 def _is_known(module: nn.Module) -> bool:
     """Whether a module is one of torch's own and computes what its class says."""
     is_own = type(module).__module__.startswith("torch.nn.modules.")
@@ -85,7 +87,7 @@ def _is_known(module: nn.Module) -> bool:
 
 
 def _draws_nothing(module: nn.Module) -> bool:
-    return isinstance(module, _DETERMINISTIC) or not module.training
+    return isinstance(module, _DETERMINISTIC) or not module.training or drops_nothing(module)
 
 
 def _written(module: nn.Module) -> list[torch.Tensor]:

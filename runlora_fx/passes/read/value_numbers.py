@@ -97,6 +97,13 @@ class ValueNumbers:
             number = self._by_key[key] = next(self._fresh)
         return number
 
+    def of_attribute(self, name: str, at: fx.Node) -> int:
+        """The number of what an attribute of the graph's module holds where a node reads it."""
+        key = ("get_attr", self._effects.attribute_at(name, at))
+        if key not in self._by_key:
+            self._by_key[key] = next(self._fresh)
+        return self._by_key[key]
+
     def key(
         self, op: str, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Hashable | None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from runlora_fx.passes.levels.origins import Computed
 from runlora_fx.passes.levels.sizes import value_of
 from runlora_fx.passes.read.calls import is_pure
 from runlora_fx.passes.read.phases import Phases
@@ -70,6 +71,7 @@ def region_graph(
     """What computes a region's roots, with the pointwise operations before and after."""
     roots = {root.node for root, _ in region.demands}
     inner = _linear(reader, roots)
+    inner |= _virtual(reader, {n for node in inner for n in node.all_input_nodes})
     before = _pointwise({n for node in inner for n in node.all_input_nodes} - inner, upwards=True)
     after = _pointwise({user for root in roots for user in root.users} - inner, upwards=False)
     # What stands behind a root must not be taken for one of its inputs.
@@ -92,7 +94,7 @@ def region_graph(
     new.output(tuple(copies[node] for node in results))
     forward = sum(not phases.runs_backward(node) for node in results)
     is_joint = any(node in phases.tangent for node in given)
-    return RegionGraph(fx.GraphModule({}, new), forward, is_joint)
+    return RegionGraph(fx.GraphModule(graph.owning_module or {}, new), forward, is_joint)
 
 
 def _named(target: object) -> str:
@@ -123,6 +125,20 @@ def _linear(reader: GraphReader, roots: Iterable[fx.Node]) -> set[fx.Node]:
             if source not in found and source in reader.forms and source not in reader.stops:
                 found.add(source)
                 pending.append(source)
+    return found
+
+
+def _virtual(reader: GraphReader, nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes that compute virtual leaves: as inputs they would be leaves of their own."""
+    origins = [leaf.origin for leaf in reader.leaves.matrices if isinstance(leaf.origin, Computed)]
+    numbers = {part.key(reader.values) for origin in origins for part in origin.parts}
+    found: set[fx.Node] = set()
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        if node not in found and reader.values.of(node) in numbers:
+            found.add(node)
+            pending.extend(node.all_input_nodes)
     return found
 
 

@@ -175,7 +175,7 @@ def _planned(
     copied = fx.Graph()
     output = copied.graph_copy(tried.module.graph, {})
     copied.output(output)
-    module = fx.GraphModule({}, copied)
+    module = fx.GraphModule(tried.module, copied)
     if plan is not None:
         own = Analysis(copied, analysis.dialect, casts=analysis.reader.casts)
         index = next(i for i, posed in enumerate(own.posed) if posed.problem == problem)

@@ -8,7 +8,7 @@ Forms are named apart from the steps of a plan: a :class:`MatrixProduct` is what
 ``plan.Product`` is a way to compute a value.
 """
 
-from runlora_fx.passes.levels.forms.broadcasts import Broadcast, Total
+from runlora_fx.passes.levels.forms.broadcasts import Broadcast, RepeatedRow, Total
 from runlora_fx.passes.levels.forms.form import (
     Diagonals,
     Form,
@@ -42,6 +42,7 @@ __all__ = [
     "Operand",
     "Permute",
     "Reading",
+    "RepeatedRow",
     "Reshape",
     "ScalarMultiple",
     "Shift",

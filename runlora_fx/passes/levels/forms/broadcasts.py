@@ -14,6 +14,7 @@ from torch import fx
 from runlora_fx.passes.algebra.addends import Addends, transposed
 from runlora_fx.passes.levels.cuts import Cut, last_dim_cut, repetition
 from runlora_fx.passes.levels.forms.form import Cuts, Form, LinearNodes, Reading
+from runlora_fx.passes.levels.origins import Origin
 from runlora_fx.passes.levels.sizes import Shape, same_shape, shape_of
 
 
@@ -57,6 +58,31 @@ class Broadcast(Form):
         ones = reading.ones(rows if lies.rows else cols)
         below = reading.operand(self.source, lies.cut)
         return tuple(ones @ p if lies.rows else p @ ones.T for p in below)
+
+
+@dataclass(frozen=True)
+class RepeatedRow(Form):
+    """A row that no node holds, repeated for every row of the matrix: the bias of a module.
+
+    Attributes:
+        origin: How the row is written, as a vector.
+        size: Its entries.
+    """
+
+    origin: Origin
+    size: int
+
+    @property
+    def origins(self) -> tuple[Origin, ...]:
+        """Where the row comes from."""
+        return (self.origin,)
+
+    def expand(self, shape: Shape, cut: Cut, reading: Reading) -> Addends | None:
+        """The column of ones times the row."""
+        batch, rows, cols = cut.extents(shape)
+        if not same_shape((batch, cols), (1, self.size)):
+            return None
+        return (reading.ones(rows) @ reading.virtual(self.origin, 1, self.size),)
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,11 @@ class Form:
         return ()
 
     @property
+    def origins(self) -> tuple[Origin, ...]:
+        """Where the virtual leaves come from that it reads."""
+        return ()
+
+    @property
     def products(self) -> tuple[Factors, ...]:
         """The matrix products in it."""
         return ()

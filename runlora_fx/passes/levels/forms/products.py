@@ -17,7 +17,16 @@ from torch import fx
 from runlora_fx.passes.algebra.addends import Addends, total
 from runlora_fx.passes.algebra.polynomials import IDENTITY
 from runlora_fx.passes.levels.cuts import Cut, last_dim_cut, same_matrix
-from runlora_fx.passes.levels.forms.form import Cuts, Factor, Form, LinearNodes, Operand, Reading
+from runlora_fx.passes.levels.forms.form import (
+    Cuts,
+    Factor,
+    Form,
+    LinearNodes,
+    Operand,
+    Reading,
+    VirtualOperand,
+)
+from runlora_fx.passes.levels.origins import Origin
 from runlora_fx.passes.levels.sizes import Shape
 
 
@@ -40,6 +49,11 @@ class _OfTwo(Form):
         """The factors that nodes hold."""
         nodes = (self.left.node, self.right.node)
         return tuple(node for node in nodes if node is not None)
+
+    @property
+    def origins(self) -> tuple[Origin, ...]:
+        """Those of the factors that no node holds."""
+        return tuple(f.origin for f in (self.left, self.right) if isinstance(f, VirtualOperand))
 
     def cut(self, node: fx.Node, linear: LinearNodes) -> Cut | None:
         """As it is made."""

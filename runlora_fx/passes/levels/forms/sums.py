@@ -16,9 +16,10 @@ from torch import fx
 from runlora_fx.passes.algebra.addends import Addends, scaled
 from runlora_fx.passes.algebra.polynomials import Polynomial, Scalar
 from runlora_fx.passes.levels.cuts import Cut
-from runlora_fx.passes.levels.forms.broadcasts import Broadcast
+from runlora_fx.passes.levels.forms.broadcasts import Broadcast, RepeatedRow
 from runlora_fx.passes.levels.forms.form import Cuts, Factors, Form, LinearNodes, Reading
 from runlora_fx.passes.levels.forms.products import MatrixProduct
+from runlora_fx.passes.levels.origins import Origin
 from runlora_fx.passes.levels.sizes import Shape, same_shape, shape_of
 
 
@@ -26,13 +27,13 @@ from runlora_fx.passes.levels.sizes import Shape, same_shape, shape_of
 class WeightedSum(Form):
     """``sum(c * term)``."""
 
-    terms: tuple[tuple[Broadcast | MatrixProduct, float], ...]
+    terms: tuple[tuple[Broadcast | RepeatedRow | MatrixProduct, float], ...]
 
     adds: ClassVar[bool] = True
     is_leaf_alone: ClassVar[bool] = True
 
     @staticmethod
-    def of(*terms: tuple[fx.Node | MatrixProduct, float]) -> WeightedSum:
+    def of(*terms: tuple[fx.Node | RepeatedRow | MatrixProduct, float]) -> WeightedSum:
         """The sum of nodes, which broadcast where they are smaller, and of products."""
         return WeightedSum(
             tuple((Broadcast(x) if isinstance(x, fx.Node) else x, c) for x, c in terms)
@@ -42,6 +43,11 @@ class WeightedSum(Form):
     def sources(self) -> tuple[fx.Node, ...]:
         """All that is added up, and what the products multiply."""
         return tuple(source for term, _ in self.terms for source in term.sources)
+
+    @property
+    def origins(self) -> tuple[Origin, ...]:
+        """Those of all terms."""
+        return tuple(origin for term, _ in self.terms for origin in term.origins)
 
     @property
     def products(self) -> tuple[Factors, ...]:

@@ -18,15 +18,15 @@ from runlora_fx.passes.levels.sizes import Shape, same_shape
 
 @dataclass(frozen=True)
 class Written(Form):
-    """The tensor of a leaf, as its origin writes it: a matrix."""
+    """The tensor of a leaf, as its origin writes it: a matrix, or a vector that is a row."""
 
     origin: Origin
 
     def expand(self, shape: Shape, cut: Cut, reading: Reading) -> Addends | None:
         """The leaf, or its transpose where a column is seen as a row."""
-        if len(shape) != 2:
+        if len(shape) not in (1, 2):
             return None
-        rows, cols = shape
+        rows, cols = (1, *shape)[-2:]
         leaf = reading.virtual(self.origin, rows, cols)
         shown = cut.extents(shape)
         if same_shape(shown, (1, rows, cols)):
