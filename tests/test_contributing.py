@@ -1,0 +1,120 @@
+"""The recipes of `docs/contributing.md`, followed as they stand there."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from runlora_fx.options import Options
+from runlora_fx.passes.algebra.addends import Addends, scaled
+from runlora_fx.passes.algebra.plan import Product, Step, Value
+from runlora_fx.passes.algebra.polynomials import Scalar
+from runlora_fx.passes.emit.verify import VerificationError
+from runlora_fx.passes.levels import readers
+from runlora_fx.passes.levels.aten import ATEN
+from runlora_fx.passes.levels.cuts import Cut
+from runlora_fx.passes.levels.forms import Form, LinearNodes, Reading
+from runlora_fx.passes.levels.level import Dialect, Reader
+from runlora_fx.passes.levels.sizes import Shape
+from runlora_fx.passes.pipeline import rewrite_graph
+from runlora_fx.passes.read.example_values import annotate
+from runlora_fx.passes.search.ways import Ways
+from runlora_fx.report.data import Report
+
+TOKENS, INPUTS, OUTPUTS, RANK = 96, 24, 20, 2
+RTOL = 1e-11  # all in double precision
+
+
+@pytest.fixture
+def tensors() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    return [
+        random(TOKENS, INPUTS),
+        random(INPUTS, OUTPUTS),
+        random(INPUTS, RANK),
+        random(RANK, OUTPUTS),
+    ]
+
+
+def rewritten(
+    fn: Callable[..., Tensor], tensors: list[Tensor], level: Dialect
+) -> tuple[fx.GraphModule, Report]:
+    """A function's graph after the pass, proven to compute the same."""
+    gm = make_fx(fn)(*tensors)
+    annotate(gm, tensors)
+    report = rewrite_graph(gm.graph, level, Options(strict=True, objective="flops"))
+    gm.recompile()
+    torch.testing.assert_close(gm(*tensors), fn(*tensors), rtol=RTOL, atol=RTOL)
+    return gm, report
+
+
+def reading(target: Any, reader: Reader) -> Dialect:
+    """The ATen level with one line more in its table."""
+    return replace(ATEN, readers={**ATEN.readers, target: reader})
+
+
+def reversed_difference(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return torch.rsub(x @ a @ b, x @ w)
+
+
+def test_an_operator(tensors: list[Tensor]) -> None:
+    """Without its line `rsub` is a border; with it the adapter is merged."""
+
+    def reader(a: Any, b: Any, alpha: Any = 1) -> Form | None:
+        return readers.add(b, a, alpha, sign=-1.0)
+
+    _, before = rewritten(reversed_difference, tensors, ATEN)
+    _, after = rewritten(reversed_difference, tensors, reading(torch.ops.aten.rsub.Tensor, reader))
+    assert before.flops_after == before.flops_before == after.flops_before
+    assert after.flops_after == 2 * (TOKENS * INPUTS * OUTPUTS + INPUTS * RANK * OUTPUTS)
+
+
+@dataclass(frozen=True)
+class Negative(Form):
+    """`-source`."""
+
+    source: fx.Node
+
+    @property
+    def sources(self) -> tuple[fx.Node, ...]:
+        return (self.source,)
+
+    def cut(self, node: fx.Node, linear: LinearNodes) -> Cut | None:
+        return linear.cut_of(self.source)
+
+    def expand(self, shape: Shape, cut: Cut, reading: Reading) -> Addends | None:
+        return scaled(reading.operand(self.source, cut), Scalar(-1.0))
+
+
+def negated_adapter(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return x @ w + -(x @ a @ b)
+
+
+def test_a_form(tensors: list[Tensor]) -> None:
+    """A new class, and a line that makes it of the operator's arguments; nothing else."""
+    _, report = rewritten(negated_adapter, tensors, reading(torch.ops.aten.neg.default, Negative))
+    assert report.flops_after == 2 * (TOKENS * INPUTS * OUTPUTS + INPUTS * RANK * OUTPUTS)
+
+
+def test_a_law_that_is_wrong_is_caught(
+    tensors: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`A B = 2 A B` would make the same value at the same price; the emitted nodes tell."""
+    found = Ways._steps
+
+    def steps(self: Ways, value: Value, *args: Any, **kwargs: Any) -> Iterator[Step]:
+        for step in found(self, value, *args, **kwargs):
+            is_plain = isinstance(step, Product) and len(value.core) == 1
+            yield replace(step, right=step.right.scaled(Scalar(2.0))) if is_plain else step
+
+    monkeypatch.setattr(Ways, "_steps", steps)
+    with pytest.raises(VerificationError):
+        rewritten(lambda x, w, a, b: x @ w + x @ a @ b, tensors, ATEN)
