@@ -18,7 +18,7 @@ from dataclasses import replace
 from torch import fx
 
 from runlora_fx.passes.algebra.addends import Addends, total, without_cancelled
-from runlora_fx.passes.algebra.polynomials import Factor, Polynomial
+from runlora_fx.passes.algebra.polynomials import Factor, Polynomial, of_factors
 from runlora_fx.passes.levels.cuts import Cut
 from runlora_fx.passes.levels.level import Dialect
 from runlora_fx.passes.read.casts import CastRules, Casts
@@ -92,14 +92,24 @@ class GraphReader(Expander):
 
     def operand(self, node: fx.Node, cut: Cut) -> Addends:
         """Any tensor, seen through a cut; roots and what is not linear are leaves."""
-        if node not in self.stops:
-            if node not in self.cuts:
-                form = self.forms.get(node)
-                below = None if form is None or form.is_leaf_alone else self.expand(node, cut)
-                if below is not None:
-                    return below
-            elif self.linear.shows(node, cut):
-                return self._addends[node]
+        if node in self.stops:
+            return self._root(node, cut)
+        below: Addends | None = None
+        if node not in self.cuts:
+            form = self.forms.get(node)
+            below = None if form is None or form.is_leaf_alone else self.expand(node, cut)
+        elif self.linear.shows(node, cut):
+            below = self._addends[node]
+        return (self.leaves.matrix(self.values, node, cut),) if below is None else below
+
+    def _root(self, node: fx.Node, cut: Cut) -> Addends:
+        """A root as a leaf; one that shows another root, in another shape, is that leaf."""
+        form = self.forms.get(node)
+        below = self.expand(node, cut) if form is not None and form.is_view else None
+        if below is not None and len(below) == 1:
+            leaf = below[0].leaf
+            if leaf is not None and below[0] == of_factors((leaf,)):
+                return below
         return (self.leaves.matrix(self.values, node, cut),)
 
     def factors_at(self, node: fx.Node) -> list[tuple[Addends, Addends]]:
