@@ -48,6 +48,21 @@ def test_questions_about_symbols_add_no_guards() -> None:
     assert len(env.guards) == before
 
 
+@pytest.mark.parametrize(
+    ("shape", "cut", "onto", "moved"),
+    [
+        ((1, 0, 3), Cut(1, 2), (0, 3), Cut(0, 1)),
+        ((2, 5, 0), Cut(0, 2), (10, 0), Cut(0, 1)),
+        ((0, 4, 3), Cut(0, 2), (0, 3), Cut(0, 1)),
+        ((0, 4, 3), Cut(0, 2), (0, 4), None),
+    ],
+)
+def test_a_tensor_without_elements_is_cut_by_its_extents(
+    shape: tuple[int, ...], cut: Cut, onto: tuple[int, ...], moved: Cut | None
+) -> None:
+    assert recut(shape, cut, onto) == moved
+
+
 def test_questions_about_sizes_that_only_the_run_knows_do_not_raise() -> None:
     env = ShapeEnv()
     u, v = (sizes.dim_of(env.create_unbacked_symint()) for _ in range(2))

@@ -53,9 +53,12 @@ def last_dim_cut(ndim: int) -> Cut:
 
 def recut(shape: Shape, cut: Cut, onto: Shape) -> Cut | None:
     """The cut of a reshaped tensor that leaves the matrix as it is; None if there is none."""
-    batch, rows, _ = cut.extents(shape)
-    if is_zero(batch) or is_zero(rows):
-        return None
+    batch, rows, _ = extents = cut.extents(shape)
+    if any(map(is_zero, shape)):
+        # Without elements all matrices of equal extents are the same.
+        ends = range(len(onto) + 1)
+        cuts = (Cut(start, end) for start in ends for end in ends[start:])
+        return next((moved for moved in cuts if same_shape(moved.extents(onto), extents)), None)
     products = prefix_products(onto)
     start = index_of(batch, products)
     end = None if start is None else index_of(numel((batch, rows)), products, start)
