@@ -203,6 +203,12 @@ def test_a_margin_keeps_the_graph_as_it_came_where_little_is_saved() -> None:
     assert [list(r.plans.values()) for r in ranges({strict: 1})] == [[None]]
 
 
+def test_a_graph_that_costs_nothing_at_any_size_stays_as_it_came() -> None:
+    free = Varying.of(forward_only(lora_layer((96, 0, 0, 0))), TOKENS, FLOPS)
+    (only,) = ranges({free: 2})
+    assert only.plans == {free: None}
+
+
 def test_a_range_says_what_it_holds_for() -> None:
     for low, high, said in (
         (1, None, ""),

@@ -136,7 +136,7 @@ class _Table:
         prices = list(zip(*([p.price for p in known.at(size)] for size in sizes), strict=True))
         saved = [
             [
-                weight * count * (old - new) / all_
+                weight * count * (old - new) / all_ if all_ else 0.0
                 for old, new, weight, all_ in zip(prices[0], row, weights, whole, strict=True)
             ]
             for row in prices
