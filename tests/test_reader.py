@@ -54,3 +54,14 @@ def test_a_root_is_read_back_as_what_it_is_made_of() -> None:
     assert matmul_flops(rewritten.graph) < matmul_flops(make_fx(fn)(*args).graph)
     for found, wanted in zip(rewritten(*args), fn(*args), strict=True):
         torch.testing.assert_close(found, wanted)
+
+
+def test_an_identity_matrix_seen_as_a_row_is_a_leaf() -> None:
+    def fn(x: Tensor) -> tuple[Tensor, ...]:
+        one = aten.eye(3)
+        return aten.mm(one, x), aten.mm(one.reshape(1, 9), aten.cat([x, x, x]))
+
+    reader = read(fn, torch.randn(3, 4))
+    whole, row = nodes(reader, aten.mm.default)
+    assert [len(word.factors) for word in reader.expression(whole).words] == [1]
+    assert [len(word.factors) for word in reader.expression(row).words] == [2]

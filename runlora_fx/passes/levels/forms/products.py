@@ -27,7 +27,7 @@ from runlora_fx.passes.levels.forms.form import (
     VirtualOperand,
 )
 from runlora_fx.passes.levels.origins import Origin
-from runlora_fx.passes.levels.sizes import Shape
+from runlora_fx.passes.levels.sizes import Shape, same_shape
 
 
 @dataclass(frozen=True)
@@ -164,5 +164,5 @@ class Identity(Form):
     """The identity matrix."""
 
     def expand(self, shape: Shape, cut: Cut, reading: Reading) -> Addends | None:
-        """The empty word, which vanishes in products."""
-        return (IDENTITY,)
+        """The empty word, which vanishes in products; None if the cut shows no square matrix."""
+        return (IDENTITY,) if same_shape(cut.extents(shape), (1, *shape)) else None
