@@ -1,6 +1,6 @@
 """Forms against the operators they stand for, and leaves that no node holds."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ from runlora_fx.passes.algebra.polynomials import Polynomial
 from runlora_fx.passes.levels import forms
 from runlora_fx.passes.levels.aten import ATEN
 from runlora_fx.passes.levels.cuts import Cut
-from runlora_fx.passes.levels.origins import LeafWriter
+from runlora_fx.passes.levels.origins import LeafWriter, Numbers
 from runlora_fx.passes.levels.sizes import shape_of
 from runlora_fx.passes.read.effects import Effects
 from runlora_fx.passes.read.expansion import Expander
@@ -165,8 +165,8 @@ class _Dequantised:
     def sources(self) -> tuple[fx.Node, ...]:
         return (self.packed,)
 
-    def key(self, number_of: Callable[[fx.Node], int]) -> Hashable:
-        return number_of(self.packed)
+    def key(self, numbers: Numbers) -> Hashable:
+        return numbers.of(self.packed)
 
     def write(self, writer: LeafWriter) -> fx.Node:
         return writer.call(aten.to.dtype, self.packed, torch.float64)
