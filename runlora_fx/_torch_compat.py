@@ -23,7 +23,11 @@ from torch._dynamo.eval_frame import skip_code
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor import config as inductor_config
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    in_kernel_invocation_manager,
+)
 from torch.fx import proxy as _proxy
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._python_dispatch import _disable_current_modes
@@ -110,6 +114,45 @@ def fake_mode_of(values: Iterable[object]) -> FakeTensorMode | None:
 def in_fake_mode(mode: FakeTensorMode | None) -> AbstractContextManager[Any]:
     """A context in which operators on example tensors compute example tensors."""
     return nullcontext() if mode is None else mode
+
+
+def is_plain_fake(value: object, mode: FakeTensorMode | None) -> bool:
+    """Whether a value is a strided fake tensor of a mode, of known sizes, and nothing else."""
+    return (
+        type(value) is FakeTensor
+        and value.fake_mode is mode
+        and value.layout is torch.strided
+        and not value._has_symbolic_sizes_strides
+        and value.constant is None
+        and not (value.is_conj() or value.is_neg())
+    )
+
+
+def fake_like(
+    mode: FakeTensorMode,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    offset: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    base: torch.Tensor | None,
+) -> FakeTensor:
+    """A fake tensor of a layout: of memory of its own, or a view of another fake tensor.
+
+    Args:
+        mode: The fake mode that it lives in.
+        shape: Its sizes [elements].
+        strides: Its strides [elements].
+        offset: Where in its memory it begins [elements].
+        dtype: Its dtype.
+        device: Where it pretends to be.
+        base: What it shares memory with, if anything.
+    """
+    with in_kernel_invocation_manager(mode):
+        made = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+        if base is not None:
+            made.set_(base.untyped_storage(), offset, shape, strides)
+    return FakeTensor(mode, made, device)
 
 
 @contextmanager

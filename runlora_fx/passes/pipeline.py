@@ -9,8 +9,10 @@ it came.
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from torch import fx
 
@@ -65,7 +67,7 @@ def rewrite_graph(
     known = Machine(use_stored=options.tune != "off") if machine is None else machine
     context = Context(graph, level, options, known, may_guard, tuple(parameters))
     came = list(graph.nodes)
-    with transaction(graph):
+    with _collection_paused(), transaction(graph):
         outcomes = []
         for run in PASSES:
             with attempt(context, "this graph"):
@@ -75,6 +77,22 @@ def rewrite_graph(
         except Exception as error:
             _undescribed(context, error)
             return Report(graph=level.graph)
+
+
+@contextmanager
+def _collection_paused() -> Iterator[None]:
+    """A context in which Python looks for no cycles of garbage.
+
+    A pass makes many small objects and keeps most of them to its end. Each search for garbage would
+    walk over the model's whole graph, and find nothing.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _report(context: Context, came: Sequence[fx.Node], outcomes: Sequence[Outcome]) -> Report:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from runlora_fx._torch_compat import COPIED_META, fake_mode_of, in_fake_mode
+from runlora_fx._torch_compat import COPIED_META, fake_mode_of
+from runlora_fx.passes.emit.example_results import ExampleResults
 
 #: The metadata of a node that says which step or law it was written for.
 RULE = "runlora"
@@ -32,6 +32,7 @@ class Inserter:
         self._graph = graph
         self._anchor: fx.Node | None = None
         self.mode = fake_mode_of(node.meta.get("val") for node in graph.nodes)
+        self._results = ExampleResults(self.mode)
         self.written: list[fx.Node] = []
 
     @property
@@ -48,8 +49,7 @@ class Inserter:
         """Write one call."""
         anchor = self.anchor
         # Computed before the node is made: a call that fails leaves nothing in the graph.
-        with in_fake_mode(self.mode), torch.no_grad():
-            value = target(*values_of(args), **values_of(kwargs))
+        value = self._results(target, args, kwargs)
         with self._graph.inserting_before(anchor):
             node = self._graph.call_function(target, args, kwargs)
         return self._described(node, value)
@@ -86,8 +86,3 @@ def hand_over(old: fx.Node, new: fx.Node) -> None:
     if tag in _SAVED:
         new.meta.setdefault("recompute", tag)
     old.replace_all_uses_with(new)
-
-
-def values_of(x: Any) -> Any:
-    """Arguments with the nodes' example values in their places."""
-    return fx.node.map_arg(x, lambda node: node.meta["val"])

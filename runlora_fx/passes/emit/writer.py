@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from typing import Any, cast
@@ -13,7 +13,8 @@ from torch import fx
 
 from runlora_fx._torch_compat import in_fake_mode, is_sym_int
 from runlora_fx.passes.algebra.posed import Dim
-from runlora_fx.passes.emit.nodes import Inserter, values_of
+from runlora_fx.passes.emit.example_results import values_of
+from runlora_fx.passes.emit.nodes import Inserter
 from runlora_fx.passes.levels.cuts import inverse
 from runlora_fx.passes.levels.forms import (
     Broadcast,
@@ -58,6 +59,7 @@ class Writer:
         self._calls = dialect.calls
         self.materialised: list[fx.Node] = []
         self._position = {node: i for i, node in enumerate(graph.nodes)}
+        self._viewable: dict[Hashable, bool] = {}
 
     def move_to(self, anchor: fx.Node) -> None:
         """Write in front of this node from now on."""
@@ -164,12 +166,25 @@ class Writer:
             return a
         val, sizes = value_of(a), self._sizes(shape)
         assert val is not None
-        try:
-            with in_fake_mode(self._insert.mode), torch.no_grad():
-                val.view(values_of(sizes))
-        except (RuntimeError, ValueError):  # its strides do not allow a view
-            return self._call(self._calls.reshape, a, sizes)
-        return self._call(self._calls.view, a, sizes)
+        target = self._calls.view if self._is_viewable(val, sizes) else self._calls.reshape
+        return self._call(target, a, sizes)
+
+    def _is_viewable(self, val: torch.Tensor, sizes: list[int | fx.Node]) -> bool:
+        """Whether the strides of a tensor allow a view of some sizes; equal ones tried once."""
+        key = (*val.shape, None, *val.stride(), None, *sizes)
+        is_static = all(size is None or isinstance(size, int) for size in key)
+        if not is_static or key not in self._viewable:
+            try:
+                with in_fake_mode(self._insert.mode), torch.no_grad():
+                    val.view(values_of(sizes))
+            except (RuntimeError, ValueError):
+                is_viewable = False
+            else:
+                is_viewable = True
+            if not is_static:
+                return is_viewable
+            self._viewable[key] = is_viewable
+        return self._viewable[key]
 
     def leaf(self, origin: Origin) -> fx.Node:
         """The tensor of a leaf: the node that holds it, or one that is written."""
