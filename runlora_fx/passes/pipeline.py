@@ -26,7 +26,7 @@ from runlora_fx.passes.experts.stacks import Mixture
 from runlora_fx.passes.levels.level import Dialect
 from runlora_fx.passes.planning import PlannedRegion, plan_linear_algebra
 from runlora_fx.report.data import Refusal, Report, Site
-from runlora_fx.report.describe import describe, describe_mixture
+from runlora_fx.report.describe import Known, describe, describe_mixture
 from runlora_fx.report.origin import unmatched
 
 _log = logging.getLogger("runlora_fx")
@@ -104,7 +104,8 @@ def _report(context: Context, came: Sequence[fx.Node], outcomes: Sequence[Outcom
         Refusal(f"could not be rewritten ({type(f.error).__name__}: {f.error})", f.nodes)
         for f in context.failures
     ]
-    described = [_described(context, finding) for finding in findings]
+    known: Known = {}
+    described = [_described(context, finding, known) for finding in findings]
     sites = tuple(site for site in described if isinstance(site, Site))
     missed: list[Refusal] = []
     if len(outcomes) == len(PASSES) and _FAILED not in described:
@@ -125,19 +126,19 @@ def _report(context: Context, came: Sequence[fx.Node], outcomes: Sequence[Outcom
     )
 
 
-def _described(context: Context, finding: object) -> Site | object | None:
+def _described(context: Context, finding: object, known: Known) -> Site | object | None:
     """What was found, as a site; what cannot be described is missing from the report."""
     try:
-        return _site(finding)
+        return _site(finding, known)
     except Exception as error:
         _undescribed(context, error)
         return _FAILED
 
 
-def _site(finding: object) -> Site | None:
+def _site(finding: object, known: Known) -> Site | None:
     match finding:
         case PlannedRegion(region, posed, decision, changed, objective):
-            return describe(region, posed, decision, changed, objective)
+            return describe(region, posed, decision, changed, objective, known)
         case Mixture():
             return describe_mixture(finding)
     raise TypeError(f"a pass found {finding!r}, which no report describes")

@@ -9,16 +9,18 @@ not.
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from math import gcd
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import sympy
 
 from runlora_fx.cost_model.cost import Amount
 from runlora_fx.cost_model.objective import Objective
 from runlora_fx.passes.algebra.plan import Plan, Problem, Step, Value, incoming_cost
-from runlora_fx.passes.algebra.polynomials import normalise
+from runlora_fx.passes.algebra.polynomials import Polynomial, Scalar, normalise
 from runlora_fx.passes.algebra.posed import PosedProblem
 from runlora_fx.passes.experts.stacks import Mixture
 from runlora_fx.passes.read.regions import Region
@@ -29,6 +31,10 @@ from runlora_fx.report.data import Candidate, Site
 from runlora_fx.report.notation import Names, algebra
 from runlora_fx.report.origin import modules_of, modules_of_nodes
 
+#: Sites that are in words already, by all that they say but their modules; beside each the decision
+#: by whose identity it is known, so that no other takes its place in memory.
+Known: TypeAlias = dict[Hashable, tuple[Decision, Site]]
+
 
 def describe(
     region: Region,
@@ -36,14 +42,47 @@ def describe(
     decision: Decision,
     changed: bool,
     objective: Objective,
+    known: Known,
 ) -> Site | None:
-    """A region as a site; None where it was left alone and there is nothing low-rank about it."""
-    problem = posed.problem
-    if not changed and not _has_products_of_products(problem):
+    """A region as a site; None where it was left alone and there is nothing low-rank about it.
+
+    Args:
+        region: The region.
+        posed: Its problem.
+        decision: What was decided.
+        changed: Whether the plan was written.
+        objective: How plans were ranked.
+        known: What is described already; equal layers are put in words once.
+    """
+    if not changed and not _has_products_of_products(posed.problem):
         return None
-    names = Names(problem)
     parts = [normalise(posed.own(part)) for _, part in region.demands]
     scalars = {part.core: part.scalar for part in reversed(parts)}
+    same = (posed.problem, posed.dims, tuple(scalars.items()), objective)
+    key = (*same, id(decision), changed)
+    if key not in known:
+        known[key] = decision, _site(posed, scalars, decision, changed, objective)
+    return replace(known[key][1], modules=modules_of(region))
+
+
+def _site(
+    posed: PosedProblem,
+    scalars: Mapping[Polynomial, Scalar],
+    decision: Decision,
+    changed: bool,
+    objective: Objective,
+) -> Site:
+    """A region as a site without its modules.
+
+    Args:
+        posed: The region's problem.
+        scalars: By demand, what it is scaled by in the graph.
+        decision: What was decided.
+        changed: Whether the plan was written.
+        objective: How plans were ranked.
+    """
+    problem = posed.problem
+    names = Names(problem)
     before = algebra(problem, names, scalars, _incoming_plan(problem))
     plan = decision.plan if changed else None
     symbols = names.symbols
@@ -52,7 +91,7 @@ def describe(
     cost_before = incoming_cost(problem, symbols).flops
     cost_after = cost_before if plan is None else plan.cost(problem, symbols).flops
     return Site(
-        modules=modules_of(region),
+        modules=(),
         shapes=", ".join(
             f"{s}={size}" for s, size in zip(symbols, posed.dims, strict=True) if s.is_Symbol
         ),
