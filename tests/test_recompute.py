@@ -65,6 +65,20 @@ def test_a_copied_tag_of_ours_is_replaced() -> None:
     assert node.meta["recompute"] is MUST_RECOMPUTE
 
 
+def test_what_only_tagged_nodes_read_is_tagged_with_them() -> None:
+    """But for products, which a plan may keep: ``X A'``."""
+
+    def fn(a: Tensor, b: Tensor, g: Tensor) -> Tensor:
+        return (b * g) @ (a @ a)
+
+    gm = make_fx(fn)(torch.ones(4, 4), torch.ones(4, 4), torch.ones(4))
+    scaled, inner, product = (node for node in gm.graph.nodes if node.op == "call_function")
+    recompute([product], ours=[scaled, inner, product])
+    assert [node.meta.get("recompute") for node in (scaled, inner, product)] == [
+        *(MUST_RECOMPUTE, None, MUST_RECOMPUTE)
+    ]
+
+
 def _policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     return MUST_SAVE if op is aten.add.Tensor else CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -94,9 +94,9 @@ def _replace(task: Task, writer: Writer, emitter: Emitter, *, probes: bool) -> N
             hand_over(root.node, new)
     # Without the tag the partitioner would keep them: for a merged weight a second copy of every
     # adapted weight, from forward to backward.
-    recompute(emitter.recomputed, set(writer.written))
+    recompute(emitter.recomputed, writer.written)
     # The same for a weight that was quantised to be small, and is written whole.
-    recompute(writer.materialised, set(writer.written))
+    recompute(writer.materialised, writer.written)
     for node in reversed(list(graph.nodes)):
         if reader.is_read(node):
             _ask_another(reader, node)

@@ -13,7 +13,7 @@ is changed. No other module tags anything.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import fx
@@ -36,15 +36,22 @@ _MAX_NODES = 64
 _PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "convolution", "matmul", "linear")
 
 
-def recompute(nodes: Iterable[fx.Node], ours: Collection[fx.Node] = ()) -> None:
+def recompute(nodes: Iterable[fx.Node], ours: Sequence[fx.Node] = ()) -> None:
     """Have the backward compute nodes again, but for those that the user has tagged.
+
+    A node of ours that only they read is computed again with them if it is no product: the backward
+    would otherwise hold it for nothing else.
 
     Args:
         nodes: The nodes.
-        ours: Those that we wrote: a tag that they have is a copy of another node's.
+        ours: Those that we wrote, in order: a tag that they have is a copy of another node's.
     """
-    for node in nodes:
-        if node in ours or node.meta.get("recompute") is None:
+    again, written = set(nodes), set(ours)
+    for node in reversed(ours):
+        if node.users and again.issuperset(node.users) and name_of(node.target) not in _PRODUCTS:
+            again.add(node)
+    for node in again:
+        if node in written or node.meta.get("recompute") is None:
             node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
 
 
