@@ -44,8 +44,9 @@ class Linear:
 
         What only asks for its dtype or device may ask another node (:meth:`stand_in`).
         """
-        may_ask_another = self.stand_in(node) is not None
-        users = (user for user in node.users if not (may_ask_another and asks_about(user)))
+        users = list(node.users)
+        if any(map(asks_about, users)) and self.stand_in(node) is not None:
+            users = [user for user in users if not asks_about(user)]
         return list(dict.fromkeys(self.absorbed.get(user, user) for user in users))
 
     def stand_in(self, node: fx.Node) -> fx.Node | None:
