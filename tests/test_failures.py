@@ -320,7 +320,7 @@ def test_failing_pass_under_inductor(
         compile_whole(layer, RUNLORA)(x)
 
 
-@pytest.mark.parametrize("stage", [s for s in STAGES if s not in (*JOINT, "replace")])
+@pytest.mark.parametrize("stage", [s for s in STAGES if s not in (*JOINT, *SPARES, "replace")])
 def test_failing_pass_raises_under_strict(
     stage: str,
     layer: Adapted,

@@ -80,14 +80,28 @@ def hooked(linear: nn.Linear) -> nn.Linear:
     return linear
 
 
+def hooked_backwards(linear: nn.Linear) -> nn.Linear:
+    linear.register_full_backward_pre_hook(lambda module, gradients: None)
+    return linear
+
+
+def patched(linear: nn.Linear) -> nn.Linear:
+    """With another ``forward``, as libraries wrap modules that they move or offload."""
+    forward = linear.forward
+    linear.forward = lambda x: 2 * forward(x)  # type: ignore[method-assign]
+    return linear
+
+
 @pytest.mark.parametrize(
     "base",
     (
         lambda: hooked(nn.Linear(IN, OUT)),
+        lambda: hooked_backwards(nn.Linear(IN, OUT)),
+        lambda: patched(nn.Linear(IN, OUT)),
         lambda: parametrizations.weight_norm(nn.Linear(IN, OUT)),
         lambda: OwnLinear(IN, OUT),
     ),
-    ids=("hooked", "parametrised", "a subclass"),
+    ids=("hooked", "hooked backwards", "patched", "parametrised", "a subclass"),
 )
 def test_a_module_that_may_compute_more_is_not_read(base: Callable[[], nn.Module]) -> None:
     traced, new = rewritten(Adapted(base()), MANY)

@@ -28,8 +28,12 @@ from runlora_fx.passes.levels.sizes import value_of
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether calling a module also calls hooks."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    """Whether calling a module also calls hooks, or a ``forward`` of its own."""
+    hooks = (
+        *(module._forward_hooks, module._forward_pre_hooks),
+        *(module._backward_hooks, module._backward_pre_hooks),
+    )
+    return any(hooks) or "forward" in vars(module)
 
 
 def is_plain_linear(module: nn.Module) -> bool:
