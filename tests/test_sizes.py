@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from checks import assert_same_outputs_and_grads
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 import runlora_fx
@@ -169,3 +170,21 @@ def test_numbers_of_tokens_that_only_the_run_knows(grad: bool) -> None:
     report = runlora_fx.last_report()
     assert report is not None
     assert report.flops_after < report.flops_before
+
+
+def test_a_product_is_not_needed_for_its_sizes() -> None:
+    """Symbolic graphs ask the adapter's product for sizes that its operands have."""
+
+    def layer(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return F.linear(x, w) + 2 * F.linear(F.linear(x, a), b)
+
+    def inputs(batch: int) -> list[Tensor]:
+        sizes = (batch, 40, 64), (96, 64), (4, 64), (96, 4)
+        return [torch.randn(size, dtype=torch.float64) for size in sizes]
+
+    graph = make_fx(layer, tracing_mode="symbolic")(*inputs(2))
+    rewritten = runlora_fx.rewrite(graph, strict=True, objective="flops")
+    products = [node for node in rewritten.graph.nodes if "mm" in str(node.target)]
+    assert len(products) == 2  # the merged weight, and the layer
+    other = inputs(5)
+    torch.testing.assert_close(rewritten(*other), layer(*other))

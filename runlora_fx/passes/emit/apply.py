@@ -92,6 +92,8 @@ def _replace(task: Task, writer: Writer, emitter: Emitter, *, probes: bool) -> N
     for root, new in emitted:
         with _of_root(root):
             hand_over(root.node, new)
+    for call, holder in reader.linear.asked_sizes.items():
+        call.args = holder  # no product stays for its sizes alone
     # Without the tag the partitioner would keep them: for a merged weight a second copy of every
     # adapted weight, from forward to backward.
     recompute(emitter.recomputed, writer.written)

@@ -7,7 +7,7 @@ Invariant: a linear node shows its matrix through its cut, whatever the sizes.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from runlora_fx.passes.levels.cuts import Cut, same_matrix
 from runlora_fx.passes.levels.forms import Cast, Form
 from runlora_fx.passes.levels.level import Dialect, asks_about
 from runlora_fx.passes.levels.sizes import shape_of, value_of
+from runlora_fx.passes.read.asked_sizes import held_elsewhere
 from runlora_fx.passes.read.casts import CastRules
 from runlora_fx.passes.read.expansion import Tables
 
@@ -31,6 +32,8 @@ class Linear:
         vectors: Linear nodes that are diagonals of products, or sums of such.
         widened: Casts of products to a wider dtype, and the sums that they are only made for.
         absorbed: The nodes that are a part of another, and that node.
+        asked_sizes: The calls that ask a linear node for a size, and the tensor and dimension that
+            have it too.
     """
 
     forms: Mapping[fx.Node, Form]
@@ -38,13 +41,15 @@ class Linear:
     vectors: Collection[fx.Node]
     widened: Collection[fx.Node]
     absorbed: Mapping[fx.Node, fx.Node]
+    asked_sizes: Mapping[fx.Node, tuple[fx.Node, int]]
 
     def users_of(self, node: fx.Node) -> list[fx.Node]:
         """The users of a node; where one is a part of another node, that node.
 
-        What only asks for its dtype or device may ask another node (:meth:`stand_in`).
+        What only asks for its dtype or device may ask another node (:meth:`stand_in`), and so may
+        what only asks for a size.
         """
-        users = list(node.users)
+        users = [user for user in node.users if user not in self.asked_sizes]
         if any(map(asks_about, users)) and self.stand_in(node) is not None:
             users = [user for user in users if not asks_about(user)]
         return list(dict.fromkeys(self.absorbed.get(user, user) for user in users))
@@ -103,11 +108,18 @@ class LinearFinder:
         self._widened: set[fx.Node] = set()
         self._absorbed: dict[fx.Node, fx.Node] = {}
 
-    def find(self, nodes: Iterable[fx.Node]) -> Linear:
+    def find(self, nodes: Sequence[fx.Node]) -> Linear:
         """The linear nodes among those of a graph."""
         for node in nodes:
             self._classify(node)
-        return Linear(self._tables.forms, self._cuts, self._vectors, self._widened, self._absorbed)
+        return Linear(
+            self._tables.forms,
+            self._cuts,
+            self._vectors,
+            self._widened,
+            self._absorbed,
+            held_elsewhere(nodes, self._cuts),
+        )
 
     def form_of(self, node: fx.Node) -> Form | None:
         """What a node computes; None if it is not read."""
