@@ -1,312 +1,121 @@
-"""Problems and plans: the question the search answers, and its answer, as data.
+"""Plans: an answer to a problem, as data, and what it runs and costs.
 
-A *value* is a polynomial up to scalar and transpose, in one of two phases. In a joint graph the
-forward phase holds what can be computed without tangents; a value of the forward phase that the
-backward needs is either *kept* or computed a second time. Inference graphs have one phase only.
+Example: the plan of ``Y = X W' + 2 X A' B'`` that merges has a product for ``B A``, a sum for
+``W + 2 B A`` and a product for ``Y``.
+
+Invariant: the orientations that a plan is priced by are those that it is written in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias
-
-import sympy
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from runlora_fx.cost_model.cost import FREE, Cost
-from runlora_fx.cost_model.ops import (
-    Add,
-    Dots,
-    Gather,
-    GroupedMatMul,
-    Hold,
-    MatMul,
-    Operation,
-    ScatterAdd,
-    Stretch,
-)
-from runlora_fx.passes.algebra.assignments import (
-    Assignment,
-    GroupedOuter,
-    GroupedProduct,
-    Pick,
-    Picked,
-    Scatter,
-)
-from runlora_fx.passes.algebra.polynomials import (
-    Factor,
-    Polynomial,
-    Scalar,
-    divided,
-    normalise,
-    polynomial,
-    without_scalar,
+from runlora_fx.cost_model.ops import Operation
+from runlora_fx.passes.algebra.implementations import Work, named, operation_of, usual
+from runlora_fx.passes.algebra.orientation import orientations
+from runlora_fx.passes.algebra.polynomials import Polynomial
+from runlora_fx.passes.algebra.problem import (
+    Dims,
+    Keep,
+    LeafSpec,
+    Problem,
+    Product,
+    Step,
+    Sum,
+    Value,
+    is_broadcast,
+    product_step,
+    rescaled_step,
+    step_operands,
+    sum_step,
+    turned_step,
 )
 
-
-@dataclass(frozen=True)
-class LeafSpec:
-    """What planning has to know of a leaf.
-
-    Attributes:
-        rows: Index of the row dimension in :attr:`Problem.dims`.
-        cols: Index of the column dimension.
-        batch: Index of the batch dimension, or None for a plain matrix.
-        kind: ``"matrix"``; ``"ones"`` for the column of ones that broadcasts a bias over rows;
-            ``"diagonal"`` for the diagonal matrix of a vector.
-        backward: Whether it depends on a tangent.
-        held: Whether the backward can use it without more being saved for it.
-        picked: What it is picked from, if no tensor holds it.
-    """
-
-    rows: int
-    cols: int
-    batch: int | None = None
-    kind: Literal["matrix", "ones", "diagonal"] = "matrix"
-    backward: bool = False
-    held: bool = True
-    picked: Picked | None = None
-
-
-class Value(NamedTuple):
-    """A normalised polynomial, in the phase it is needed in."""
-
-    core: Polynomial
-    backward: bool
-
-
-@dataclass(frozen=True)
-class Product:
-    """``core = left @ right``, or the diagonal of that where the core is a vector of dots."""
-
-    left: Polynomial
-    right: Polynomial
-
-
-@dataclass(frozen=True)
-class Sum:
-    """``core = sum(parts)``."""
-
-    parts: tuple[Polynomial, ...]
-
-
-@dataclass(frozen=True)
-class Keep:
-    """The backward uses what the forward computed: it is saved."""
-
-
-Step: TypeAlias = Product | Sum | Keep | Pick | Scatter | GroupedProduct | GroupedOuter
-
-
-def step_operands(step: Step) -> tuple[Polynomial, ...]:
-    """What a step reads; of the same core, kept, nothing else."""
-    match step:
-        case Keep():
-            return ()
-        case Sum(parts):
-            return parts
-        case Pick(whole):
-            return (whole,)
-        case Scatter(part):
-            return (part,)
-        case Product(left, right) | GroupedProduct(left, right) | GroupedOuter(left, right):
-            return (left, right)
-
-
-def turned_step(step: Step) -> Step:
-    """The step that makes the transpose."""
-    match step:
-        case Sum(parts):
-            return Sum(tuple(p.T for p in parts))
-        case Product(left, right):
-            return Product(right.T, left.T)
-        case Pick(whole, k):
-            return Pick(whole.T, k)
-        case Scatter(part, k):
-            return Scatter(part.T, k)
-        case GroupedProduct(left, right, k, picked):
-            return GroupedProduct(right.T, left.T, k, "left" if picked == "right" else "right")
-        case GroupedOuter(left, right, k):
-            return GroupedOuter(right.T, left.T, k)
-    return step
-
-
-def rescaled_step(step: Step, made: Polynomial) -> Step:
-    """The step, turned and divided such that it makes the normalised value.
-
-    Args:
-        step: A step that makes ``made``.
-        made: A polynomial that is a value up to a number and a transpose.
-    """
-    scalar, transposed, _ = normalise(made)
-    match turned_step(step) if transposed else step:
-        case Sum(parts):
-            return Sum(tuple(divided(p, scalar) for p in parts))
-        case Pick(whole, k):
-            return Pick(divided(whole, scalar), k)
-        case Scatter(part, k):
-            return Scatter(divided(part, scalar), k)
-        case Product(left, right):
-            return Product(*_rescaled(left, right, scalar))
-        case GroupedProduct(left, right, k, picked):
-            return GroupedProduct(*_rescaled(left, right, scalar), k, picked)
-        case GroupedOuter(left, right, k):
-            return GroupedOuter(*_rescaled(left, right, scalar), k)
-    return step
-
-
-def _rescaled(left: Polynomial, right: Polynomial, over: Scalar) -> tuple[Polynomial, Polynomial]:
-    """The operands of ``left @ right`` over a scalar, all that is left of scalars in the second."""
-    by, left = without_scalar(left)
-    right = right.scaled(Scalar(by.number / over.number, by.leaves))
-    return left, divided(right, Scalar(1.0, over.leaves))
-
-
-def product_step(left: Polynomial, right: Polynomial, *, dots: bool = False) -> Product:
-    """The product, or its diagonal, as a step that makes its normalised value."""
-    if not dots and normalise(left @ right).transposed:
-        left, right = right.T, left.T
-    (_, left), (_, right) = without_scalar(left), without_scalar(right)
-    made = left @ right
-    again = normalise(made.dots if dots else made).scalar.number
-    return Product(left, right.scaled(Scalar(1.0 / again)))
-
-
-def sum_step(parts: Sequence[Polynomial]) -> Sum:
-    """The sum as a step that makes its normalised value."""
-    total = polynomial(term for p in parts for term in p)
-    scalar, transposed, _ = normalise(total)
-    turned = (p.T if transposed else p for p in parts)
-    return Sum(tuple(divided(p, scalar) for p in turned))
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Values that are to be computed together, and how the incoming graph computes them.
-
-    Attributes:
-        leaves: By leaf index. Scalar leaves are numbered apart and have no spec.
-        dims: Sizes at the hints [elements].
-        demands: The values that must exist in the end, in graph order.
-        incoming: Every step of the incoming graph, in graph order; always among the candidates.
-        kept: Cores that the incoming graph saves for its backward, and sums that could be saved in
-            the stead of their addends: keeping them costs nothing new.
-        itemsize: Element width [B].
-        dtype: Of the elements, as torch names it.
-        lasting: Leaves that are the same tensors in every call. What is made of them alone is kept
-            from call to call, and costs nothing in most. Empty where nothing is to be kept.
-        assignments: By number, the assignments of tokens to experts that leaves are picked by.
-    """
-
-    leaves: tuple[LeafSpec, ...]
-    dims: tuple[int, ...]
-    demands: tuple[Value, ...]
-    incoming: tuple[tuple[Value, Step], ...]
-    kept: frozenset[Polynomial]
-    itemsize: int
-    dtype: str = "float32"
-    lasting: frozenset[int] = frozenset()
-    assignments: tuple[Assignment, ...] = ()
-
-    def extent(self, factor: Factor) -> tuple[int, int]:
-        """The dimensions of a factor: indices of its rows and columns."""
-        spec = self.leaves[factor.leaf]
-        return (spec.cols, spec.rows) if factor.transposed else (spec.rows, spec.cols)
-
-    def shape(self, p: Polynomial) -> tuple[int | None, int, int]:
-        """The dimensions of a polynomial: indices of batch, rows and columns."""
-        factors = p.shown
-        scattered = next((w.scattered for w in p.words if w.factors), ())
-        batch = self.leaves[factors[0].leaf].batch
-        if scattered:
-            batch = self.assignments[scattered[0]].experts
-        return batch, self.extent(factors[0])[0], self.extent(factors[-1])[1]
-
-
-Dims: TypeAlias = tuple[int, ...] | tuple[sympy.Expr, ...]
-
-
-def is_broadcast(leaves: Sequence[LeafSpec], left: Polynomial, right: Polynomial) -> bool:
-    """Whether ``left @ right`` only repeats a row (ones @ row) or a column (column @ ones')."""
-    row, column = left.leaf, right.leaf
-    return (row is not None and not row.transposed and leaves[row.leaf].kind == "ones") or (
-        column is not None and column.transposed and leaves[column.leaf].kind == "ones"
-    )
+# A plan is read together with the problem that it answers.
+__all__ = [
+    "Dims",
+    "Keep",
+    "LeafSpec",
+    "Plan",
+    "Problem",
+    "Product",
+    "Step",
+    "Sum",
+    "Value",
+    "incoming_cost",
+    "incoming_operations",
+    "is_broadcast",
+    "product_step",
+    "rescaled_step",
+    "step_operands",
+    "step_operation",
+    "sum_step",
+    "total_cost",
+    "turned_step",
+]
 
 
 def step_operation(
-    problem: Problem, core: Polynomial, step: Step, dims: Dims | None = None
+    problem: Problem,
+    core: Polynomial,
+    step: Step,
+    dims: Dims | None = None,
+    implementation: str | None = None,
 ) -> Operation | None:
-    """What a step runs, or None if nothing; symbolic where ``dims`` holds expressions."""
-    if core.leaves <= problem.lasting:
-        return None
-    size = problem.dims if dims is None else dims
-    batch, rows, cols = problem.shape(core)
-    b, m, n = 1 if batch is None else size[batch], size[rows], size[cols]
-    if core.is_dots:
-        n = 1
-    match step:
-        case Keep():
-            return Hold(b, m, n, problem.itemsize)
-        case Sum(parts):
-            return Add(b, m, n, len(parts), problem.itemsize)
-        case Product(left, _) if core.is_dots:
-            return Dots(m, size[problem.shape(left)[2]], problem.itemsize)
-        case Product(left, right):
-            if is_broadcast(problem.leaves, left, right):
-                return None  # fused into whatever reads it
-            if left.is_diagonal or right.is_diagonal:
-                # A demand is read by something elementwise, which scales it on the way.
-                is_demand = any(core == demand.core for demand in problem.demands)
-                return None if is_demand else Stretch(b, m, n, problem.itemsize)
-            inner = problem.shape(left)[2]
-            if _is_by_token(problem, batch) and problem.dims[inner] == 1:
-                return Stretch(b, m, n, problem.itemsize)  # a column times a row: elementwise
-            turned = (_lies_turned(problem, left), _lies_turned(problem, right))
-            return MatMul(b, m, size[inner], n, problem.itemsize, turned)
-        case Pick():
-            return Gather(b, m, n, problem.itemsize)
-        case Scatter(_, assignment):
-            tokens = size[problem.assignments[assignment].tokens]
-            return ScatterAdd(tokens, b, m, n, problem.itemsize)
-        case GroupedProduct(left, right, assignment, picked):
-            experts = size[problem.assignments[assignment].experts]
-            stack = left if picked == "left" else right
-            _, rows, cols = problem.shape(stack.T if picked == "left" else stack)
-            turned_stack = _lies_turned(problem, stack) != (picked == "left")
-            return GroupedMatMul(
-                b, experts, size[rows], size[cols], problem.itemsize, turned=turned_stack
-            )
-        case GroupedOuter(_, _, assignment):
-            tokens = size[problem.assignments[assignment].tokens]
-            return GroupedMatMul(tokens, b, m, n, problem.itemsize, is_outer=True)
+    """What a step runs, or None if nothing; symbolic where ``dims`` holds expressions.
 
-
-def _is_by_token(problem: Problem, batch: int | None) -> bool:
-    """Whether a batch has a matrix for each token that an index assigns."""
-    return any(a.kind == "indexed" and a.tokens == batch for a in problem.assignments)
-
-
-def _lies_turned(problem: Problem, operand: Polynomial) -> bool:
-    """Whether an operand lies transposed in memory: what a step makes lies as its largest leaf."""
-
-    def size(factor: Factor) -> int:
-        spec = problem.leaves[factor.leaf]
-        return problem.dims[spec.rows] * problem.dims[spec.cols]
-
-    factors = (f for word in operand.words for f in word.factors if not f.diagonal)
-    return max(factors, key=size).transposed
+    Args:
+        problem: The problem.
+        core: The value that the step makes.
+        step: The step.
+        dims: The dimensions, if not at the hints.
+        implementation: How it runs, if not as in a graph that takes it.
+    """
+    work = Work(problem, core, step, problem.dims if dims is None else dims)
+    return operation_of(usual(work) if implementation is None else named(implementation), work)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One step for every value that the demands need; leaves need none."""
+    """One step for every value that the demands need; leaves need none.
+
+    Attributes:
+        steps: By value.
+        implementations: By value, the name of what runs its step; where none is named, it runs as
+            in a graph that takes the step.
+        lies: By value, whether it lies transposed in memory; None while that follows from the
+            problem and the steps.
+    """
 
     steps: Mapping[Value, Step]
+    implementations: Mapping[Value, str] = field(default_factory=dict)
+    lies: Mapping[Polynomial, bool] | None = field(default=None, compare=False)
+
+    def runs_as_in(self, graph: Collection[tuple[Value, Step]]) -> bool:
+        """Whether a graph that takes some steps takes all of this plan, and runs them so."""
+        are_usual = all(named(name).is_usual for name in self.implementations.values())
+        return are_usual and all(pair in graph for pair in self.steps.items())
+
+    @property
+    def signature(self) -> frozenset[object]:
+        """The same for all plans that run the same."""
+        return frozenset([*self.steps.items(), *self.implementations.items()])
+
+    def implementation(self, problem: Problem, value: Value) -> str:
+        """The name of what runs the step towards a value."""
+        found = self.implementations.get(value)
+        return found or usual(Work(problem, value.core, self.steps[value], problem.dims)).name
+
+    def laid(self, problem: Problem) -> Plan:
+        """The same plan, which says how each value lies in memory."""
+        return replace(self, lies=orientations(problem, self.steps))
 
     def operations(self, problem: Problem, dims: Dims | None = None) -> list[Operation]:
         """What runs: shared values once."""
-        return _operations(problem, self.steps.items(), dims)
+        steps = ((v, step, self.implementations.get(v)) for v, step in self.steps.items())
+        return _operations(problem, steps, dims)
 
     def cost(self, problem: Problem, dims: Dims | None = None) -> Cost:
         """The cost of the plan: shared values once."""
@@ -315,7 +124,8 @@ class Plan:
 
 def incoming_operations(problem: Problem, dims: Dims | None = None) -> list[Operation]:
     """What the graph as it came runs."""
-    return _operations(problem, dict.fromkeys(problem.incoming), dims)
+    steps = ((value, step, None) for value, step in dict.fromkeys(problem.incoming))
+    return _operations(problem, steps, dims)
 
 
 def incoming_cost(problem: Problem, dims: Dims | None = None) -> Cost:
@@ -329,7 +139,7 @@ def total_cost(operations: Iterable[Operation]) -> Cost:
 
 
 def _operations(
-    problem: Problem, steps: Iterable[tuple[Value, Step]], dims: Dims | None
+    problem: Problem, steps: Iterable[tuple[Value, Step, str | None]], dims: Dims | None
 ) -> list[Operation]:
-    found = (step_operation(problem, value.core, step, dims) for value, step in steps)
+    found = (step_operation(problem, value.core, step, dims, name) for value, step, name in steps)
     return [operation for operation in found if operation is not None]

@@ -54,7 +54,7 @@ class PosedProblem:
         return substitute(p, matrices, scalars, assignments)
 
     def in_graph(self, plan: Plan) -> Plan:
-        """A plan of the problem, in leaves of the graph."""
+        """A plan of the problem, in leaves of the graph: with all that the emitter obeys."""
         matrices, scalars = dict(enumerate(self.matrices)), dict(enumerate(self.scalars))
         assignments = dict(enumerate(self.assignments))
 
@@ -78,7 +78,14 @@ class PosedProblem:
             return rescaled_step(step, made)
 
         steps: dict[Value, Step] = {}
+        implementations: dict[Value, str] = {}
+        lies: dict[Polynomial, bool] = {}
+        for core, is_transposed in (plan.laid(self.problem).lies or {}).items():
+            _, turned, core_in_graph = normalise(renamed(core))
+            lies[core_in_graph] = is_transposed != turned
         for value, step in plan.steps.items():
             made = renamed(value.core)
-            steps[Value(normalise(made).core, value.backward)] = in_graph(step, made)
-        return Plan(steps)
+            whole = Value(normalise(made).core, value.backward)
+            steps[whole] = in_graph(step, made)
+            implementations[whole] = plan.implementation(self.problem, value)
+        return Plan(steps, implementations, lies)

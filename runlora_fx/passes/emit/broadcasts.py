@@ -1,7 +1,6 @@
-"""Broadcasts: products with the column of ones, which repeat a row or sum up rows.
+"""Broadcasts: products with the column of ones, which repeat a row.
 
     1 b'  (+ X W')       ->      a row, added to what has the shape; repeated only if nothing has
-    1' X                 ->      sum(X, rows)
 
 Invariant: the ones themselves are written only where a plan multiplies by them twice.
 """
@@ -94,16 +93,6 @@ class Broadcasts:
         if not isinstance(step, Product) or self._scope.ones_side(step.left, step.right) is None:
             return None
         return step
-
-    def totalled(self, value: Value, step: Product, transposed: bool) -> fx.Node:
-        """A product with the row of ones on the left, or the column on the right: a sum."""
-        left, right = (step.right.T, step.left.T) if transposed else (step.left, step.right)
-        rows = self._scope.ones_side(left.T, right.T) == "left"
-        ones, summed = (left, right) if rows else (right, left)
-        node, scalar = self._values.operand(summed, value.backward)
-        return self._scope.scaled(
-            self._scope.writer.total(node, rows=rows), scalar * normalise(ones).scalar
-        )
 
     def repeated(self, value: Value, transposed: bool) -> fx.Node:
         """A value that repeats a row or a column, as a matrix."""

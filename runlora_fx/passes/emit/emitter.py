@@ -2,8 +2,8 @@
 
     Y = X (W + 2 B A)'       ->      addmm(W, B, A, alpha=2), permute, mm
 
-The emitter decides nothing about the algebra: it obeys the plan. What is left to it is how a value
-lies in memory (:mod:`runlora_fx.passes.emit.orientation`).
+The emitter decides nothing about the algebra: it obeys the plan, which also says how each value
+lies in memory (:mod:`runlora_fx.passes.algebra.orientation`).
 
 Invariant: every value is written once; all nodes are written in front of the root that first needs
 them.
@@ -13,14 +13,15 @@ from __future__ import annotations
 
 from torch import fx
 
-from runlora_fx.passes.algebra.plan import Keep, Product, Sum, Value
+import runlora_fx.passes.emit.implementations  # noqa: F401  what it registers writes the steps
+from runlora_fx.passes.algebra.plan import Keep, Sum, Value
 from runlora_fx.passes.algebra.polynomials import Normalised, Polynomial, Scalar, normalise
 from runlora_fx.passes.emit.broadcasts import Broadcasts
 from runlora_fx.passes.emit.layout import is_relied_on, memory_order
-from runlora_fx.passes.emit.orientation import stands_transposed
+from runlora_fx.passes.emit.products import Products
+from runlora_fx.passes.emit.registry import Emission, writing
 from runlora_fx.passes.emit.rules import rule_of, rule_of_root
 from runlora_fx.passes.emit.scope import Scope, dtype_of, matrix_shape
-from runlora_fx.passes.emit.steps import Steps
 from runlora_fx.passes.emit.sums import Sums
 from runlora_fx.passes.emit.task import Laid, Task
 from runlora_fx.passes.emit.writer import EmissionError, Writer
@@ -40,9 +41,9 @@ class Emitter:
         """Prepare to emit; nothing is written yet."""
         self._scope = Scope(task, writer)
         self._task = task
-        self._steps = Steps(self._scope, self)
-        self._broadcasts = Broadcasts(self._scope, self)
-        self._sums = Sums(self._scope, self, self._steps, self._broadcasts)
+        products, broadcasts = Products(self._scope, self), Broadcasts(self._scope, self)
+        self._sums = Sums(self._scope, self, products, broadcasts)
+        self._emission = Emission(self._scope, self, products, self._sums, broadcasts)
         self._made: dict[Value, Laid] = {}
         self._of_values: set[fx.Node] = set()
         self.recomputed: list[fx.Node] = []
@@ -118,10 +119,10 @@ class Emitter:
 
     # -- values --------------------------------------------------------------------------------
 
-    def matrix(self, value: Value, transposed: bool, prefer: bool | None = None) -> fx.Node:
-        """A value or its transpose as a matrix; ``prefer`` says how to compute it if it is new."""
-        node, lies = self.laid(value, prefer)
-        if lies == transposed:
+    def matrix(self, value: Value, transposed: bool) -> fx.Node:
+        """A value or its transpose as a matrix."""
+        node, lies = self._laid(value, transposed)
+        if lies == transposed or value.core.is_dots:  # a vector is its own transpose
             return node
         if value.core.leaf is not None and len(shape_of(node)) > 2:
             node = self._scope.flat(value.core.leaf.leaf, node)
@@ -132,13 +133,14 @@ class Emitter:
         scalar, transposed, core = normalise(p)
         return self.matrix(self._task.value(core, backward), transposed), scalar
 
-    def laid(self, value: Value, prefer: bool | None = None) -> Laid:
+    def laid(self, value: Value) -> Laid:
         """The node that holds a value, and whether it holds its transpose."""
+        return self._laid(value, False)
+
+    def _laid(self, value: Value, transposed: bool) -> Laid:
+        """The same; what has no step of its own, as a row that is repeated, is made as asked."""
         if value not in self._made:
-            turned = self._task.orientations.get(value, prefer)
-            if turned is None:
-                turned = stands_transposed(value.core, self._scope.size)
-            self._made[value] = self._make(value, turned)
+            self._made[value] = self._make(value, self._task.lies.get(value.core, transposed))
         return self._made[value]
 
     def is_made(self, value: Value) -> bool:
@@ -154,19 +156,19 @@ class Emitter:
                 raise EmissionError(f"the plan has no step for {value}")
             self.matrix(twin, transposed)
             return self._made[twin]
-        if not isinstance(step, Product | Sum):
-            raise EmissionError(f"nothing writes the step {step}")
-        if value.backward and twin in self._made and self._task.steps.get(twin) == step:
+        if value.backward and twin in self._made and self._task.is_alike(value, twin):
             return self._made[twin]
-        again = self._task.steps.get(Value(value.core, True)) if not value.backward else None
+        again = self._task.steps.get(Value(value.core, True), Keep())
+        is_repeated = not value.backward and not isinstance(again, Keep)
         known = self._task.existing.get((value, step))
         if (
             known is not None
+            and self._task.runs_as_usual(value)
             and self._scope.writer.is_before(known.node)
             and dtype_of(known.node) == self._scope.dtype(value)
             and self._task.came_so(value, step)
         ):
-            if isinstance(again, Product | Sum):
+            if is_repeated:
                 self.recomputed.append(known.node)
             seen = self._scope.reader.cuts[known.node].extents(shape_of(known.node))
             return Laid(
@@ -174,29 +176,11 @@ class Emitter:
             )
         begin = len(self._scope.writer.written)
         with self._scope.writer.making(rule_of(value, step, self._scope.leaves)):
-            node = self._written(value, step, transposed)
+            write = writing(self._task.implementations[value])
+            node = write(self._emission, value, step, transposed)
         # Not the value alone, but all it is made by: the partitioner would save the last of them.
         own = [n for n in self._scope.writer.written[begin:] if n not in self._of_values]
         self._of_values.update(own)
-        if isinstance(again, Product | Sum):
+        if is_repeated:
             self.recomputed += [node, *own]
         return Laid(node, transposed)
-
-    def _written(self, value: Value, step: Product | Sum, transposed: bool) -> fx.Node:
-        """A value or its transpose, computed by a step."""
-        if isinstance(step, Sum):
-            parts = [normalise(part) for part in step.parts]
-            total = self._sums.accumulate(parts, transposed, value.backward, is_root=False)
-            return self._scope.writer.cast(total, self._scope.dtype(value))
-        if value.core.is_dots:
-            return self._steps.dots(value, step)
-        if step.left.is_diagonal or step.right.is_diagonal:
-            return self._steps.stretched(value, step, transposed)
-        if self._broadcasts.step(value) is not None:
-            return self._broadcasts.repeated(value, transposed)
-        if self._scope.ones_side(step.left.T, step.right.T) is not None:
-            return self._broadcasts.totalled(value, step, transposed)
-        fused = self._steps.fused_product(value, step, transposed)
-        if fused is not None:
-            return fused
-        return self._steps.product(*self._steps.operands(value, step, transposed))

@@ -7,7 +7,7 @@ Reports and debuggers show it. Invariant: it is for reading only; no pass decide
 
 from __future__ import annotations
 
-from runlora_fx.passes.algebra.plan import Product, Sum, Value, step_operands
+from runlora_fx.passes.algebra.plan import Step, Sum, Value, step_operands
 from runlora_fx.passes.algebra.polynomials import Factor, Polynomial, Word
 from runlora_fx.passes.read.leaves import Leaves
 from runlora_fx.passes.read.regions import Root
@@ -16,7 +16,7 @@ from runlora_fx.passes.read.regions import Root
 _LONGEST = 100
 
 
-def rule_of(value: Value, step: Product | Sum, leaves: Leaves) -> str:
+def rule_of(value: Value, step: Step, leaves: Leaves) -> str:
     """The rule and the formula that a step of a plan computes a value by."""
     operands = step_operands(step)
     if isinstance(step, Sum):

@@ -44,11 +44,6 @@ class Scope:
         """The size that a dimension had when the graph was traced."""
         return self.task.analysis.hint(size)
 
-    def size(self, factor: Factor) -> int:
-        """The size of a leaf at the hints [elements]."""
-        leaf = self.leaves.matrices[factor.leaf]
-        return self.hint(leaf.rows) * self.hint(leaf.cols)
-
     def dtype(self, value: Value) -> torch.dtype:
         """The dtype that a value is computed in: the narrowest of its leaves'.
 

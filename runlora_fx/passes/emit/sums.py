@@ -14,9 +14,9 @@ from torch import fx
 from runlora_fx.passes.algebra.plan import Value
 from runlora_fx.passes.algebra.polynomials import IDENTITY, ONE, Normalised, Scalar
 from runlora_fx.passes.emit.broadcasts import NOTHING, Broadcasts, Lacks
+from runlora_fx.passes.emit.products import Products
 from runlora_fx.passes.emit.rules import rule_of
 from runlora_fx.passes.emit.scope import Scope, dtype_of, flattened
-from runlora_fx.passes.emit.steps import Steps
 from runlora_fx.passes.emit.values import Values
 from runlora_fx.passes.emit.writer import EmissionError
 from runlora_fx.passes.levels.forms import Identity
@@ -28,11 +28,13 @@ _ORDER = {"vector": 0, "leaf": 1, "product": 2, "identity": 3}
 class Sums:
     """Writes sums."""
 
-    def __init__(self, scope: Scope, values: Values, steps: Steps, broadcasts: Broadcasts) -> None:
+    def __init__(
+        self, scope: Scope, values: Values, products: Products, broadcasts: Broadcasts
+    ) -> None:
         """Write in a scope, of values that are emitted when they are asked for."""
         self._scope = scope
         self._values = values
-        self._steps = steps
+        self._products = products
         self._broadcasts = broadcasts
         self._lasting = set(scope.task.lasting)
 
@@ -65,7 +67,7 @@ class Sums:
             fused = kind == "product" and (total is None or takes_product)
             added = self._fused(total, value, turned, scalar) if fused else None
             if added is None:
-                added = self.add(total, self._values.matrix(value, turned, prefer=turned), scalar)
+                added = self.add(total, self._values.matrix(value, turned), scalar)
             total = added
             takes_product = not is_root
             lacks = NOTHING
@@ -85,18 +87,18 @@ class Sums:
         self, total: fx.Node | None, value: Value, turned: bool, scalar: Scalar
     ) -> fx.Node | None:
         """``total + scalar * value`` in one kernel; None if the value must stand on its own."""
-        step = self._steps.unshared_product(value)
+        step = self._products.unshared_product(value)
         if step is None:
             return None
         with self._scope.writer.making(rule_of(value, step, self._scope.leaves)):
-            a, b, by = self._steps.operands(value, step, turned)
+            a, b, by = self._products.operands(value, step, turned)
             if total is None:
-                return self._steps.product(a, b, by * scalar)
+                return self._products.product(a, b, by * scalar)
         return self._add_product(total, a, b, by * scalar)
 
     def _add_product(self, total: fx.Node, a: fx.Node, b: fx.Node, scalar: Scalar) -> fx.Node:
         if scalar.leaves or len(shape_of(a)) != 2 or dtype_of(total) != dtype_of(a):
-            return self.add(total, self._steps.product(a, b, scalar), ONE)
+            return self.add(total, self._products.product(a, b, scalar), ONE)
         if all(map(self._lasts, (total, a, b))):
             kept = self._scope.writer.merged(total, a, b, scalar.number)
             self._lasting.add(kept)

@@ -16,17 +16,16 @@ from typing import NamedTuple
 
 from torch import fx
 
+from runlora_fx.passes.algebra.implementations import named
 from runlora_fx.passes.algebra.plan import (
     Keep,
     Plan,
-    Product,
     Step,
     Value,
     product_step,
     step_operands,
 )
 from runlora_fx.passes.algebra.polynomials import IDENTITY, Polynomial, normalise
-from runlora_fx.passes.emit.orientation import orientations
 from runlora_fx.passes.read.analysis import Analysis
 from runlora_fx.passes.read.reader import GraphReader
 from runlora_fx.passes.read.regions import Root
@@ -46,18 +45,22 @@ class Task:
     Attributes:
         analysis: The graph as it came.
         steps: A step for every value that the roots need, in leaves of the graph.
+        implementations: What runs each step, by name.
+        lies: By value that has a step, whether it is computed transposed.
         roots: All roots that are emitted, in graph order.
         existing: Nodes of the incoming graph that compute a value by a step.
-        came: Every step of the incoming graph.
+        incoming: Every step of the incoming graph.
         lasting: Inputs that are the same tensors in every call, and of which merged weights are
             kept.
     """
 
     analysis: Analysis
     steps: Mapping[Value, Step]
+    implementations: Mapping[Value, str]
+    lies: Mapping[Polynomial, bool]
     roots: tuple[Root, ...]
     existing: Mapping[tuple[Value, Step], Laid]
-    came: frozenset[tuple[Value, Step]]
+    incoming: frozenset[tuple[Value, Step]]
     lasting: frozenset[fx.Node]
 
     def value(self, core: Polynomial, backward: bool) -> Value:
@@ -65,11 +68,6 @@ class Task:
         matrices, tangent = self.analysis.reader.leaves.matrices, self.analysis.phases.tangent
         nodes = (node for i in core.leaves for node in matrices[i].sources)
         return Value(core, backward or any(node in tangent for node in nodes))
-
-    @cached_property
-    def orientations(self) -> dict[Value, bool]:
-        """By value that a root shows, whether it is computed transposed."""
-        return orientations(self.steps, self.roots, self.value)
 
     @cached_property
     def uses(self) -> Counter[Value]:
@@ -88,16 +86,11 @@ class Task:
     @cached_property
     def whole_leaves(self) -> frozenset[tuple[int, bool]]:
         """The leaves that a step of either phase reads otherwise than as M in ``x M'``."""
-        matrices, found = self.analysis.reader.leaves.matrices, set[tuple[int, bool]]()
+        found = set[tuple[int, bool]]()
         for value, step in self.steps.items():
             operands = [(p, normalise(p)) for p in step_operands(step)]
             leaves = [core.leaf for _, (_, _, core) in operands]
-            is_matmul = (
-                isinstance(step, Product)
-                and not value.core.is_dots
-                and not any(p.is_diagonal for p, _ in operands)
-                and not any(leaf is not None and matrices[leaf.leaf].is_ones for leaf in leaves)
-            )
+            is_matmul = self.implementations[value] == "matmul"
             for place, (leaf, (_, (_, transposed, _))) in enumerate(
                 zip(leaves, operands, strict=True)
             ):
@@ -107,6 +100,19 @@ class Task:
                 if not is_matmul or stands == (place == 1):
                     found.add((leaf.leaf, value.backward))
         return frozenset(found)
+
+    def is_alike(self, one: Value, other: Value) -> bool:
+        """Whether two values are made by the same step, which runs in the same way."""
+        steps, names = self.steps, self.implementations
+        return steps.get(one) == steps.get(other) and names.get(one) == names.get(other)
+
+    def came(self, value: Value, step: Step) -> bool:
+        """Whether the incoming graph takes a step, and runs it as the plan does."""
+        return self.runs_as_usual(value) and (value, step) in self.incoming
+
+    def runs_as_usual(self, value: Value) -> bool:
+        """Whether a step runs as in a graph that takes it."""
+        return named(self.implementations[value]).is_usual
 
     def came_so(self, value: Value, step: Step) -> bool:
         """Whether the incoming graph makes all that a step reads as the plan does.
@@ -120,7 +126,7 @@ class Task:
                 below = Value(below.core, False)
                 planned = self.steps.get(below)
             if planned is not None and not (
-                (below, planned) in self.came and self.came_so(below, planned)
+                self.came(below, planned) and self.came_so(below, planned)
             ):
                 return False
         return True
@@ -136,11 +142,13 @@ def task_of(
         plans: By the index of a region, what to compute it by; the others stay as they came.
         lasting: Inputs of which merged weights are kept from call to call.
     """
-    regions = analysis.regions
+    regions, plan = analysis.regions, _whole_plan(analysis, plans)
     touched = {root.node for i in plans for root, _ in regions.regions[i].demands}
     return Task(
         analysis,
-        _whole_plan(analysis, plans).steps,
+        plan.steps,
+        plan.implementations,
+        plan.lies or {},
         tuple(root for root in regions.roots if root.node in touched),
         _existing(analysis),
         frozenset(_incoming(analysis)),
@@ -151,6 +159,8 @@ def task_of(
 def _whole_plan(analysis: Analysis, plans: Mapping[int, Plan]) -> Plan:
     """One plan for the graph: the chosen steps where it changes, the incoming ones elsewhere."""
     steps: dict[Value, Step] = {}
+    implementations: dict[Value, str] = {}
+    lies: dict[Polynomial, bool] = {}
     for i, posed in enumerate(analysis.posed):
         own = plans.get(i)
         if own is None:
@@ -158,8 +168,11 @@ def _whole_plan(analysis: Analysis, plans: Mapping[int, Plan]) -> Plan:
             for value, step in posed.problem.incoming:
                 first.setdefault(value, step)
             own = Plan(first)
-        steps.update(posed.in_graph(own).steps)
-    return Plan(steps)
+        whole = posed.in_graph(own)
+        steps.update(whole.steps)
+        implementations.update(whole.implementations)
+        lies.update(whole.lies or {})
+    return Plan(steps, implementations, lies)
 
 
 def _incoming(analysis: Analysis) -> set[tuple[Value, Step]]:

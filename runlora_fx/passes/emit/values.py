@@ -19,13 +19,13 @@ from runlora_fx.passes.emit.task import Laid
 class Values(Protocol):
     """Emits values, each once."""
 
-    def matrix(self, value: Value, transposed: bool, prefer: bool | None = None) -> fx.Node:
-        """A value or its transpose as a matrix; ``prefer`` says how to compute it if it is new."""
+    def matrix(self, value: Value, transposed: bool) -> fx.Node:
+        """A value or its transpose as a matrix."""
 
     def operand(self, p: Polynomial, backward: bool) -> tuple[fx.Node, Scalar]:
         """A polynomial as a matrix, and what it still has to be scaled by."""
 
-    def laid(self, value: Value, prefer: bool | None = None) -> Laid:
+    def laid(self, value: Value) -> Laid:
         """The node that holds a value, and whether it holds its transpose."""
 
     def is_made(self, value: Value) -> bool:

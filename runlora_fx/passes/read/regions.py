@@ -36,7 +36,7 @@ from runlora_fx.passes.algebra.polynomials import (
     without_scalar,
 )
 from runlora_fx.passes.algebra.posed import Dim, PosedProblem
-from runlora_fx.passes.levels.sizes import value_of
+from runlora_fx.passes.levels.sizes import is_column_major, value_of
 from runlora_fx.passes.read.dimensions import DimClasses
 from runlora_fx.passes.read.phases import Phases, recomputed
 from runlora_fx.passes.read.reader import GraphReader
@@ -285,6 +285,10 @@ class Regions:
         keepable = frozenset(
             normalise(own(core)).core for core in self._keepable if core.leaves <= matrices.keys()
         )
+        shown: dict[Polynomial, bool] = {}
+        for root, part in region.demands:
+            _, transposed, core = normalise(own(part))
+            shown.setdefault(core, transposed != is_column_major(root.node))
         problem = Problem(
             leaves=specs,
             dims=tuple(self._hint(size) for size in dims.sizes),
@@ -302,6 +306,7 @@ class Regions:
             kept=kept | keepable,
             itemsize=int(dtype.itemsize),
             dtype=str(dtype).removeprefix("torch."),
+            shown=tuple(shown.items()),
         )
         return PosedProblem(problem, dims.sizes, tuple(matrices), tuple(scalars))
 

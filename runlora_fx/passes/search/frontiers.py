@@ -23,7 +23,8 @@ from heapq import nsmallest
 from typing import Literal, TypeAlias
 
 from runlora_fx.cost_model.objective import Objective, Price
-from runlora_fx.cost_model.ops import GemmShape, MatMul
+from runlora_fx.cost_model.ops import GemmShape
+from runlora_fx.passes.algebra.implementations import Work, operation_of, serving
 from runlora_fx.passes.algebra.plan import (
     Keep,
     Plan,
@@ -33,7 +34,6 @@ from runlora_fx.passes.algebra.plan import (
     Value,
     incoming_operations,
     step_operands,
-    step_operation,
 )
 from runlora_fx.passes.algebra.polynomials import (
     Polynomial,
@@ -145,7 +145,10 @@ def search(
     if best.price is None:
         raise ValueError(f"no plan for {problem.demands}")
     steps = _steps(space, best.path)
-    plan = Plan(_flattened(problem, Ways(problem, objective), steps))
+    ways = Ways(problem, objective)
+    flat = _flattened(problem, ways, steps)
+    names = {value: ways.implementation(value, step).name for value, step in flat.items()}
+    plan = Plan(flat, names).laid(problem)
     return Found(plan, "exact" if is_exact else "best found", effort)
 
 
@@ -239,9 +242,12 @@ def candidate_products(problem: Problem, objective: Objective) -> list[GemmShape
         for step, price, operands in ways.of(value):
             if price > limit:
                 continue
-            operation = step_operation(problem, value.core, step)
-            if isinstance(operation, MatMul):
-                found[operation.shape] = None
+            work = Work(problem, value.core, step, problem.dims)
+            for one in serving(work):
+                operation = operation_of(one, work)
+                shape = None if operation is None else one.measured_as(operation)
+                if shape is not None:
+                    found[shape] = None
             pending.extend(operands - seen)
             seen |= operands
     return list(found)

@@ -122,7 +122,7 @@ def candidates(varying: Varying) -> PricedPlans:
     found: dict[frozenset[object], Plan | None] = {frozenset(): None}
     for size in SEARCHED:
         plan = search(varying.at(size), varying.objective, widths=_WIDTHS).plan
-        found.setdefault(frozenset(plan.steps.items()), plan)
+        found.setdefault(plan.signature, plan)
     return PricedPlans(varying, tuple(found.values()))
 
 

@@ -8,6 +8,7 @@ from itertools import combinations
 
 from runlora_fx.cost_model.objective import Objective, Price
 from runlora_fx.passes.algebra.factorise import components, factorisations
+from runlora_fx.passes.algebra.implementations import Implementation, Work, operation_of, serving
 from runlora_fx.passes.algebra.plan import (
     Keep,
     Problem,
@@ -17,7 +18,6 @@ from runlora_fx.passes.algebra.plan import (
     Value,
     is_broadcast,
     step_operands,
-    step_operation,
 )
 from runlora_fx.passes.algebra.polynomials import Polynomial, Word, normalise
 from runlora_fx.passes.search.assigned import assigned_steps, is_assigned
@@ -103,9 +103,21 @@ class Ways:
             return True
         return all(v.core.leaf is not None or v.core in self._materialised for v in operands)
 
+    def implementation(self, value: Value, step: Step) -> Implementation:
+        """The cheapest implementation of a step; of those that tie, the one a graph runs."""
+        return min(self.implementations(value, step), key=lambda one: one[1])[0]
+
+    def implementations(self, value: Value, step: Step) -> list[tuple[Implementation, Price]]:
+        """All implementations of a step, with their prices; the one a graph runs comes first."""
+        work = Work(self.problem, value.core, step, self.problem.dims)
+        return [
+            (one, 0 if operation is None else self.objective.price(operation))
+            for one in serving(work)
+            for operation in [operation_of(one, work)]
+        ]
+
     def _price(self, value: Value, step: Step) -> Price:
-        operation = step_operation(self.problem, value.core, step)
-        return 0 if operation is None else self.objective.price(operation)
+        return min(price for _, price in self.implementations(value, step))
 
     def phase(self, p: Polynomial, backward: bool) -> Value:
         """The value behind an operand of a step that runs in the given phase."""

@@ -89,8 +89,8 @@ def _candidates(
     found: dict[str, Plan | None] = {_AS_IT_CAME: None}
     came = set(problem.incoming)
     for plan in (decision.plan, *others):
-        if len(found) < _MAX_PLANS and not plan.steps.items() <= came:
-            found.setdefault(_digest(sorted(map(repr, plan.steps.items()))), plan)
+        if len(found) < _MAX_PLANS and not plan.runs_as_in(came):
+            found.setdefault(_digest(sorted(map(repr, plan.signature))), plan)
     return found
 
 

@@ -1,0 +1,30 @@
+"""The diagonal of a product, as dot products.
+
+    diagonal of dY' P       ->      sum(mul(dY, P), rows)
+
+Invariant: rows or columns are multiplied as the left operand lies in memory; both give one vector.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from runlora_fx.passes.algebra.plan import Product, Step, Value
+from runlora_fx.passes.algebra.polynomials import normalise
+from runlora_fx.passes.emit.registry import Emission, writes
+
+
+@writes("diagonal")
+def write(emission: Emission, value: Value, step: Step, transposed: bool) -> fx.Node:
+    """Write the vector; it is its own transpose."""
+    assert isinstance(step, Product)
+    scope, values = emission.scope, emission.values
+    _, turned, core = normalise(step.left)
+    _, lies = values.laid(scope.task.value(core, value.backward))
+    rows = lies == turned
+    left, right = (step.left, step.right.T) if rows else (step.left.T, step.right)
+    a, by_a = values.operand(left, value.backward)
+    b, by_b = values.operand(right, value.backward)
+    dtype = scope.dtype(value)
+    node = scope.writer.dots(scope.writer.cast(a, dtype), scope.writer.cast(b, dtype), rows=rows)
+    return scope.scaled(node, by_a * by_b)

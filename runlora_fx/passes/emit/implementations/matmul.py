@@ -1,0 +1,25 @@
+"""Products of two matrices, or of two batches of matrices.
+
+    2 X A'                  ->      mul(mm(X, permute(A)), 2)
+    X W', W in 4 bits       ->      gemm_4bit(X, ...), unless the plan reads W itself somewhere
+
+A product that only a sum reads is written with the sum, as ``addmm``.
+
+Invariant: both operands have the dtype of the product.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from runlora_fx.passes.algebra.plan import Product, Step, Value
+from runlora_fx.passes.emit.registry import Emission, writes
+
+
+@writes("matmul")
+def write(emission: Emission, value: Value, step: Step, transposed: bool) -> fx.Node:
+    """Write a product, or its transpose."""
+    assert isinstance(step, Product)
+    products = emission.products
+    fused = products.fused_product(value, step, transposed)
+    return fused or products.product(*products.operands(value, step, transposed))

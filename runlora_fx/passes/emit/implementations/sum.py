@@ -1,0 +1,23 @@
+"""Sums of values.
+
+    W + s (B @ A)           ->      addmm(W, B, A, alpha=s)
+
+Invariant: a sum has the dtype of its narrowest leaf, and is rounded to it once.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from runlora_fx.passes.algebra.plan import Step, Sum, Value
+from runlora_fx.passes.algebra.polynomials import normalise
+from runlora_fx.passes.emit.registry import Emission, writes
+
+
+@writes("sum")
+def write(emission: Emission, value: Value, step: Step, transposed: bool) -> fx.Node:
+    """Write a sum, or its transpose."""
+    assert isinstance(step, Sum)
+    scope, parts = emission.scope, [normalise(part) for part in step.parts]
+    total = emission.sums.accumulate(parts, transposed, value.backward, is_root=False)
+    return scope.writer.cast(total, scope.dtype(value))

@@ -1,0 +1,82 @@
+"""Products: how two matrices are multiplied, given both.
+
+    2 x (left @ right)      ->      mm, bmm, matmul; scaled where that costs least
+    x W', W a virtual leaf  ->      the operator that makes no W, if there is one
+
+Invariant: a product is scaled once, at the smallest of its operands and its result.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import fx
+
+from runlora_fx.passes.algebra.plan import Product, Value
+from runlora_fx.passes.algebra.polynomials import ONE, Scalar, normalise
+from runlora_fx.passes.emit.scope import Scope
+from runlora_fx.passes.emit.values import Values
+from runlora_fx.passes.levels.sizes import numel, shape_of
+
+
+class Operands(NamedTuple):
+    """``scalar * (a @ b)``, not yet written."""
+
+    a: fx.Node
+    b: fx.Node
+    scalar: Scalar
+
+
+class Products:
+    """Writes products of matrices."""
+
+    def __init__(self, scope: Scope, values: Values) -> None:
+        """Write in a scope, of values that are emitted when they are asked for."""
+        self._scope = scope
+        self._values = values
+
+    def product(self, a: fx.Node, b: fx.Node, scalar: Scalar) -> fx.Node:
+        """``scalar * (a @ b)``, scaled where it costs least: at the smallest of the three."""
+        out = (*shape_of(a)[:-1], shape_of(b)[-1])
+        sizes = [self._scope.hint(numel(shape)) for shape in (out, shape_of(a), shape_of(b))]
+        if scalar is ONE or scalar.is_one or sizes[0] == min(sizes):
+            return self._scope.scaled(self._scope.writer.matmul(a, b), scalar)
+        if sizes[1] <= sizes[2]:
+            return self._scope.writer.matmul(self._scope.scaled(a, scalar), b)
+        return self._scope.writer.matmul(a, self._scope.scaled(b, scalar))
+
+    def operands(self, value: Value, step: Product, transposed: bool) -> Operands:
+        """The operands of a product, or those of its transpose."""
+        left, right = (step.right.T, step.left.T) if transposed else (step.left, step.right)
+        a, by_a = self._values.operand(left, value.backward)
+        b, by_b = self._values.operand(right, value.backward)
+        dtype = self._scope.dtype(value)
+        return Operands(
+            self._scope.writer.cast(a, dtype), self._scope.writer.cast(b, dtype), by_a * by_b
+        )
+
+    def fused_product(self, value: Value, step: Product, transposed: bool) -> fx.Node | None:
+        """A product with a virtual leaf by the operator that does not make it; None if none is."""
+        for turned in (False, True):
+            left, right = (step.right.T, step.left.T) if turned else (step.left, step.right)
+            operator = self._scope.fused_operator(right, value)
+            if operator is None:
+                continue
+            x, by = self._values.operand(left, value.backward)
+            x = self._scope.writer.cast(x, self._scope.dtype(value))
+            node = operator.write(self._scope.writer, x)
+            node = self._scope.scaled(node, by * normalise(right).scalar)
+            return node if turned == transposed else self._scope.writer.transpose(node)
+        return None
+
+    def unshared_product(self, value: Value) -> Product | None:
+        """The step of a matrix product that nothing else reads; None if it is no such value."""
+        step = self._scope.task.steps.get(value)
+        if self._values.is_made(value) or self._scope.task.uses[value] != 1:
+            return None
+        if not isinstance(step, Product) or self._scope.task.implementations[value] != "matmul":
+            return None
+        if any(self._scope.fused_operator(p, value) for p in (step.right, step.left.T)):
+            return None
+        is_batched = self._scope.leaves.matrices[value.core.shown[0].leaf].batched
+        return None if is_batched else step
