@@ -9,10 +9,19 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from runlora_fx.cost_model.ops import MatMul, Stretch
 from runlora_fx.options import Options
 from runlora_fx.passes.algebra.addends import Addends, scaled
+from runlora_fx.passes.algebra.implementations import (
+    Implementation,
+    Work,
+    register,
+    registered,
+    registering,
+)
 from runlora_fx.passes.algebra.plan import Product, Step, Value
 from runlora_fx.passes.algebra.polynomials import Scalar
+from runlora_fx.passes.emit.registry import Emission, writes, writing
 from runlora_fx.passes.emit.verify import VerificationError
 from runlora_fx.passes.levels import readers
 from runlora_fx.passes.levels.aten import ATEN
@@ -118,3 +127,66 @@ def test_a_law_that_is_wrong_is_caught(
     monkeypatch.setattr(Ways, "_steps", steps)
     with pytest.raises(VerificationError):
         rewritten(lambda x, w, a, b: x @ w + x @ a @ b, tensors, ATEN)
+
+
+# --- an implementation
+
+
+def serves(work: Work) -> bool:
+    return work.product is not None and work.problem.dims[work.inner] <= 2
+
+
+NARROW = Implementation(
+    "narrow",
+    serves,
+    lambda work: Stretch(*work.extents, work.itemsize),
+    is_usual=False,
+)
+
+
+@writes("narrow")
+def write(emission: Emission, value: Value, step: Step, transposed: bool) -> fx.Node:
+    assert isinstance(step, Product)
+    writer = emission.scope.writer
+    a, b, scalar = emission.products.operands(value, step, transposed)
+    node = writer.call(torch.ops.aten.linear.default, a, writer.transpose(b))
+    return emission.scope.scaled(node, scalar)
+
+
+def merged_adapter(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return x @ (w + 2.0 * (a @ b))
+
+
+@pytest.mark.parametrize("tokens", (3, 37))
+def test_an_implementation(tokens: int, tensors: list[Tensor]) -> None:
+    """It is chosen because it costs less, written, and proven; without it nothing of it is left."""
+    # Decisions are remembered: no other test here has these sizes.
+    few = [tensors[0][:tokens], *tensors[1:]]
+    with registering(NARROW):
+        gm, report = rewritten(merged_adapter, few, ATEN)
+    assert any(site.changed for site in report.sites)
+    narrow = [n for n in gm.graph.nodes if n.target is torch.ops.aten.linear.default]
+    assert len(narrow) == 1
+    assert NARROW not in registered()
+
+
+def test_an_implementation_that_costs_more_is_not_chosen(tensors: list[Tensor]) -> None:
+    few = [tensors[0][:41], *tensors[1:]]
+    dear = replace(NARROW, operation=lambda work: MatMul(9, *work.extents, 8))
+    with registering(dear):
+        gm, _ = rewritten(merged_adapter, few, ATEN)
+    assert not [n for n in gm.graph.nodes if n.target is torch.ops.aten.linear.default]
+
+
+def test_names_of_implementations_are_unique() -> None:
+    with registering(NARROW), pytest.raises(ValueError, match="already"):
+        register(NARROW)
+    with pytest.raises(ValueError, match="already"):
+        writes("narrow")
+
+
+@pytest.mark.parametrize("name", sorted(one.name for one in registered()))
+def test_every_implementation_is_written(name: str) -> None:
+    by_experts = {"pick", "scatter", "grouped", "grouped_outer"}  # read in a pass of their own
+    if name != "keep" and name not in by_experts:  # what is kept is not made
+        assert callable(writing(name))
