@@ -188,3 +188,25 @@ def test_a_product_is_not_needed_for_its_sizes() -> None:
     assert len(products) == 2  # the merged weight, and the layer
     other = inputs(5)
     torch.testing.assert_close(rewritten(*other), layer(*other))
+
+
+@pytest.mark.parametrize("mode", ["real", "symbolic"])
+def test_a_matrix_that_is_repeated_over_a_batch_is_one_matrix(mode: Any) -> None:
+    """A linear layer on an input that is not contiguous is traced so."""
+
+    def layer(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        x = x.transpose(0, 1)
+        return F.linear(x, w) + 2 * F.linear(F.linear(x, a), b)
+
+    def inputs(batch: int) -> list[Tensor]:
+        sizes = (batch, 40, 64), (96, 64), (4, 64), (96, 4)
+        return [torch.randn(size, dtype=torch.float64) for size in sizes]
+
+    given = inputs(2)
+    graph = make_fx(layer, tracing_mode=mode)(*given)
+    assert any(node.target is torch.ops.aten.bmm.default for node in graph.graph.nodes)
+    rewritten = runlora_fx.rewrite(graph, strict=True, objective="flops")
+    products = [node for node in rewritten.graph.nodes if "mm" in str(node.target)]
+    assert len(products) == 2  # the merged weight, and the layer
+    given = given if mode == "real" else inputs(5)
+    torch.testing.assert_close(rewritten(*given), layer(*given))

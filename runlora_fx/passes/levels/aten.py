@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from runlora_fx.passes.levels import readers as builders
-from runlora_fx.passes.levels.forms import Form, Identity
+from runlora_fx.passes.levels.forms import Form, Identity, MatrixProduct, RepeatedProduct
 from runlora_fx.passes.levels.level import Calls, Dialect
 from runlora_fx.passes.levels.quantised import gemm_4bit
 from runlora_fx.passes.levels.sizes import equal, requested_shape, same_shape, shape_of, value_of
@@ -107,12 +107,34 @@ def _expand(a: Any, size: Any, **_: Any) -> Form | None:
     return builders.same(a) if kept else None
 
 
+def _bmm(a: Any, b: Any) -> Form | None:
+    """A batched product; of one matrix that ``expand`` repeats over the batch, a plain one.
+
+    Before -> after: ``bmm(x, view(expand(w, [b, i, o]), [b, i, o]))`` -> ``x w``.
+    """
+    repeats: list[fx.Node] = []
+    node = b
+    while isinstance(node, fx.Node) and len(node.users) == 1 and node.target in _REPEATING:
+        repeats.append(node)
+        source: Any = node.args[0]
+        if builders.ndim(source) == 2 and same_shape(shape_of(node)[1:], shape_of(source)):
+            form = builders.matmul(a, source)
+            if isinstance(form, MatrixProduct):
+                return RepeatedProduct(form.left, form.right, form.out, tuple(repeats))
+        is_alike = builders.ndim(source) == 3 and same_shape(shape_of(node), shape_of(source))
+        node = source if is_alike else None
+    return builders.product(a, b)
+
+
+#: What shows a matrix once for every matrix of a batch, or the same tensor in the same shape.
+_REPEATING = (_aten.expand.default, _aten.view.default, _aten._unsafe_view.default)
+
 ATEN = Dialect(
     name="aten",
     graph="inference",
     readers={
         _aten.mm.default: builders.product,
-        _aten.bmm.default: builders.product,
+        _aten.bmm.default: _bmm,
         _aten.addmm.default: builders.addmm,
         _aten.baddbmm.default: builders.addmm,
         _aten.matmul.default: builders.matmul,

@@ -22,6 +22,7 @@ from runlora_fx.passes.levels.forms.products import (
     DiagonalOfProduct,
     Identity,
     MatrixProduct,
+    RepeatedProduct,
     SumOfProducts,
 )
 from runlora_fx.passes.levels.forms.sums import WeightedSum
@@ -42,6 +43,7 @@ __all__ = [
     "Operand",
     "Permute",
     "Reading",
+    "RepeatedProduct",
     "RepeatedRow",
     "Reshape",
     "ScalarMultiple",

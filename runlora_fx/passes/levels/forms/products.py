@@ -92,6 +92,22 @@ class MatrixProduct(_OfTwo):
 
 
 @dataclass(frozen=True)
+class RepeatedProduct(MatrixProduct):
+    """A batch of matrices times one matrix that is repeated over the batch: a plain product.
+
+    Attributes:
+        repeats: The nodes that repeat the matrix, which only the product reads.
+    """
+
+    repeats: tuple[fx.Node, ...]
+
+    @property
+    def absorbed(self) -> tuple[fx.Node, ...]:
+        """The nodes that repeat the matrix."""
+        return self.repeats
+
+
+@dataclass(frozen=True)
 class DiagonalOfProduct(_OfTwo):
     """The diagonal of ``left @ right``, as a vector: dot products of rows and columns."""
 
