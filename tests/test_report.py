@@ -63,3 +63,19 @@ def test_a_region_without_low_rank_words_is_a_site_where_it_changes(
     report = runlora_fx.last_report()
     assert report is not None
     assert [(site.changed, site.is_exact) for site in report.sites] == [(True, True)] * is_site
+
+
+def test_a_bias_is_a_letter_and_its_broadcast_is_left_out() -> None:
+    def layer(x: Tensor, a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
+        return (x @ a + bias) @ b @ b.t()
+
+    inputs = [torch.randn(size) for size in ((TOKENS, IN), (IN, 64), (64, OUT), (64,))]
+    runlora_fx.rewrite(fx.symbolic_trace(layer), inputs, objective="flops", strict=True)
+    report = runlora_fx.last_report()
+    assert report is not None
+    (site,) = report.sites
+    assert (site.before, site.after) == (
+        "Y = ((L1 L2 + b) L3) L3'",
+        "Y = L1 ((L2 L3) L3') + (b L3) L3'",
+    )
+    assert "1" not in [size.partition("=")[2] for size in site.shapes.split(", ")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 
 import sympy
 
@@ -33,9 +34,9 @@ class Names:
     """Names of a problem's leaves and dimensions, in the field's own letters.
 
     ``X`` is the activation that the base weight ``W`` and the adapter ``A`` (down), ``B`` (up) act
-    on, ``dY`` the tangent of the result; ``N`` tokens, ``i`` in, ``o`` out, ``r`` rank, ``E``
-    experts. ``W[k]`` are the weights that tokens have by the assignment ``k``, and ``sum_k(P)`` the
-    sums over the tokens of each expert.
+    on, ``b`` a bias, ``dY`` the tangent of the result; ``N`` tokens, ``i`` in, ``o`` out, ``r``
+    rank, ``E`` experts. ``W[k]`` are the weights that tokens have by the assignment ``k``, and
+    ``sum_k(P)`` the sums over the tokens of each expert.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -73,7 +74,9 @@ class Names:
         return next((d for d, name in self._dims.items() if name == "N"), None)
 
     def _is_one_row(self, dim: int) -> bool:
-        """Whether a dimension is the one row that a token has among its expert's."""
+        """Whether a dimension is the one row of a bias, or that a token has among its expert's."""
+        if any(leaf.kind == "ones" and leaf.cols == dim for leaf in self._problem.leaves):
+            return True
         tokens = [assignment.tokens for assignment in self._problem.assignments]
         leaves = (leaf for leaf in self._problem.leaves if leaf.batch in tokens)
         is_side = any(dim in (leaf.rows, leaf.cols) for leaf in leaves)
@@ -84,12 +87,13 @@ class Names:
         turned = next((f.transposed for f in core.terms[-1][0].without_diagonals), False)
         words = [word.without_diagonals for word in (core.T if turned else core).words]
         for factors in sorted(words, key=len):
+            if any(map(self.is_ones, factors)):
+                self._name_bias(factors)
+                continue
             roles = {2: ("X", "W"), 3: ("X", "A", "B")}.get(len(factors))
             if roles is None:
                 continue
             for factor, role in zip(factors, roles, strict=True):
-                if self._problem.leaves[factor.leaf].kind == "ones":
-                    break
                 self._name(factor.leaf, role)
             rows, cols = self._problem.extent(factors[0])
             self._dim(rows, "N")
@@ -97,6 +101,29 @@ class Names:
             self._dim(self._problem.extent(factors[-1])[1], "o")
             if len(factors) == 3:
                 self._dim(self._problem.extent(factors[1])[1], "r")
+
+    def _name_bias(self, factors: tuple[Factor, ...]) -> None:
+        """``1 b'``: the vectors that the column of ones repeats."""
+        for left, right in pairwise(factors):
+            vector = right if self.is_ones(left) else left if self.is_ones(right) else None
+            if vector is not None and 1 in self._sizes(vector):
+                self._name(vector.leaf, "b")
+
+    def _sizes(self, factor: Factor) -> tuple[int, ...]:
+        """The sizes of a leaf as the problem was traced."""
+        return tuple(self._problem.dims[d] for d in self._problem.extent(factor))
+
+    def is_ones(self, factor: Factor) -> bool:
+        """Whether a factor is the column of ones that repeats a row, or its transpose."""
+        return self._problem.leaves[factor.leaf].kind == "ones"
+
+    def without_repeats(self, factors: tuple[Factor, ...]) -> tuple[Factor, ...]:
+        """The factors of a word but for the ones that broadcast it: ``1 b`` is written ``b``."""
+        if len(factors) > 1 and self.is_ones(factors[0]) and not factors[0].transposed:
+            factors = factors[1:]
+        if len(factors) > 1 and self.is_ones(factors[-1]) and factors[-1].transposed:
+            factors = factors[:-1]
+        return factors
 
     def _name(self, leaf: int, letter: str) -> None:
         if leaf in self.leaves:
@@ -127,8 +154,8 @@ class Names:
         if isinstance(step, Keep):
             return "kept from the forward"
         if isinstance(step, Product):
-            left, right = map(self.polynomial, (step.left, _second(value, step)))
-            operands = [f"({p})" if " " in p else p for p in (left, right)]
+            shown = self.without_ones(step.left, _second(value, step))
+            operands = [f"({p})" if " " in p else p for p in map(self.polynomial, shown)]
             return f"rowsum({' * '.join(operands)})" if value.core.is_dots else " ".join(operands)
         if not isinstance(step, Sum):
             operands = [
@@ -137,12 +164,20 @@ class Names:
             return by_expert(step, operands)
         return _added(f"({self.polynomial(p)})" for p in step_operands(step))
 
+    def without_ones(self, left: Polynomial, right: Polynomial) -> tuple[Polynomial, ...]:
+        """The operands of a product but for the ones that broadcast the other."""
+        if left.leaf is not None and self.is_ones(left.leaf) and not left.leaf.transposed:
+            return (right,)
+        if right.leaf is not None and self.is_ones(right.leaf) and right.leaf.transposed:
+            return (left,)
+        return left, right
+
     def polynomial(self, p: Polynomial) -> str:
         """A polynomial in normal form."""
         return _added(scalar(Scalar(c, w.scalars)) + self._word(w) for w, c in p.terms)
 
     def _word(self, word: Word) -> str:
-        text = " ".join(map(self.factor, word.factors)) or "I"
+        text = " ".join(map(self.factor, self.without_repeats(word.factors))) or "I"
         if word.scattered:
             return f"sum_{_assignment(word.scattered[0])}({text})"
         return f"diagonal({text})" if word.dots else text
@@ -278,13 +313,18 @@ class _Printer:
         if step is None or isinstance(step, Keep):
             return self._names.polynomial(value.core.T if turned else value.core)
         if value.core.is_dots and isinstance(step, Product):
-            shown = (step.left, _second(value, step))
-            both = " * ".join(self._operand(p, value.backward, inner=True) for p in shown)
+            rows = (step.left, _second(value, step))
+            both = " * ".join(self._operand(p, value.backward, inner=True) for p in rows)
             return f"rowsum({both})"
         operands = [p.T if turned else p for p in step_operands(step)]
         if not isinstance(step, Sum):
             step = turned_step(step) if turned else step
-            texts = [self._operand(p, value.backward, inner=True) for p in step_operands(step)]
+            shown: Iterable[Polynomial] = step_operands(step)
+            is_alone = False
+            if isinstance(step, Product):
+                factors = self._names.without_ones(step.left, step.right)
+                shown, is_alone = factors, len(factors) == 1
+            texts = [self._operand(p, value.backward, inner=not is_alone) for p in shown]
             return " ".join(texts) if isinstance(step, Product) else by_expert(step, texts)
         operands.sort(key=lambda p: p.size)
         return _added(self._operand(p, value.backward, inner=False) for p in operands)
