@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import runlora_fx
+from runlora_fx.report import describe
 
 IN, OUT, TOKENS = 32, 48, 256
 
@@ -79,3 +80,18 @@ def test_a_bias_is_a_letter_and_its_broadcast_is_left_out() -> None:
         "Y = L1 ((L2 L3) L3') + (b L3) L3'",
     )
     assert "1" not in [size.partition("=")[2] for size in site.shapes.split(", ")]
+
+
+@pytest.mark.parametrize("most", [1_000, 0])
+def test_a_break_even_is_said_where_it_takes_little_work(
+    most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def layer(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return x @ w + x @ a @ b
+
+    monkeypatch.setattr(describe, "MOST_EFFORT", most)
+    inputs = [torch.randn(size) for size in ((TOKENS, IN), (IN, OUT), (IN, 4), (4, OUT))]
+    runlora_fx.rewrite(fx.symbolic_trace(layer), inputs, objective="flops", strict=True)
+    report = runlora_fx.last_report()
+    assert report is not None
+    assert [bool(site.break_even) for site in report.sites] == [most > 0]

@@ -35,6 +35,10 @@ from runlora_fx.report.origin import modules_of, modules_of_nodes
 #: by whose identity it is known, so that no other takes its place in memory.
 Known: TypeAlias = dict[Hashable, tuple[Decision, Site]]
 
+#: The break-even takes a search at every size that is compared, each about as much work as the one
+#: that chose the plan. It is said where that one tried no more ways than this.
+MOST_EFFORT = 20_000
+
 
 def describe(
     region: Region,
@@ -86,6 +90,7 @@ def _site(
     before = algebra(problem, names, scalars, _incoming_plan(problem))
     plan = decision.plan if changed else None
     symbols = names.symbols
+    is_easy = decision.effort <= MOST_EFFORT
     failed = decision.changed and not changed
     reason = "left alone: the plan could not be written" if failed else decision.reason
     cost_before = incoming_cost(problem, symbols).flops
@@ -103,7 +108,7 @@ def _site(
         flops_after_expr=_expr(cost_after),
         changed=changed,
         is_exact=decision.proof == "exact",
-        break_even=_break_even(posed, names, objective),
+        break_even=_break_even(posed, names, objective) if is_easy else "",
         reason=reason,
         considered=tuple(
             Candidate(names.step(problem.demands[0], a.step), int(a.cost.flops))
