@@ -71,10 +71,12 @@ class Word(NamedTuple):
     @property
     def mirrored(self) -> Word:
         """V' U' for U V, whose diagonal is the same."""
-        factors: Factors = ()
-        for factor in reversed(self.factors):
-            factors = _joined(factors, (factor.T,))
-        return self._replace(factors=factors)
+        factors: Factors = tuple([factor.T for factor in reversed(self.factors)])
+        if any([factor.diagonal for factor in factors]):
+            turned, factors = factors, ()
+            for factor in turned:
+                factors = _joined(factors, (factor,))
+        return Word(factors, self.scalars, self.dots, self.scattered)
 
     def __matmul__(self, other: Word) -> Word:
         """The two words behind one another; the leaves of a scattered word's partner are picked.
@@ -262,6 +264,9 @@ def polynomial(terms: Iterable[tuple[Word, float]]) -> Polynomial:
     total: dict[Word, float] = {}
     for word, c in terms:
         total[word] = total.get(word, 0.0) + c
+    if len(total) == 1:  # most are: nothing to compare or to sort
+        ((word, c),) = total.items()
+        return Polynomial(((word, c),) if abs(c) > 1e-14 * abs(c) else ())
     scale = max((abs(c) for c in total.values()), default=0.0)
     kept = [(w, c) for w, c in total.items() if abs(c) > 1e-14 * scale]
     return Polynomial(tuple(sorted(kept, key=lambda term: term[0].sort_key())))
@@ -284,6 +289,8 @@ IDENTITY = of_factors(())
 def divided(p: Polynomial, by: Scalar) -> Polynomial:
     """The polynomial over a scalar whose leaves all its words contain."""
     common = Counter(by.leaves)
+    if not common:  # the words stay what they are, and sorted
+        return polynomial([(w, _rounded(c / by.number)) for w, c in p.terms])
     return polynomial(
         (
             w._replace(scalars=tuple(sorted((Counter(w.scalars) - common).elements()))),
@@ -311,8 +318,9 @@ def without_scalar(p: Polynomial) -> tuple[Scalar, Polynomial]:
     if not p.terms:
         raise ValueError("the zero polynomial has no leading word")
     common = Counter(p.terms[0][0].scalars)
-    for word, _ in p.terms[1:]:
-        common &= Counter(word.scalars)
+    if common:
+        for word, _ in p.terms[1:]:
+            common &= Counter(word.scalars)
     # Common scalars first: which word leads may depend on them.
     core = divided(p, Scalar(1.0, tuple(sorted(common.elements())))) if common else p
     number = core.terms[0][1]
@@ -370,9 +378,12 @@ def _joined(a: Factors, b: Factors) -> Factors:
 
 
 def _renamed(factors: Factors, leaves: Mapping[int, int]) -> Factors:
+    own = tuple([Factor(leaves[f.leaf], f.transposed, f.diagonal) for f in factors])
+    if not any([f.diagonal for f in factors]):
+        return own
     renamed: Factors = ()
-    for factor in factors:
-        renamed = _joined(renamed, (factor._replace(leaf=leaves[factor.leaf]),))
+    for factor in own:
+        renamed = _joined(renamed, (factor,))
     return renamed
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeAlias
 
 import sympy
@@ -46,20 +47,40 @@ class PosedProblem:
         """Whether some dimension is a symbol."""
         return not all(isinstance(size, int) for size in self.dims)
 
+    @cached_property
+    def _own_numbers(self) -> tuple[dict[int, int], dict[int, int], dict[int, int]]:
+        """By number in the graph, the number in the problem."""
+        matrices, scalars, assignments = (
+            {graph: own for own, graph in enumerate(numbers)}
+            for numbers in (self.matrices, self.scalars, self.assignments)
+        )
+        return matrices, scalars, assignments
+
+    @cached_property
+    def _graph_numbers(self) -> tuple[dict[int, int], dict[int, int], dict[int, int]]:
+        """By number in the problem, the number in the graph."""
+        numbers = (self.matrices, self.scalars, self.assignments)
+        matrices, scalars, assignments = (dict(enumerate(given)) for given in numbers)
+        return matrices, scalars, assignments
+
+    @cached_property
+    def _in_graph(self) -> dict[Polynomial, Polynomial]:
+        """Polynomials that were renamed already: the steps of a problem have most in common."""
+        return {}
+
     def own(self, p: Polynomial) -> Polynomial:
         """A polynomial in leaves of the graph, in the problem's own."""
-        matrices = {graph: own for own, graph in enumerate(self.matrices)}
-        scalars = {graph: own for own, graph in enumerate(self.scalars)}
-        assignments = {graph: own for own, graph in enumerate(self.assignments)}
-        return substitute(p, matrices, scalars, assignments)
+        return substitute(p, *self._own_numbers)
 
     def in_graph(self, plan: Plan) -> Plan:
         """A plan of the problem, in leaves of the graph: with all that the emitter obeys."""
-        matrices, scalars = dict(enumerate(self.matrices)), dict(enumerate(self.scalars))
-        assignments = dict(enumerate(self.assignments))
+        assignments, known = self.assignments, self._in_graph
 
         def renamed(p: Polynomial) -> Polynomial:
-            return substitute(p, matrices, scalars, assignments)
+            found = known.get(p)
+            if found is None:
+                found = known[p] = substitute(p, *self._graph_numbers)
+            return found
 
         def in_graph(step: Step, made: Polynomial) -> Step:
             match step:

@@ -62,18 +62,32 @@ def is_pure(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bo
         args: Positional arguments; tensors are nodes.
         kwargs: Keyword arguments.
     """
+    if isinstance(target, torch._ops.OpOverload) and _is_settled(target):
+        return _is_pure_operator(target)
     if any(True for _ in written_arguments(target, args, kwargs)):
         return False
     name = name_of(target)
     if name in known.DROPOUTS and _origin(target) == "torch":
         return not _drops(target, args, kwargs)
     if isinstance(target, torch._ops.OpOverload):
-        is_random = torch.Tag.nondeterministic_seeded in target.tags
-        is_trusted = target.namespace in known.TRUSTED_NAMESPACES
-        return is_trusted and not is_random and name not in known.UNINITIALISED
+        return _is_pure_operator(target)
     return _origin(target) == "torch" and (
         name in known.PURE_AND_FRESH or name in known.PURE_AND_VIEWS
     )
+
+
+@cache
+def _is_pure_operator(operator: torch._ops.OpOverload) -> bool:
+    """Whether calls of an operator that modify no argument are pure."""
+    is_random = torch.Tag.nondeterministic_seeded in operator.tags
+    is_trusted = operator.namespace in known.TRUSTED_NAMESPACES
+    return is_trusted and not is_random and name_of(operator) not in known.UNINITIALISED
+
+
+@cache
+def _is_settled(operator: torch._ops.OpOverload) -> bool:
+    """Whether an operator alone, not its arguments, says if a call is pure."""
+    return never_writes(operator) and name_of(operator) not in known.DROPOUTS
 
 
 def is_random(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
@@ -133,6 +147,12 @@ def written_arguments(
         yield given.get("weight")
     if _is_true(given.get("inplace", False)) or _is_in_place(target, name):
         yield from _modified(name, args, kwargs)
+
+
+@cache
+def never_writes(operator: torch._ops.OpOverload) -> bool:
+    """Whether no call of an operator modifies an argument."""
+    return not _schema(operator).written and name_of(operator) not in known.UPDATES_STATISTICS
 
 
 def _modified(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Any]:
@@ -205,6 +225,13 @@ def viewed_arguments(
     if is_fresh and not written and _origin(target) == "torch":
         return
     yield from (*args, *kwargs.values())
+
+
+@cache
+def never_views(operator: torch._ops.OpOverload) -> bool:
+    """Whether every call of an operator returns new memory."""
+    schema = _schema(operator)
+    return not schema.may_view_any and not schema.viewed
 
 
 def _flat(args: tuple[Any, ...]) -> list[Any]:

@@ -195,7 +195,7 @@ class Effects:
     def _is_fixed_alone(self, node: fx.Node, is_readable: Callable[[fx.Node], bool]) -> bool:
         if self.mode_of(node) or self.writes(node):
             return True
-        if is_readable(node) and not self.is_pure(node):
+        if not self.is_pure(node) and is_readable(node):
             return True
         if node.op in ("placeholder", "output") or not self._written_at:
             return False
@@ -265,6 +265,10 @@ class Effects:
                 viewed: Any = (*node.args, *node.kwargs.values())
                 below = self._memory_in(viewed) | module.state
             case _:
+                if isinstance(node.target, torch._ops.OpOverload) and calls.never_views(
+                    node.target
+                ):
+                    return frozenset([node])
                 viewed = list(calls.viewed_arguments(node.target, node.args, node.kwargs))
                 below = self._memory_in(viewed)
         return below or frozenset([node])
@@ -276,6 +280,8 @@ class Effects:
                 return module.written
             return module.written | self._memory_in((*node.args, *node.kwargs.values()))
         if node.op not in ("call_function", "call_method"):
+            return _NOTHING
+        if isinstance(node.target, torch._ops.OpOverload) and calls.never_writes(node.target):
             return _NOTHING
         if calls.is_functional(node.target):
             return _NOTHING
