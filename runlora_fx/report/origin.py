@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from itertools import takewhile
 
 from torch import fx
@@ -68,7 +69,12 @@ def _path(node: fx.Node) -> str:
     if not stack:
         return ""
     entries: Sequence[object] = list(stack.values())
-    path = entries[-1][0] if isinstance(entries[-1], tuple) else str(entries[-1])
+    return _named(entries[-1][0] if isinstance(entries[-1], tuple) else str(entries[-1]))
+
+
+@lru_cache(maxsize=1 << 14)
+def _named(path: str) -> str:
+    """The dotted name that an entry of a module stack means."""
     parts = re.sub(r"\['?([^'\]]*)'?\]", r".\1", path).split(".")
     # What Dynamo calls the compiled module or function itself is not part of the path; where its
     # forward was wrapped (accelerate, autocast), it is the first of the wrapper's arguments.

@@ -133,12 +133,12 @@ class Polynomial:
     def __iter__(self) -> Iterator[tuple[Word, float]]:
         return iter(self.terms)
 
-    @cached_property
-    def _hash(self) -> int:
-        return hash(self.terms)
-
     def __hash__(self) -> int:
-        return self._hash
+        # Kept by hand: polynomials are looked up so often that a cached property takes long.
+        known: int | None = self.__dict__.get("_hash")
+        if known is None:
+            known = self.__dict__["_hash"] = hash(self.terms)
+        return known
 
     @cached_property
     def words(self) -> tuple[Word, ...]:

@@ -72,41 +72,42 @@ class PosedProblem:
         """A polynomial in leaves of the graph, in the problem's own."""
         return substitute(p, *self._own_numbers)
 
+    def step_in_graph(self, value: Value, step: Step) -> tuple[Value, Step]:
+        """A step of the problem and what it makes, in leaves of the graph."""
+        assignments, renamed = self.assignments, self._renamed
+        match step:
+            case Product(left, right):
+                step = Product(renamed(left), renamed(right))
+            case Sum(parts):
+                step = Sum(tuple(renamed(p) for p in parts))
+            case Pick(whole, k):
+                step = Pick(renamed(whole), assignments[k])
+            case Scatter(part, k):
+                step = Scatter(renamed(part), assignments[k])
+            case GroupedProduct(left, right, k, picked):
+                step = GroupedProduct(renamed(left), renamed(right), assignments[k], picked)
+            case GroupedOuter(left, right, k):
+                step = GroupedOuter(renamed(left), renamed(right), assignments[k])
+        made = renamed(value.core)
+        return Value(normalise(made).core, value.backward), rescaled_step(step, made)
+
     def in_graph(self, plan: Plan) -> Plan:
         """A plan of the problem, in leaves of the graph: with all that the emitter obeys."""
-        assignments, known = self.assignments, self._in_graph
-
-        def renamed(p: Polynomial) -> Polynomial:
-            found = known.get(p)
-            if found is None:
-                found = known[p] = substitute(p, *self._graph_numbers)
-            return found
-
-        def in_graph(step: Step, made: Polynomial) -> Step:
-            match step:
-                case Product(left, right):
-                    step = Product(renamed(left), renamed(right))
-                case Sum(parts):
-                    step = Sum(tuple(renamed(p) for p in parts))
-                case Pick(whole, k):
-                    step = Pick(renamed(whole), assignments[k])
-                case Scatter(part, k):
-                    step = Scatter(renamed(part), assignments[k])
-                case GroupedProduct(left, right, k, picked):
-                    step = GroupedProduct(renamed(left), renamed(right), assignments[k], picked)
-                case GroupedOuter(left, right, k):
-                    step = GroupedOuter(renamed(left), renamed(right), assignments[k])
-            return rescaled_step(step, made)
-
         steps: dict[Value, Step] = {}
         implementations: dict[Value, str] = {}
         lies: dict[Polynomial, bool] = {}
         for core, is_transposed in (plan.laid(self.problem).lies or {}).items():
-            _, turned, core_in_graph = normalise(renamed(core))
+            _, turned, core_in_graph = normalise(self._renamed(core))
             lies[core_in_graph] = is_transposed != turned
         for value, step in plan.steps.items():
-            made = renamed(value.core)
-            whole = Value(normalise(made).core, value.backward)
-            steps[whole] = in_graph(step, made)
+            whole, renamed = self.step_in_graph(value, step)
+            steps[whole] = renamed
             implementations[whole] = plan.implementation(self.problem, value)
         return Plan(steps, implementations, lies)
+
+    def _renamed(self, p: Polynomial) -> Polynomial:
+        """A polynomial in the problem's leaves, in those of the graph."""
+        found = self._in_graph.get(p)
+        if found is None:
+            found = self._in_graph[p] = substitute(p, *self._graph_numbers)
+        return found

@@ -109,8 +109,10 @@ def _replace(task: Task, writer: Writer, emitter: Emitter, *, probes: bool) -> N
 
 def _ask_another(reader: GraphReader, node: fx.Node) -> None:
     """Where only its dtype or device is still asked for, have a source of the node asked."""
+    if not node.users or not all(map(asks_about, node.users)):
+        return
     other = reader.linear.stand_in(node)
-    if other is not None and all(map(asks_about, node.users)):
+    if other is not None:
         for user in list(node.users):
             user.replace_input_with(node, other)
 

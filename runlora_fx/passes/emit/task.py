@@ -177,11 +177,11 @@ def _whole_plan(analysis: Analysis, plans: Mapping[int, Plan]) -> Plan:
 
 def _incoming(analysis: Analysis) -> set[tuple[Value, Step]]:
     """Every step of the graph as it came, in its own leaves."""
-    found: set[tuple[Value, Step]] = set()
-    for posed in analysis.posed:
-        steps = [Plan({value: step}) for value, step in posed.problem.incoming]
-        found |= {pair for plan in steps for pair in posed.in_graph(plan).steps.items()}
-    return found
+    return {
+        posed.step_in_graph(value, step)
+        for posed in analysis.posed
+        for value, step in posed.problem.incoming
+    }
 
 
 def _existing(analysis: Analysis) -> dict[tuple[Value, Step], Laid]:

@@ -50,13 +50,13 @@ def shape_of(node: fx.Node) -> Shape:
     Raises:
         TypeError: If the node holds no tensor.
     """
-    val = value_of(node)
-    if val is None:
-        raise TypeError(f"{node.name} holds no tensor")
-    key = id(val)
-    known = _shapes.get(key)
+    val = node.meta.get("val")
+    known = _shapes.get(id(val))
     if known is not None and known[0]() is val:
         return known[1]
+    if not isinstance(val, torch.Tensor):
+        raise TypeError(f"{node.name} holds no tensor")
+    key = id(val)
     shape = tuple(dim_of(size) for size in val.shape)
     _shapes[key] = (weakref.ref(val, lambda _: _shapes.pop(key, None)), shape)
     return shape
