@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers.integrations.moe  # noqa: F401  (registers its operators)
 from torch import Tensor, fx
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
@@ -123,6 +124,48 @@ permutes = [
 ]
 transposes = [s(lambda t: (t("m", "n"), 0, 1)), s(lambda t: (t("b", "m", "n"), 1, -1))]
 ts = [s(lambda t: (t("m", "n"),)), s(lambda t: (t("n"),))]
+
+
+def _stack(t: Make, *dims: str | int) -> Call:
+    """A batch of matrices that a product makes, as readers of experts look for them."""
+    *batch, rows, cols = dims
+    return Call(aten.bmm.default, (t(*batch, rows, "k"), t(*batch, "k", cols)))
+
+
+def _index(t: Make, experts: str) -> list[Tensor]:
+    """Five tokens, the expert of each."""
+    return [torch.arange(5) % t(experts).numel()]
+
+
+def _ends(t: Make) -> Tensor:
+    """Where the rows of three experts end: one has none."""
+    return torch.tensor([t("m").numel() // 2, t("m").numel() // 2, t("m").numel()]).int()
+
+
+def _pair(t: Make) -> Call:
+    """Both gradients of a grouped product."""
+    backward = torch.ops.transformers.grouped_mm_fallback_backward.default
+    return Call(backward, (t("m", "k"), _stack(t, 3, "k", "n"), _ends(t), t("m", "n")))
+
+
+picks = [s(lambda t: (_stack(t, "b", "m", "n"), _index(t, "b")))]
+sums_by_expert = [
+    s(
+        lambda t: (
+            Call(aten.new_zeros.default, (t("n"), [3, t("m").numel(), t("n").numel()])),
+            [torch.tensor([0, 2, 2, 0, 2])],
+            _stack(t, 5, "m", "n"),
+            True,
+        )
+    )
+]
+# Its operands lie in whole 16 bytes.
+grouped = [
+    s(lambda t: (t("m", 8), t(3, 8, 16), _ends(t))),
+    s(lambda t: (Call(aten.t.default, (t("m", 8),)), t("m", 16), _ends(t))),
+]
+results = [s(lambda t: (_pair(t), 0)), s(lambda t: (_pair(t), 1))]
+
 views = [
     s(lambda t: (t("b", "m", "n"), [-1, t("n").numel()])),
     s(lambda t: (t("b", "m", "n"), [t("b").numel(), -1])),
@@ -259,6 +302,10 @@ ATEN_SAMPLES: dict[Any, list[Sample]] = {
     ],
     aten.eye.default: [s(lambda t: (3,))],
     aten.eye.m: [s(lambda t: (3, 3)), no(lambda t: (3, 2))],
+    aten.index.Tensor: picks,
+    aten.index_put.default: sums_by_expert,
+    aten._grouped_mm.default: grouped,
+    operator.getitem: results,
     aten.where.self: [
         s(lambda t: (_eye_condition(t), _full(1.0), _full(0.0))),
         no(lambda t: (_eye_condition(t), _full(2.0), _full(0.0))),
@@ -452,13 +499,25 @@ def _read_in_a_graph(
 def _factor(leaves: Leaves, factor: Factor) -> Tensor:
     leaf = leaves.matrices[factor.leaf]
     batch, rows, cols = (int(size) for size in (leaf.batch, leaf.rows, leaf.cols))
-    if leaf.node is None:
+    if leaf.picked is not None:
+        base, k = leaf.picked
+        matrix = _factor(leaves, Factor(base))[_experts(leaves, k)]
+    elif leaf.node is None:
         matrix = torch.ones(1, rows, cols, dtype=torch.float64)
     elif leaf.diagonal:
         matrix = torch.diag(leaf.node.meta["val"].double().reshape(-1))[None]
     else:
         matrix = leaf.node.meta["val"].double().reshape(batch, rows, cols)
     return matrix.mT if factor.transposed else matrix
+
+
+def _experts(leaves: Leaves, k: int) -> Tensor:
+    """The expert of each token."""
+    assignment = leaves.assignments[k]
+    given = assignment.node.meta["val"]
+    if assignment.kind == "indexed":
+        return given.long()
+    return torch.searchsorted(given, torch.arange(int(assignment.tokens)).int(), right=True)
 
 
 def _word(leaves: Leaves, word: Word, size: int) -> Tensor:
@@ -471,6 +530,9 @@ def _word(leaves: Leaves, word: Word, size: int) -> Tensor:
         value = scalar.node.meta["val"]
         number = float(value.reshape(()) if isinstance(value, Tensor) else value)
         result = result / number if scalar.inverse else result * number
+    for k in word.scattered:
+        zeros = result.new_zeros(int(leaves.assignments[k].experts), *result.shape[1:])
+        result = zeros.index_add(0, _experts(leaves, k), result)
     return torch.diagonal(result, dim1=1, dim2=2) if word.dots else result
 
 

@@ -156,7 +156,6 @@ STAGES = {
     "read": PASSES + "read.analysis.GraphReader.__init__",
     "pose": PASSES + "read.analysis.Regions.pose",
     "search": PASSES + "planning.decide_all",
-    "split picked products": PASSES + "experts.picked.merged_stack",
     "plan of the whole graph": PASSES + "emit.apply.task_of",
     "emit": PASSES + "emit.apply.Emitter.emit",
     "verify": PASSES + "emit.apply.verify",
@@ -177,11 +176,8 @@ JOINT = ("tag", "keep weights", "dequantised")
 #: What only tells what was done: the graph is rewritten all the same.
 TELLS = ("report", "describe", "flops")
 
-#: What the rewriting can do without.
-SPARES = ("split picked products",)
 
-
-@pytest.mark.parametrize("stage", [s for s in STAGES if s not in (*TELLS, *SPARES)])
+@pytest.mark.parametrize("stage", [s for s in STAGES if s not in TELLS])
 def test_failing_pass_warns_once_and_leaves_the_graph_as_it_came(
     stage: str,
     layer: Adapted,
@@ -320,7 +316,7 @@ def test_failing_pass_under_inductor(
         compile_whole(layer, RUNLORA)(x)
 
 
-@pytest.mark.parametrize("stage", [s for s in STAGES if s not in (*JOINT, *SPARES, "replace")])
+@pytest.mark.parametrize("stage", [s for s in STAGES if s not in (*JOINT, "replace")])
 def test_failing_pass_raises_under_strict(
     stage: str,
     layer: Adapted,

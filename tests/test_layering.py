@@ -44,7 +44,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("passes.read", "passes.read.*"),
     ("passes.context",),
     ("passes.emit", "passes.emit.*"),
-    ("passes.experts", "passes.experts.*"),
     ("passes.tune", "passes.tune.*"),
     # What was done.
     ("report", "report.*"),

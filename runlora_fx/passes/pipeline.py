@@ -20,19 +20,16 @@ from runlora_fx.cost_model.devices.machine import Machine
 from runlora_fx.options import Options
 from runlora_fx.passes.context import Context, Outcome, Pass
 from runlora_fx.passes.emit.transaction import attempt, transaction
-from runlora_fx.passes.experts.grouped import split_grouped_products
-from runlora_fx.passes.experts.picked import split_gathered_weights
-from runlora_fx.passes.experts.stacks import Mixture
 from runlora_fx.passes.levels.level import Dialect
 from runlora_fx.passes.planning import PlannedRegion, plan_linear_algebra
 from runlora_fx.report.data import Refusal, Report, Site
-from runlora_fx.report.describe import Known, describe, describe_mixture
+from runlora_fx.report.describe import Known, describe
 from runlora_fx.report.origin import unmatched
 
 _log = logging.getLogger("runlora_fx")
 
 #: In the order in which they run.
-PASSES: tuple[Pass, ...] = (split_gathered_weights, split_grouped_products, plan_linear_algebra)
+PASSES: tuple[Pass, ...] = (plan_linear_algebra,)
 
 #: In the place of the description of a finding, where making it failed.
 _FAILED = object()
@@ -139,8 +136,6 @@ def _site(finding: object, known: Known) -> Site | None:
     match finding:
         case PlannedRegion(region, posed, decision, changed, objective):
             return describe(region, posed, decision, changed, objective, known)
-        case Mixture():
-            return describe_mixture(finding)
     raise TypeError(f"a pass found {finding!r}, which no report describes")
 
 
@@ -171,6 +166,4 @@ def _flops(finding: object) -> tuple[int, int]:
             return int(decision.before.flops), int(
                 (decision.after if changed else decision.before).flops
             )
-        case Mixture():
-            return finding.flops_besides
     return 0, 0

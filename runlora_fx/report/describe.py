@@ -12,8 +12,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from functools import lru_cache
-from math import gcd
-from typing import Any, TypeAlias, cast
+from typing import TypeAlias
 
 import sympy
 
@@ -22,14 +21,13 @@ from runlora_fx.cost_model.objective import Objective
 from runlora_fx.passes.algebra.plan import Plan, Problem, Step, Value, incoming_cost
 from runlora_fx.passes.algebra.polynomials import Polynomial, Scalar, normalise
 from runlora_fx.passes.algebra.posed import PosedProblem
-from runlora_fx.passes.experts.stacks import Mixture
 from runlora_fx.passes.read.regions import Region
 from runlora_fx.passes.search.decide import Decision
 from runlora_fx.passes.search.ranges import break_even
 from runlora_fx.passes.search.varying import Varying
 from runlora_fx.report.data import Candidate, Site
 from runlora_fx.report.notation import Names, algebra
-from runlora_fx.report.origin import modules_of, modules_of_nodes
+from runlora_fx.report.origin import modules_of
 
 #: Sites that are in words already, by all that they say but their modules; beside each the decision
 #: by whose identity it is known, so that no other takes its place in memory.
@@ -121,39 +119,6 @@ def _has_products_of_products(problem: Problem) -> bool:
     """Whether some word has three factors or more."""
     words = (w for demand in problem.demands if not demand.core.is_dots for w in demand.core.words)
     return any(len(word.without_diagonals) >= 3 for word in words)
-
-
-def describe_mixture(mixture: Mixture) -> Site:
-    """A merged stack of expert weights as a site."""
-    symbols = sympy.symbols("E i o r N", positive=True, integer=True)
-    counts = (mixture.multiplied, mixture.outer, mixture.reading)
-    tokens = gcd(*counts)
-    sizes = (mixture.experts, mixture.rows, mixture.columns, mixture.rank, tokens)
-    e, i, o, r, n = cast(Any, symbols)
-    multiplied, outer, reading = (n * (count // tokens) for count in counts)
-    symbolic = Mixture(mixture.node, e, i, o, r, multiplied, outer, reading, mixture.readers)
-    merged, split = mixture.flops_merged, mixture.flops_split
-    before, reason = "M = W + L R\nY = X M", "left alone: merging costs less for so many tokens"
-    after = "Y = X W + (X L) R"
-    if mixture.readers:
-        before += "\ndL = dM R'\ndR = L' dM"
-        after += "\ndL = X' (dY R')\ndR = (X L)' dY"
-    if mixture.split:
-        reason = f"changed: {1 - split / merged:.1%} fewer FLOPs"
-    return Site(
-        modules=modules_of_nodes([mixture.node]) or (mixture.node.name,),
-        shapes=", ".join(f"{s}={size}" for s, size in zip(symbols, sizes, strict=True)),
-        before=before,
-        after=after if mixture.split else before,
-        flops_before=merged,
-        flops_after=split if mixture.split else merged,
-        flops_before_expr=_expr(symbolic.flops_merged),
-        flops_after_expr=_expr(symbolic.flops_split if mixture.split else symbolic.flops_merged),
-        changed=mixture.split,
-        reason=reason,
-        break_even=f"merge when {mixture.border}" if mixture.border else "",
-        considered=(Candidate(after.split("\n")[0], split), Candidate("Y = X (W + L R)", merged)),
-    )
 
 
 def _break_even(posed: PosedProblem, names: Names, objective: Objective) -> str:

@@ -42,7 +42,8 @@ def lines(
         flops_after: FLOPs of all matrix products that will run [FLOP].
     """
     out = StringIO()
-    console = Console(file=out, width=_WIDTH, highlight=False)
+    # Without markup: W[k] is no style.
+    console = Console(file=out, width=_WIDTH, highlight=False, markup=False)
     if not sites:
         console.print("runlora: NO low-rank site found in this graph; it runs as it came.")
     else:

@@ -48,6 +48,10 @@ class Factor(NamedTuple):
 Factors = tuple[Factor, ...]
 
 
+class NotInNormalForm(ValueError):
+    """No polynomial says what is asked for: a scattered word is scattered, picked or squared."""
+
+
 class Word(NamedTuple):
     """A product of scalar leaves and of matrix factors, in order.
 
@@ -82,12 +86,12 @@ class Word(NamedTuple):
         """The two words behind one another; the leaves of a scattered word's partner are picked.
 
         Raises:
-            ValueError: If both are scattered.
+            NotInNormalForm: If both are scattered.
         """
         factors = _joined(self.factors, other.factors)
         scattered = self.scattered or other.scattered
         if self.scattered and other.scattered:
-            raise ValueError("two scattered words have no product in normal form")
+            raise NotInNormalForm("two scattered words have no product in normal form")
         return Word(factors, _merge(self.scalars, other.scalars), scattered=scattered)
 
     @property
@@ -200,10 +204,10 @@ class Polynomial:
         """The sums over the tokens of each expert.
 
         Raises:
-            ValueError: If a word is scattered already.
+            NotInNormalForm: If a word is scattered already.
         """
         if any(word.scattered for word in self.words):
-            raise ValueError("a scattered word cannot be scattered again")
+            raise NotInNormalForm("a scattered word cannot be scattered again")
         return polynomial((word._replace(scattered=(assignment,)), c) for word, c in self.terms)
 
     @cached_property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
@@ -74,21 +75,8 @@ class PosedProblem:
 
     def step_in_graph(self, value: Value, step: Step) -> tuple[Value, Step]:
         """A step of the problem and what it makes, in leaves of the graph."""
-        assignments, renamed = self.assignments, self._renamed
-        match step:
-            case Product(left, right):
-                step = Product(renamed(left), renamed(right))
-            case Sum(parts):
-                step = Sum(tuple(renamed(p) for p in parts))
-            case Pick(whole, k):
-                step = Pick(renamed(whole), assignments[k])
-            case Scatter(part, k):
-                step = Scatter(renamed(part), assignments[k])
-            case GroupedProduct(left, right, k, picked):
-                step = GroupedProduct(renamed(left), renamed(right), assignments[k], picked)
-            case GroupedOuter(left, right, k):
-                step = GroupedOuter(renamed(left), renamed(right), assignments[k])
-        made = renamed(value.core)
+        step = renamed_step(step, self._renamed, dict(enumerate(self.assignments)))
+        made = self._renamed(value.core)
         return Value(normalise(made).core, value.backward), rescaled_step(step, made)
 
     def in_graph(self, plan: Plan) -> Plan:
@@ -111,3 +99,23 @@ class PosedProblem:
         if found is None:
             found = self._in_graph[p] = substitute(p, *self._graph_numbers)
         return found
+
+
+def renamed_step(
+    step: Step, renamed: Callable[[Polynomial], Polynomial], assignments: Mapping[int, int]
+) -> Step:
+    """A step with other numbers of leaves and assignments."""
+    match step:
+        case Product(left, right):
+            return Product(renamed(left), renamed(right))
+        case Sum(parts):
+            return Sum(tuple(map(renamed, parts)))
+        case Pick(whole, k):
+            return Pick(renamed(whole), assignments[k])
+        case Scatter(part, k):
+            return Scatter(renamed(part), assignments[k])
+        case GroupedProduct(left, right, k, picked):
+            return GroupedProduct(renamed(left), renamed(right), assignments[k], picked)
+        case GroupedOuter(left, right, k):
+            return GroupedOuter(renamed(left), renamed(right), assignments[k])
+    return step

@@ -96,7 +96,7 @@ def _replace(task: Task, writer: Writer, emitter: Emitter, *, probes: bool) -> N
         call.args = holder  # no product stays for its sizes alone
     # Without the tag the partitioner would keep them: for a merged weight a second copy of every
     # adapted weight, from forward to backward.
-    recompute(emitter.recomputed, writer.written)
+    recompute([*emitter.recomputed, *writer.picked], writer.written)
     # The same for a weight that was quantised to be small, and is written whole.
     recompute(writer.materialised, writer.written)
     for node in reversed(list(graph.nodes)):

@@ -124,7 +124,8 @@ class Emitter:
         node, lies = self._laid(value, transposed)
         if lies == transposed or value.core.is_dots:  # a vector is its own transpose
             return node
-        if value.core.leaf is not None and len(shape_of(node)) > 2:
+        is_picked = value.core.leaf is not None and self._scope.is_picked(value.core.leaf)
+        if value.core.leaf is not None and not is_picked and len(shape_of(node)) > 2:
             node = self._scope.flat(value.core.leaf.leaf, node)
         return self._scope.writer.transpose(node)
 
@@ -148,7 +149,7 @@ class Emitter:
         return value in self._made
 
     def _make(self, value: Value, transposed: bool) -> Laid:
-        if value.core.leaf is not None:
+        if value.core.leaf is not None and not self._scope.is_picked(value.core.leaf):
             return Laid(self._scope.leaf(value.core.leaf), False)
         step, twin = self._task.steps.get(value), Value(value.core, False)
         if step is None or isinstance(step, Keep):

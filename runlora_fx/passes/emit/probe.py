@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Iterable
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch import fx
 from runlora_fx._torch_compat import outside_all_modes
 from runlora_fx.passes.emit.layout import takes_any_layout
 from runlora_fx.passes.emit.verify import VerificationError
+from runlora_fx.passes.levels.assigned import TokenAssignment
 from runlora_fx.passes.levels.forms import (
     Broadcast,
     Copy,
@@ -55,7 +57,11 @@ _CASTS = ("to", "float", "half", "bfloat16", "double", "type", "convert_element_
 _VIEWS = ("view", "_unsafe_view")
 
 #: Calls that make the same tensor every time: the identity matrix is made of them.
-_CONSTANTS = ("iota", "arange", "eye", "full", "ones", "zeros")
+_CONSTANTS = ("iota", "arange", "eye", "full", "ones", "zeros", "new_zeros")
+
+_aten = torch.ops.aten
+
+_GROUPED = _aten._grouped_mm.default
 
 _MERGED = torch.ops.runlora.merged.default
 
@@ -104,6 +110,17 @@ def _apart(was: torch.Tensor, now: torch.Tensor) -> tuple[float, float]:
     return float((was - now)[finite].abs().max()), float(was[finite].abs().max())
 
 
+def _grouped(left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Rows of each expert times its matrix, or columns of each expert times its rows."""
+    spans = list(pairwise([0, *ends.tolist()]))
+    if right.dim() == 3:
+        made = left.new_zeros(left.shape[0], right.shape[2])
+        for matrix, (begin, end) in zip(right, spans, strict=True):
+            made[begin:end] = left[begin:end] @ matrix
+        return made
+    return torch.stack([left[:, begin:end] @ right[begin:end] for begin, end in spans])
+
+
 class _Probe:
     """One run of two nodes and of what they depend on."""
 
@@ -119,6 +136,7 @@ class _Probe:
         reader = analysis.reader
         origins = (leaf.origin for leaf in reader.leaves.matrices)
         self._virtual = {o.key(reader.values) for o in origins if isinstance(o, Computed)}
+        self._assigning = {by.node: by for by in analysis.reader.leaves.assignments}
 
     def values(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """What both nodes hold; None if that takes too much memory."""
@@ -141,11 +159,13 @@ class _Probe:
             node = pending.pop(0)
             if node in run or not self._is_run(node):
                 continue
-            if node not in self._written and node not in self._analysis.reader.forms:
+            is_read = self._analysis.reader.is_read(node)
+            if node not in self._written and not is_read:
                 if above == _MAX_NODES or not self._is_simple(node):
                     continue
                 above += 1
-            if self._is_random(node) or value_of(node) is None:
+            is_pair = isinstance(node.meta.get("val"), tuple) and is_read
+            if self._is_random(node) or (value_of(node) is None and not is_pair):
                 continue
             run.add(node)
             pending.extend(node.all_input_nodes)
@@ -185,12 +205,22 @@ class _Probe:
         if not isinstance(val, torch.Tensor):
             return 1.5 if isinstance(val, torch.SymFloat) else val
         shape = self._shape(node)
+        if node in self._assigning:
+            return self._experts_of_tokens(self._assigning[node])
         if not val.dtype.is_floating_point:
             return torch.randint(0, 2, shape, generator=self._generator).to(val.dtype)
         number = torch.rand(shape, generator=self._generator, dtype=torch.float64)
         # Far from zero, for it may be divided by. What is drawn may be compared with any number.
         is_drawn = node.op.startswith("call") and self._is_random(node)
         return number if is_drawn else number + 0.5
+
+    def _experts_of_tokens(self, by: TokenAssignment) -> torch.Tensor:
+        """A random index, or random offsets at which the rows of experts end."""
+        tokens, experts = self._analysis.hint(by.tokens), self._analysis.hint(by.experts)
+        k = torch.randint(0, experts, (tokens,), generator=self._generator)
+        if by.kind == "indexed":
+            return k
+        return torch.bincount(k, minlength=experts).cumsum(0).int()
 
     def _key(self, node: fx.Node) -> Hashable:
         """What two nodes have in common exactly if they hold the same tensor."""
@@ -231,6 +261,8 @@ class _Probe:
             made = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         elif node.target is _MERGED:  # nothing is kept of a probe
             made = torch.addmm(*args[:3], alpha=args[3])
+        elif node.target is _GROUPED:  # it takes no fp64
+            made = _grouped(*args)
         else:
             made = node.target(*args, **kwargs)  # type: ignore[operator]
         if isinstance(made, torch.Tensor) and made.is_floating_point():

@@ -16,7 +16,7 @@ from runlora_fx.passes.algebra.plan import Product, Value
 from runlora_fx.passes.algebra.polynomials import ONE, Scalar, normalise
 from runlora_fx.passes.emit.scope import Scope
 from runlora_fx.passes.emit.values import Values
-from runlora_fx.passes.levels.sizes import numel, shape_of
+from runlora_fx.passes.levels.sizes import equal, is_one, numel, shape_of
 
 
 class Operands(NamedTuple):
@@ -54,6 +54,16 @@ class Products:
         return Operands(
             self._scope.writer.cast(a, dtype), self._scope.writer.cast(b, dtype), by_a * by_b
         )
+
+    def is_outer_by_token(self, value: Value, step: Product) -> bool:
+        """Whether it is a column times a row for each token that an index assigns."""
+        matrices = self._scope.leaves.matrices
+        last = step.left.shown[-1]
+        leaf = matrices[last.leaf]
+        inner = leaf.rows if last.transposed else leaf.cols
+        by = (a for a in self._scope.leaves.assignments if a.kind == "indexed")
+        is_by_token = leaf.batched and any(equal(a.tokens, leaf.batch) for a in by)
+        return is_by_token and is_one(inner) and not any(w.scattered for w in value.core.words)
 
     def fused_product(self, value: Value, step: Product, transposed: bool) -> fx.Node | None:
         """A product with a virtual leaf by the operator that does not make it; None if none is."""

@@ -7,6 +7,7 @@ Reports and debuggers show it. Invariant: it is for reading only; no pass decide
 
 from __future__ import annotations
 
+from runlora_fx.passes.algebra.assignments import GroupedOuter, GroupedProduct, Pick, Scatter
 from runlora_fx.passes.algebra.plan import Step, Sum, Value, step_operands
 from runlora_fx.passes.algebra.polynomials import Factor, Polynomial, Word
 from runlora_fx.passes.read.leaves import Leaves
@@ -21,7 +22,17 @@ def rule_of(value: Value, step: Step, leaves: Leaves) -> str:
     operands = step_operands(step)
     if isinstance(step, Sum):
         return _cut("sum: " + " + ".join(_text(p, leaves) for p in operands))
-    left, right = (_in_brackets(p, leaves) for p in operands)
+    texts = [_in_brackets(p, leaves) for p in operands]
+    match step:
+        case Pick(_, k):
+            return _cut(f"pick: {texts[0]}[{leaves.assignments[k].node.name}]")
+        case Scatter(_, k) | GroupedOuter(_, _, k):
+            name = leaves.assignments[k].node.name
+            return _cut(f"sum by expert: sum_{name}({' '.join(texts)})")
+        case GroupedProduct(_, _, k, side):
+            texts[side == "right"] += f"[{leaves.assignments[k].node.name}]"
+            return _cut(f"grouped product: {' '.join(texts)}")
+    left, right = texts
     if value.core.is_dots:
         return _cut(f"diagonal of a product: {left} {right}")
     if any(p.is_diagonal for p in operands):

@@ -22,7 +22,7 @@ from runlora_fx.passes.algebra.plan import (
     Plan,
     Step,
     Value,
-    product_step,
+    rescaled_step,
     step_operands,
 )
 from runlora_fx.passes.algebra.polynomials import IDENTITY, Polynomial, normalise
@@ -197,8 +197,8 @@ def _existing(analysis: Analysis) -> dict[tuple[Value, Step], Laid]:
                 continue  # it would drag a product with the identity matrix along
             scalar, transposed, core = normalise(made.polynomial)
             if scalar.is_one:
-                key = (Value(core, made.backward), product_step(*made.operands))
-                found.setdefault(key, Laid(made.node, transposed))
+                step = rescaled_step(made.step, made.polynomial)
+                found.setdefault((Value(core, made.backward), step), Laid(made.node, transposed))
     return found
 
 

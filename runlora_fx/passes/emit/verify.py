@@ -26,7 +26,9 @@ class _ReadBack(Expander):
 
     def __init__(self, reader: GraphReader, expected: Polynomial) -> None:
         super().__init__(reader.values, reader.leaves, reader.forms)
-        self._expected = expected.leaves
+        picked = (reader.leaves.matrices[leaf].picked for leaf in expected.leaves)
+        bases = {of.base for of in picked if of is not None}
+        self._expected = expected.leaves | bases
 
     def operand(self, node: fx.Node, cut: Cut) -> Addends:
         factor = self.leaves.find(self.values, node, cut)

@@ -15,16 +15,19 @@ from runlora_fx._torch_compat import in_fake_mode, is_sym_int
 from runlora_fx.passes.algebra.posed import Dim
 from runlora_fx.passes.emit.example_results import values_of
 from runlora_fx.passes.emit.nodes import Inserter
+from runlora_fx.passes.levels.assigned import TokenAssignment
 from runlora_fx.passes.levels.cuts import inverse
 from runlora_fx.passes.levels.forms import (
     Broadcast,
     Copy,
     DiagonalMultiple,
     DiagonalOfProduct,
+    Operand,
     Reshape,
     Total,
     Written,
 )
+from runlora_fx.passes.levels.forms.assigned import STACK, OuterProduct, SumOfRows
 from runlora_fx.passes.levels.forms.products import aligned_factors
 from runlora_fx.passes.levels.level import Dialect
 from runlora_fx.passes.levels.origins import Computed, Origin
@@ -40,6 +43,8 @@ from runlora_fx.passes.levels.sizes import (
 )
 from runlora_fx.passes.read.reader import GraphReader
 
+_aten = torch.ops.aten
+
 
 class EmissionError(RuntimeError):
     """A plan cannot be written into this graph."""
@@ -50,6 +55,7 @@ class Writer:
 
     Attributes:
         materialised: What computes virtual leaves that a plan needs.
+        picked: What was picked: as cheap to pick again as a view, and as large as all rows.
     """
 
     def __init__(self, graph: fx.Graph, reader: GraphReader, dialect: Dialect) -> None:
@@ -58,6 +64,7 @@ class Writer:
         self._reader = reader
         self._calls = dialect.calls
         self.materialised: list[fx.Node] = []
+        self.picked: list[fx.Node] = []
         self._position = {node: i for i, node in enumerate(graph.nodes)}
         self._viewable: dict[Hashable, bool] = {}
 
@@ -158,12 +165,19 @@ class Writer:
     def transpose(self, a: fx.Node) -> fx.Node:
         """The transpose of a matrix, or of each in a batch."""
         n = len(shape_of(a))
-        return self._call(self._calls.permute, a, [*range(n - 2), n - 1, n - 2])
+        swapped = [*range(n - 2), n - 1, n - 2]
+        if a.target is self._calls.permute and a.args[1] == swapped:
+            return cast(fx.Node, a.args[0])
+        return self._call(self._calls.permute, a, swapped)
 
     def reshape(self, a: fx.Node, shape: Shape) -> fx.Node:
         """The same elements in another shape."""
         if same_shape(shape_of(a), shape):
             return a
+        if a.target is self._calls.view:
+            viewed = a.args[0]
+            if isinstance(viewed, fx.Node) and same_shape(shape_of(viewed), shape):
+                return viewed
         val, sizes = value_of(a), self._sizes(shape)
         assert val is not None
         target = self._calls.view if self._is_viewable(val, sizes) else self._calls.reshape
@@ -210,6 +224,44 @@ class Writer:
         assert like is not None
         sizes = [self._size(rows), 1]
         return self._call(self._calls.full, sizes, 1.0, dtype=like.dtype, device=like.device)
+
+    def zeros(self, shape: Shape) -> fx.Node:
+        """Zeros of a shape, in the dtype and on the device of the root."""
+        like = value_of(self._insert.anchor)
+        assert like is not None
+        sizes = [self._size(size) for size in shape]
+        return self._call(self._calls.full, sizes, 0, dtype=like.dtype, device=like.device)
+
+    def outer(self, column: fx.Node, row: fx.Node) -> fx.Node:
+        """A column times a row for each matrix in a batch, elementwise."""
+        node = self._call(self._calls.mul, column, row)
+        self._reader.forms[node] = OuterProduct(Operand(column, STACK), Operand(row, STACK), STACK)
+        return node
+
+    def pick(self, stack: fx.Node, by: TokenAssignment) -> fx.Node:
+        """The matrices of the tokens' experts."""
+        node = self._call(_aten.index.Tensor, stack, [by.node])
+        self.picked.append(node)
+        return node
+
+    def summed_by_expert(self, rows: fx.Node, by: TokenAssignment) -> fx.Node:
+        """For each expert the sum of the matrices of its tokens."""
+        zeros = self.zeros((by.experts, *shape_of(rows)[1:]))
+        node = self._call(_aten.index_put.default, zeros, [by.node], rows, True)
+        self._reader.forms[node] = SumOfRows(by, rows, zeros)
+        return node
+
+    def grouped_product(self, rows: fx.Node, stack: fx.Node, by: TokenAssignment) -> fx.Node:
+        """Each row times the matrix of its expert."""
+        if by.kind == "aten":
+            return self._call(_aten._grouped_mm.default, rows, stack, by.node)
+        operator = torch.ops.transformers.grouped_mm_fallback.default
+        return self._call(operator, rows, stack, by.node)
+
+    def grouped_outer(self, columns: fx.Node, rows: fx.Node, by: TokenAssignment) -> fx.Node:
+        """For each expert the sum of columns times rows of its tokens; both given as rows."""
+        columns = self._call(self._calls.permute, columns, [1, 0])
+        return self._call(_aten._grouped_mm.default, columns, rows, by.node)
 
     def repeat(self, a: fx.Node, times: Dim, *, rows: bool) -> fx.Node:
         """One row repeated to a number of rows, or one column to a number of columns."""

@@ -7,12 +7,14 @@ Invariant: at the differentiable level ``detach`` is not read, for it stops a gr
 
 from __future__ import annotations
 
+import operator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
+from runlora_fx.passes.levels import experts
 from runlora_fx.passes.levels import readers as builders
 from runlora_fx.passes.levels.forms import Form, Identity, MatrixProduct, RepeatedProduct
 from runlora_fx.passes.levels.level import Calls, Dialect
@@ -25,6 +27,10 @@ _aten = torch.ops.aten
 
 def _sub(a: Any, b: Any, alpha: Any = 1) -> Form | None:
     return builders.add(a, b, alpha, sign=-1.0)
+
+
+def _mul(a: Any, b: Any) -> Form | None:
+    return builders.scale(a, b) or experts.outer_product(a, b)
 
 
 def _neg(a: Any) -> Form | None:
@@ -144,7 +150,7 @@ ATEN = Dialect(
         _aten.add.Tensor: builders.add,
         _aten.sub.Tensor: _sub,
         _aten.neg.default: _neg,
-        _aten.mul.Tensor: builders.scale,
+        _aten.mul.Tensor: _mul,
         _aten.mul.Scalar: builders.scale,
         _aten.div.Tensor: builders.divide,
         _aten.div.Scalar: builders.divide,
@@ -174,8 +180,15 @@ ATEN = Dialect(
         _aten.eye.default: _eye,
         _aten.eye.m: _eye,
         _aten.where.self: _where,
+        _aten.index.Tensor: experts.index,
+        _aten.index_put.default: experts.index_put,
+        _aten._grouped_mm.default: experts.grouped_mm,
+        operator.getitem: experts.result,
     },
-    foreign={"bitsandbytes.gemm_4bit.default": gemm_4bit},
+    foreign={
+        "bitsandbytes.gemm_4bit.default": gemm_4bit,
+        "transformers.grouped_mm_fallback.default": experts.grouped_mm_fallback,
+    },
     calls=Calls(
         mm=_aten.mm.default,
         bmm=_aten.bmm.default,

@@ -108,22 +108,20 @@ class Dialect:
         is_foreign = isinstance(target, torch._ops.OpOverload) and target.namespace not in _OWN
         return self.foreign.get(str(target)) if is_foreign else None
 
-    def absorbing(self, node: fx.Node) -> fx.Node | None:
-        """The one user that reads a node as a part of itself; None if there is none."""
-        if len(node.users) != 1:
-            return None
-        (user,) = node.users
-        form = self.read(user)
-        return user if form is not None and node in form.absorbed else None
+    def is_absorbed(self, node: fx.Node) -> bool:
+        """Whether every user reads a node as a part of itself."""
+        forms = map(self.read, node.users)
+        return bool(node.users) and all(f is not None and node in f.absorbed for f in forms)
 
     def is_readable(self, node: fx.Node) -> bool:
         """Whether a node has a form, or is a part of one that has."""
-        return self.read(node) is not None or self.absorbing(node) is not None
+        return self.read(node) is not None or self.is_absorbed(node)
 
     def users_of(self, node: fx.Node) -> list[fx.Node]:
-        """The users of a node; where one is a part of another node, that node."""
-        users = (user for user in node.users if not asks_about(user))
-        return list(dict.fromkeys(self.absorbing(user) or user for user in users))
+        """The users of a node that read its elements; where one is a part of others, those."""
+        users = [user for user in node.users if not asks_about(user)]
+        readers = (list(u.users) if self.is_absorbed(u) else [u] for u in users)
+        return list(dict.fromkeys(reader for group in readers for reader in group))
 
     def is_made_of_product(self, node: fx.Node, depth: int = _DEPTH) -> bool:
         """Whether a product of matrices is added up, scaled, viewed or cast to a node."""

@@ -70,12 +70,12 @@ class Analysis:
         return size_hint(sympy.sympify(size), self._mode, UNKNOWN_SIZE)
 
     def leaves_of(self, region: int, nodes: Collection[fx.Node]) -> frozenset[int]:
-        """The leaves of a region's problem that are some nodes."""
+        """The leaves of a region's problem that are some nodes, each one matrix."""
         matrices = self.reader.leaves.matrices
         return frozenset(
             own
             for own, leaf in enumerate(self.posed[region].matrices)
-            if matrices[leaf].node in nodes
+            if matrices[leaf].node in nodes and not matrices[leaf].batched
         )
 
     def nodes_of(self, region: int, leaves: Collection[int]) -> list[fx.Node]:

@@ -17,6 +17,7 @@ from torch import fx
 from runlora_fx.passes.algebra.addends import Addends
 from runlora_fx.passes.algebra.polynomials import Polynomial, Scalar
 from runlora_fx.passes.algebra.posed import Dim
+from runlora_fx.passes.levels.assigned import TokenAssignment
 from runlora_fx.passes.levels.cuts import Cut
 from runlora_fx.passes.levels.forms import Form
 from runlora_fx.passes.levels.origins import Origin
@@ -55,6 +56,18 @@ class Tables:
     def virtual(self, origin: Origin, rows: Dim, cols: Dim) -> Polynomial:
         """A matrix that no node holds, and that emission writes where a plan needs it."""
         return self.leaves.virtual(self.values, origin, rows, cols)
+
+    def assignment(self, by: TokenAssignment) -> int:
+        """The number of an assignment of tokens to experts."""
+        return self.leaves.assignment(self.values, by)
+
+    def picked(self, p: Polynomial, k: int) -> Polynomial:
+        """``p[k]``: of the matrices of all experts those of the tokens."""
+        return self.leaves.picked(p, k)
+
+    def multiplied(self, left: Polynomial, right: Polynomial) -> Polynomial:
+        """``left @ right``; what a scattered word is multiplied by is picked."""
+        return self.leaves.multiplied(left, right)
 
 
 class Expander(Tables, ABC):

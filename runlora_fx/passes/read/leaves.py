@@ -14,11 +14,19 @@ from typing import NamedTuple
 from torch import fx
 
 from runlora_fx.passes.algebra import polynomials as algebra
-from runlora_fx.passes.algebra.polynomials import Factor, Polynomial, Scalar
+from runlora_fx.passes.algebra.assignments import Picked
+from runlora_fx.passes.algebra.polynomials import (
+    Factor,
+    NotInNormalForm,
+    Polynomial,
+    Scalar,
+    substitute,
+)
 from runlora_fx.passes.algebra.posed import Dim
+from runlora_fx.passes.levels.assigned import PickedRows, TokenAssignment
 from runlora_fx.passes.levels.cuts import Cut
 from runlora_fx.passes.levels.origins import Held, OnesColumn, Origin
-from runlora_fx.passes.levels.sizes import Shape, is_one, numel, same_shape, shape_of
+from runlora_fx.passes.levels.sizes import Shape, equal, is_one, numel, same_shape, shape_of
 from runlora_fx.passes.read.value_numbers import ValueNumbers
 
 
@@ -33,6 +41,7 @@ class Leaf:
         cols: Columns of each.
         batched: Whether it is a batch of matrices.
         diagonal: Whether it is the diagonal matrix of a vector.
+        picked: What it is picked from, if it is what tokens have of the matrices of all experts.
     """
 
     origin: Origin
@@ -41,6 +50,7 @@ class Leaf:
     cols: Dim
     batched: bool
     diagonal: bool = False
+    picked: Picked | None = None
 
     @property
     def node(self) -> fx.Node | None:
@@ -71,6 +81,7 @@ class Leaves:
 
     matrices: list[Leaf] = field(default_factory=list)
     scalars: list[ScalarLeaf] = field(default_factory=list)
+    assignments: list[TokenAssignment] = field(default_factory=list)
     _index: dict[object, int] = field(default_factory=dict)
 
     def matrix(self, values: ValueNumbers, node: fx.Node, cut: Cut) -> Polynomial:
@@ -113,6 +124,60 @@ class Leaves:
             lambda: Leaf(_held(values, vector), 1, size, size, False, diagonal=True),
         )
         return algebra.leaf(index, diagonal=True)
+
+    def assignment(self, values: ValueNumbers, by: TokenAssignment) -> int:
+        """The number of an assignment; the same one for equal indices or offsets."""
+        key = by.key(values)
+        if key not in self._index:
+            self._index[key] = len(self.assignments)
+            self.assignments.append(by)
+        return self._index[key]
+
+    def picked(self, p: Polynomial, k: int) -> Polynomial:
+        """``p[k]``: of the matrices of all experts those of the tokens.
+
+        Raises:
+            NotInNormalForm: If a word is scattered, or a leaf has no matrix for each expert.
+        """
+        if any(word.scattered or not word.factors for word in p.words):
+            raise NotInNormalForm("what is scattered or the identity is picked by no leaves")
+        leaves = {leaf: self._picked(leaf, k) for leaf in sorted(p.leaves)}
+        return substitute(p, leaves, {s: s for s in p.scalar_leaves})
+
+    def _picked(self, base: int, k: int) -> int:
+        leaf, by = self.matrices[base], self.assignments[k]
+        if leaf.picked is not None or leaf.diagonal or not equal(leaf.batch, by.experts):
+            raise NotInNormalForm(f"the leaf {leaf.origin.name} has no matrix for each expert")
+        return self._numbered(
+            ("picked", base, k),
+            lambda: Leaf(
+                PickedRows(leaf.origin, by),
+                by.tokens,
+                leaf.rows,
+                leaf.cols,
+                batched=True,
+                picked=Picked(base, k),
+            ),
+        )
+
+    def multiplied(self, left: Polynomial, right: Polynomial) -> Polynomial:
+        """``left @ right``; what a scattered word is multiplied by is picked.
+
+        Raises:
+            NotInNormalForm: If both words of a pair are scattered, or a leaf cannot be picked.
+        """
+        if not any(word.scattered for p in (left, right) for word in p.words):
+            return left @ right
+        found: list[tuple[algebra.Word, float]] = []
+        for u, a in left.terms:
+            for v, b in right.terms:
+                first, second = (Polynomial(((word, 1.0),)) for word in (u, v))
+                if u.scattered and not v.scattered:
+                    second = self.picked(second, u.scattered[0])
+                elif v.scattered and not u.scattered:
+                    first = self.picked(first, v.scattered[0])
+                found += [(word, c * a * b) for word, c in (first @ second).terms]
+        return algebra.polynomial(found)
 
     def scalar(self, values: ValueNumbers, node: fx.Node, *, inverse: bool) -> Scalar:
         """A 0-d tensor or symbolic number, or its inverse, as a scalar leaf."""

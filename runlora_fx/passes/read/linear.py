@@ -14,7 +14,8 @@ import torch
 from torch import fx
 
 from runlora_fx.passes.levels.cuts import Cut, same_matrix
-from runlora_fx.passes.levels.forms import Cast, Form
+from runlora_fx.passes.levels.forms import Cast, Form, Permute
+from runlora_fx.passes.levels.forms.assigned import SumOfRows
 from runlora_fx.passes.levels.level import Dialect, asks_about
 from runlora_fx.passes.levels.sizes import shape_of, value_of
 from runlora_fx.passes.read.asked_sizes import held_elsewhere
@@ -31,7 +32,7 @@ class Linear:
         cuts: The cut through which each linear node shows its matrix, in graph order.
         vectors: Linear nodes that are diagonals of products, or sums of such.
         widened: Casts of products to a wider dtype, and the sums that they are only made for.
-        absorbed: The nodes that are a part of another, and that node.
+        absorbed: The nodes that are a part of others.
         asked_sizes: The calls that ask a linear node for a size, and the tensor and dimension that
             have it too.
     """
@@ -40,11 +41,11 @@ class Linear:
     cuts: Mapping[fx.Node, Cut]
     vectors: Collection[fx.Node]
     widened: Collection[fx.Node]
-    absorbed: Mapping[fx.Node, fx.Node]
+    absorbed: Collection[fx.Node]
     asked_sizes: Mapping[fx.Node, tuple[fx.Node, int]]
 
     def users_of(self, node: fx.Node) -> list[fx.Node]:
-        """The users of a node; where one is a part of another node, that node.
+        """The users of a node; where one is a part of other nodes, those.
 
         What only asks for its dtype or device may ask another node (:meth:`stand_in`), and so may
         what only asks for a size.
@@ -52,7 +53,8 @@ class Linear:
         users = [user for user in node.users if user not in self.asked_sizes]
         if any(map(asks_about, users)) and self.stand_in(node) is not None:
             users = [user for user in users if not asks_about(user)]
-        return list(dict.fromkeys(self.absorbed.get(user, user) for user in users))
+        readers = (list(u.users) if u in self.absorbed else [u] for u in users)
+        return list(dict.fromkeys(reader for group in readers for reader in group))
 
     def stand_in(self, node: fx.Node) -> fx.Node | None:
         """The first source of a node that has its dtype and device."""
@@ -106,7 +108,7 @@ class LinearFinder:
         self._cuts: dict[fx.Node, Cut] = {}
         self._vectors: set[fx.Node] = set()
         self._widened: set[fx.Node] = set()
-        self._absorbed: dict[fx.Node, fx.Node] = {}
+        self._absorbed: set[fx.Node] = set()
 
     def find(self, nodes: Sequence[fx.Node]) -> Linear:
         """The linear nodes among those of a graph."""
@@ -145,7 +147,7 @@ class LinearFinder:
         if form is None:
             return
         self._tables.forms[node] = form
-        self._absorbed.update(dict.fromkeys(form.absorbed, node))
+        self._absorbed.update(form.absorbed)
         cut = form.cut(node, self)
         if cut is None:
             return
@@ -183,6 +185,16 @@ class LinearFinder:
         """True if every user adds the node to something: nobody relies on its memory."""
         forms = (self._dialect.read(user) for user in node.users)
         return all(form is not None and form.adds for form in forms)
+
+    def is_only_added_by_expert(self, node: fx.Node) -> bool:
+        """True if every user, behind views, adds up what each expert's tokens have."""
+        users = self._dialect.users_of(node)
+        forms = [(user, self._dialect.read(user)) for user in users]
+        return bool(forms) and all(
+            isinstance(form, SumOfRows)
+            or (isinstance(form, Permute) and self.is_only_added_by_expert(user))
+            for user, form in forms
+        )
 
     def is_made_of_product(self, node: fx.Node) -> bool:
         """True if a product of matrices is added up, scaled, viewed or cast to the node."""

@@ -18,7 +18,12 @@ from dataclasses import replace
 from torch import fx
 
 from runlora_fx.passes.algebra.addends import Addends, total, without_cancelled
-from runlora_fx.passes.algebra.polynomials import Factor, Polynomial, of_factors
+from runlora_fx.passes.algebra.polynomials import (
+    Factor,
+    NotInNormalForm,
+    Polynomial,
+    of_factors,
+)
 from runlora_fx.passes.levels.cuts import Cut
 from runlora_fx.passes.levels.level import Dialect
 from runlora_fx.passes.read.casts import CastRules, Casts
@@ -112,7 +117,7 @@ class GraphReader(Expander):
                 return below
         return (self.leaves.matrix(self.values, node, cut),)
 
-    def factors_at(self, node: fx.Node) -> list[tuple[Addends, Addends]]:
+    def factors_at(self, node: fx.Node) -> list[tuple[Addends, ...]]:
         """The operands of every product that a linear node computes."""
         return self.forms[node].factors(self.cuts[node], self)
 
@@ -147,7 +152,12 @@ class GraphReader(Expander):
         estimators), so such a node is not read.
         """
         for node, cut in self.cuts.items():
-            addends = self.expand(node, cut)
+            try:
+                addends = self.expand(node, cut)
+            except NotInNormalForm:  # such as a pick of what was scattered
+                self._unread.add(node)
+                self._find()
+                return False
             assert addends is not None, f"{node.name} is linear but shows no matrix"
             is_large = max(map(len, addends)) > _MAX_WORDS
             if is_large and self.forms[node].multiplies and self._stop_operands(node):
@@ -192,7 +202,8 @@ class GraphReader(Expander):
         for product in self.forms[node].products:
             left, right = map(total, product.operands(self))
             if len(left) > 1 and len(right) > 1:
-                written |= {u @ v for u in left.words for v in right.words}
+                words = [[Polynomial(((w, 1.0),)) for w in p.words] for p in (left, right)]
+                written |= {self.multiplied(u, v).words[0] for u in words[0] for v in words[1]}
         left_over = total(addends).words
         scaled = {word.without_diagonals for word in left_over if word.factors}
         lost = written.difference(left_over)

@@ -10,34 +10,40 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import combinations, pairwise
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 from torch import fx
 
 from runlora_fx.passes.algebra.addends import Addends, total
+from runlora_fx.passes.algebra.assignments import Assignment, GroupedOuter, Picked, Scatter
 from runlora_fx.passes.algebra.factorise import components
 from runlora_fx.passes.algebra.plan import (
     Keep,
     LeafSpec,
     Problem,
+    Product,
     Step,
+    Sum,
     Value,
-    product_step,
-    sum_step,
+    rescaled_step,
+    step_operands,
 )
 from runlora_fx.passes.algebra.polynomials import (
     Polynomial,
     Scalar,
     normalise,
+    of_factors,
     substitute,
     without_scalar,
 )
-from runlora_fx.passes.algebra.posed import Dim, PosedProblem
+from runlora_fx.passes.algebra.posed import Dim, PosedProblem, renamed_step
+from runlora_fx.passes.levels.forms.assigned import AssignedForm
 from runlora_fx.passes.levels.sizes import is_column_major, value_of
 from runlora_fx.passes.read.dimensions import DimClasses
+from runlora_fx.passes.read.made import Made
+from runlora_fx.passes.read.pairs import pairs
 from runlora_fx.passes.read.phases import Phases, recomputed
 from runlora_fx.passes.read.reader import GraphReader
 
@@ -57,39 +63,6 @@ class Root:
     polynomial: Polynomial
     parts: tuple[Polynomial, ...]
     backward: bool
-
-
-@dataclass(frozen=True)
-class Made:
-    """One computation of the incoming graph: ``left @ right``, or a sum of addends.
-
-    Attributes:
-        operands: What it reads.
-        is_product: Whether they are multiplied.
-        backward: The phase it runs in.
-        node: Where.
-        dots: Whether only the diagonal of the product is computed.
-    """
-
-    operands: Addends
-    is_product: bool
-    backward: bool
-    node: fx.Node
-    dots: bool = False
-
-    @cached_property
-    def polynomial(self) -> Polynomial:
-        """What it computes."""
-        if self.is_product:
-            left, right = self.operands
-            return (left @ right).dots if self.dots else left @ right
-        return total(self.operands)
-
-    @property
-    def reads_itself(self) -> bool:
-        """Whether the graph adds a value to itself: ``X A + X A`` is no way to make ``X A``."""
-        core = normalise(self.polynomial).core
-        return any(normalise(operand).core == core for operand in self.operands)
 
 
 @dataclass
@@ -155,25 +128,31 @@ class Regions:
                     self._read_backward |= {p.leaf.leaf for p in made.operands if p.leaf}
                     yield from self._fetched(made, forward)
                     self._may_keep(made)
+                    self._may_keep_low(made, forward)
                 else:
                     forward.setdefault(core, made)
 
     def _made_at(self, node: fx.Node) -> Iterator[Made]:
         backward = self._phases.runs_backward(node)
-        for left, right in self._reader.factors_at(node):
-            for operand in (left, right):
+        form = self._reader.forms[node]
+        for operands in self._reader.factors_at(node):
+            for operand in operands:
                 if len(operand) > 1:
-                    yield Made(operand, False, backward and self._in_backward(operand), node)
-            dots = self._reader.forms[node].makes_vector
-            product = Made((total(left), total(right)), True, backward, node, dots)
-            if _is_step(product):
-                yield product
+                    yield Made.sum_of(operand, backward and self._in_backward(operand), node)
+            if isinstance(form, AssignedForm):
+                step, made = form.step(self._reader)
+            else:
+                left, right = map(total, operands)
+                step, made = Product(left, right), self._reader.multiplied(left, right)
+                made = made.dots if form.makes_vector else made
+            if all(any(word.factors for word in p.words) for p in step_operands(step)):
+                yield Made(step, made, backward, node)  # multiplying by the identity is no step
         if node in self._reader.stops:
             addends = self._reader.addends(node)
             for part in self._root(node).parts:
                 mine = tuple(p for p in addends if not set(part.words).isdisjoint(p.words))
                 if len(mine) > 1:
-                    yield Made(mine, False, backward, node)
+                    yield Made.sum_of(mine, backward, node)
 
     def _in_backward(self, addends: Addends) -> bool:
         """Whether a sum is of the backward: the forward may have added it up already."""
@@ -189,7 +168,7 @@ class Regions:
             if below is None:
                 continue
             if recomputed(below.node):
-                yield Made(below.operands, below.is_product, True, below.node)
+                yield replace(below, backward=True)
                 yield from self._fetched(below, forward)
             else:
                 self._kept.add(core)
@@ -200,7 +179,7 @@ class Regions:
         Also one that it would add up if it took the dots with a common factor at once: for
         ``dots(L P) + dots(L Q)`` the sum ``P + Q``.
         """
-        if made.is_product:
+        if not isinstance(made.step, Sum):
             return
         addends = made.operands
         if made.polynomial.is_dots:
@@ -208,6 +187,23 @@ class Regions:
         cores = [normalise(p).core for p in addends]
         if len(cores) > 1 and self._kept.issuperset(cores):
             self._keepable.add(normalise(total(addends)).core)
+
+    def _may_keep_low(self, made: Made, forward: dict[Polynomial, Made]) -> None:
+        """Let the backward keep ``X L[k]`` where it makes a gradient of all experts otherwise.
+
+        It is what the gradient of R is made of; a graph that merges ``W + L R`` has none of it.
+        """
+        if not isinstance(made.step, GroupedOuter | Scatter):
+            return
+        leaves = self._reader.leaves.matrices
+        for below in forward.values():
+            if below.polynomial.leaves.isdisjoint(made.polynomial.leaves):
+                continue
+            for word in below.polynomial.words:
+                for pair in pairwise(word.factors) if len(word.factors) > 2 else ():
+                    is_picked = [leaves[factor.leaf].picked is not None for factor in pair]
+                    if any(is_picked) and not all(is_picked):
+                        self._keepable.add(normalise(of_factors(pair)).core)
 
     def _behind_common_factor(self, sums: Addends) -> Addends:
         """P and Q for ``dots(L P)`` and ``dots(L Q)``, as the graph computes these two."""
@@ -228,16 +224,22 @@ class Regions:
         for p in [part for root in self.roots for part in root.parts] + [
             made.polynomial for made in incoming
         ]:
-            for first, other in pairwise(_pairs(p)):
+            for first, other in pairwise(self._pairs(p)):
                 self._above[self._find(other)] = self._find(first)
         regions: dict[Hashable, Region] = defaultdict(Region)
         for root in self.roots:
             for part in root.parts:
                 if not self.is_trivial(part):
-                    regions[self._find(_pairs(part)[0])].demands.append((root, part))
+                    regions[self._find(self._pairs(part)[0])].demands.append((root, part))
         for made in incoming:
-            regions[self._find(_pairs(made.polynomial)[0])].incoming.append(made)
+            regions[self._find(self._pairs(made.polynomial)[0])].incoming.append(made)
         return [region for region in regions.values() if region.demands]
+
+    def _pairs(self, p: Polynomial) -> list[Hashable]:
+        """What a polynomial must have in common with another to share a value."""
+        leaves = self._reader.leaves.matrices
+        picked = {i: of.base for i in p.leaves for of in [leaves[i].picked] if of is not None}
+        return pairs(p, picked)
 
     def _find(self, key: Hashable) -> Hashable:
         while (above := self._above.setdefault(key, key)) != key:
@@ -250,20 +252,34 @@ class Regions:
         """A region as a problem."""
         matrices: dict[int, int] = {}
         scalars: dict[int, int] = {}
+        assignments: dict[int, int] = {}
+        table = self._reader.leaves
         demands = [part for _, part in region.demands]
         for p in demands + [made.polynomial for made in region.incoming]:
             for word in p.words:
                 for factor in word.factors:
                     matrices.setdefault(factor.leaf, len(matrices))
+                    picked = table.matrices[factor.leaf].picked
+                    if picked is not None:
+                        matrices.setdefault(picked.base, len(matrices))
+                        assignments.setdefault(picked.assignment, len(assignments))
                 for scalar in word.scalars:
                     scalars.setdefault(scalar, len(scalars))
+                for k in word.scattered:
+                    assignments.setdefault(k, len(assignments))
 
         def own(p: Polynomial) -> Polynomial:
-            return substitute(p, matrices, scalars)
+            return substitute(p, matrices, scalars, assignments)
 
-        leaves = [self._reader.leaves.matrices[i] for i in matrices]
+        leaves = [
+            replace(leaf, picked=Picked(matrices[leaf.picked.base], assignments[leaf.picked[1]]))
+            if leaf.picked is not None
+            else leaf
+            for leaf in map(table.matrices.__getitem__, matrices)
+        ]
+        by = [table.assignments[k] for k in assignments]
         dtype = _dtype(region)
-        dims = DimClasses(leaves, [own(p) for p in demands])
+        dims = DimClasses(leaves, [own(p) for p in demands], by)
         specs = tuple(self._spec(own_i, i, dims) for own_i, i in enumerate(matrices))
 
         def value(p: Polynomial, backward: bool) -> Value:
@@ -271,11 +287,7 @@ class Regions:
             return Value(core, backward or any(specs[i].backward for i in core.leaves))
 
         def step(made: Made) -> Step:
-            operands = tuple(own(p) for p in made.operands)
-            if made.is_product:
-                left, right = operands
-                return product_step(left, right, dots=made.dots)
-            return sum_step(operands)
+            return rescaled_step(renamed_step(made.step, own, assignments), own(made.polynomial))
 
         kept = frozenset(
             normalise(own(made.polynomial)).core
@@ -307,8 +319,18 @@ class Regions:
             itemsize=int(dtype.itemsize),
             dtype=str(dtype).removeprefix("torch."),
             shown=tuple(shown.items()),
+            assignments=tuple(
+                Assignment(
+                    "indexed" if a.kind == "indexed" else "grouped",
+                    *dims.of_assignment(k),
+                    a.multiple,
+                )
+                for k, a in enumerate(by)
+            ),
         )
-        return PosedProblem(problem, dims.sizes, tuple(matrices), tuple(scalars))
+        return PosedProblem(
+            problem, dims.sizes, tuple(matrices), tuple(scalars), tuple(assignments)
+        )
 
     def _spec(self, own: int, index: int, dims: DimClasses) -> LeafSpec:
         leaf = dims.leaves[own]
@@ -321,12 +343,7 @@ class Regions:
         held = index in self._read_backward or all(
             self._phases.held(self._reader, source) for source in leaf.sources
         )
-        return LeafSpec(rows, cols, batch, "matrix", backward, held)
-
-
-def _is_step(made: Made) -> bool:
-    """Whether a product computes anything: multiplying by the identity does not."""
-    return all(any(word.factors for word in p.words) for p in made.operands)
+        return LeafSpec(rows, cols, batch, "matrix", backward, held, leaf.picked)
 
 
 def _dtype(region: Region) -> torch.dtype:
@@ -337,28 +354,3 @@ def _dtype(region: Region) -> torch.dtype:
 
 def _sorted(cores: Iterable[Polynomial]) -> list[Polynomial]:
     return sorted(cores, key=lambda core: [word.sort_key() for word in core.words])
-
-
-def _pairs(p: Polynomial) -> list[Hashable]:
-    """What two polynomials must have in common to share a value other than a leaf.
-
-    That is a product, which shows two leaves next to each other in some word; or a sum of leaves,
-    that is of such as stand in the same place of words that are otherwise alike. A lone leaf is
-    paired with itself.
-    """
-    found: dict[Hashable, None] = {}
-    places: dict[Hashable, list[int]] = defaultdict(list)
-    for word in p.words:
-        factors = word.factors
-        for left, right in pairwise(factors):
-            found[_pair(left.leaf, right.leaf)] = None
-        for i, factor in enumerate(factors):
-            places[factors[:i], factors[i + 1 :]].append(factor.leaf)
-    for leaves in places.values():
-        for one, other in combinations(leaves, 2):
-            found[_pair(one, other)] = None
-    return list(found) or [(leaf, leaf) for leaf in sorted(p.leaves)]
-
-
-def _pair(one: int, other: int) -> tuple[int, int]:
-    return (min(one, other), max(one, other))

@@ -20,7 +20,8 @@ from itertools import accumulate, pairwise
 from math import log2
 
 from runlora_fx.cost_model.objective import Price
-from runlora_fx.passes.algebra.plan import Plan, Problem, Product
+from runlora_fx.passes.algebra.assignments import GroupedProduct, Pick
+from runlora_fx.passes.algebra.plan import Plan, Problem, Product, step_operands
 from runlora_fx.passes.algebra.polynomials import Polynomial
 from runlora_fx.passes.search.varying import (
     COMPARED,
@@ -102,7 +103,9 @@ def break_even(varying: Varying, name: str) -> str:
         if not any(demand.backward == backward for demand in varying.problem.demands):
             continue
         merges = [_merges(varying.problem, plan, backward) for plan in known.plans]
-        when = _when(lambda size, merges=merges: merges[known.choice(size)], name)  # type: ignore[misc]
+        # As guards are named: of experts' weights there is one break-even in most cases.
+        as_guard = bool(varying.problem.assignments)
+        when = _when(lambda size, merges=merges: merges[known.choice(size)], name, as_guard)  # type: ignore[misc]
         said.setdefault(when, []).append(phase)
     if len(said) == 1:
         return f"merge {next(iter(said))}"
@@ -210,8 +213,8 @@ def _sums(row: Sequence[float]) -> list[float]:
     return list(accumulate(row, initial=0.0))
 
 
-def _when(holds: Callable[[int], bool], name: str) -> str:
-    """For which sizes something holds."""
+def _when(holds: Callable[[int], bool], name: str, as_guard: bool = False) -> str:
+    """For which sizes something holds; ``as_guard`` names the least of them, as guards do."""
     at = [holds(size) for size in COMPARED]
     if all(at) or not any(at):
         return "always" if at[0] else "never"
@@ -225,6 +228,8 @@ def _when(holds: Callable[[int], bool], name: str) -> str:
     for i in range(0, len(starts), 2):
         low, *high = starts[i : i + 2]
         text = f"{low} < {name}" if low and high else f"{name} > {low}" if low else name
+        if low and as_guard:
+            text = f"{low + 1} <= {name}" if high else f"{name} >= {low + 1}"
         spans.append(f"{text} <= {high[0]}" if high else text)
     return "when " + " or ".join(spans)
 
@@ -233,9 +238,9 @@ def _merges(problem: Problem, plan: Plan | None, backward: bool) -> bool:
     """Whether a plan adds a product onto a matrix before it multiplies by it, in one phase."""
     steps = problem.incoming if plan is None else plan.steps.items()
     return any(
-        isinstance(step, Product)
+        isinstance(step, Product | GroupedProduct | Pick)
         and value.backward == backward
-        and any(map(_is_merged, (step.left, step.right)))
+        and any(map(_is_merged, step_operands(step)))
         for value, step in steps
     )
 

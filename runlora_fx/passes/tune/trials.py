@@ -28,6 +28,7 @@ from runlora_fx.cost_model.devices.measure import random_tensor, seconds, undist
 from runlora_fx.cost_model.objective import Objective, saves
 from runlora_fx.cost_model.store import Record
 from runlora_fx.passes.algebra.plan import Plan, Problem
+from runlora_fx.passes.algebra.posed import PosedProblem
 from runlora_fx.passes.emit.apply import NotAppliedError, apply
 from runlora_fx.passes.levels.sizes import value_of
 from runlora_fx.passes.read.analysis import Analysis
@@ -64,7 +65,7 @@ def try_out(analysis: Analysis, pricing: Pricing, decisions: Sequence[Decision])
             problem = analysis.posed[i].problem
             objective = pricing.objective(problem.dtype)
             plans = _candidates(problem, objective, decision)
-            if len(plans) > 1 and not analysis.posed[i].is_symbolic:
+            if len(plans) > 1 and _is_timed(analysis.posed[i]):
                 tried = region_graph(
                     analysis.graph, analysis.reader, analysis.phases, analysis.regions.regions[i]
                 )
@@ -74,6 +75,15 @@ def try_out(analysis: Analysis, pricing: Pricing, decisions: Sequence[Decision])
                 decided[i] = settled[key]
             progress.advance(task)
     return decided
+
+
+def _is_timed(posed: PosedProblem) -> bool:
+    """Whether trials say what a region takes: its sizes are known, and random data will do.
+
+    Offsets of experts' rows have to ascend, and times depend on them.
+    """
+    kinds = {assignment.kind for assignment in posed.problem.assignments}
+    return not posed.is_symbolic and "grouped" not in kinds
 
 
 def _candidates(

@@ -17,6 +17,7 @@ from torch import fx
 from runlora_fx.passes.algebra.addends import Addends, transposed
 from runlora_fx.passes.algebra.polynomials import Polynomial, Scalar
 from runlora_fx.passes.algebra.posed import Dim
+from runlora_fx.passes.levels.assigned import TokenAssignment
 from runlora_fx.passes.levels.cuts import Cut
 from runlora_fx.passes.levels.origins import Origin
 from runlora_fx.passes.levels.sizes import Shape
@@ -37,6 +38,9 @@ class LinearNodes(Cuts, Protocol):
 
     def is_only_added(self, node: fx.Node) -> bool:
         """True if every user adds the node to something: nobody relies on its memory."""
+
+    def is_only_added_by_expert(self, node: fx.Node) -> bool:
+        """True if every user, behind views, adds up what each expert's tokens have."""
 
     def is_made_of_product(self, node: fx.Node) -> bool:
         """True if a product of matrices is added up, scaled, viewed or cast to the node."""
@@ -66,6 +70,23 @@ class Reading(Diagonals, Protocol):
 
     def virtual(self, origin: Origin, rows: Dim, cols: Dim) -> Polynomial:
         """A matrix that no node holds, and that emission writes where a plan needs it."""
+
+    def assignment(self, by: TokenAssignment) -> int:
+        """The number of an assignment of tokens to experts."""
+
+    def picked(self, p: Polynomial, k: int) -> Polynomial:
+        """``p[k]``: of the matrices of all experts those of the tokens.
+
+        Raises:
+            NotInNormalForm: If leaves cannot be picked instead.
+        """
+
+    def multiplied(self, left: Polynomial, right: Polynomial) -> Polynomial:
+        """``left @ right``; what a scattered word is multiplied by is picked.
+
+        Raises:
+            NotInNormalForm: If no polynomial says it.
+        """
 
 
 class Factors(Protocol):
@@ -176,8 +197,8 @@ class Form:
         """
         return None
 
-    def factors(self, cut: Cut, reading: Reading) -> list[tuple[Addends, Addends]]:
-        """The two operands of every product that a node of this form computes.
+    def factors(self, cut: Cut, reading: Reading) -> list[tuple[Addends, ...]]:
+        """The operands of every product that a node of this form computes.
 
         Args:
             cut: The cut through which the node shows its matrix.

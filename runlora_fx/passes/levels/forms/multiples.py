@@ -123,7 +123,7 @@ class DiagonalMultiple(Form):
         below = reading.operand(self.source, cut)
         return tuple(diagonal @ p if self.rows else p @ diagonal for p in below)
 
-    def factors(self, cut: Cut, reading: Reading) -> list[tuple[Addends, Addends]]:
+    def factors(self, cut: Cut, reading: Reading) -> list[tuple[Addends, ...]]:
         """The matrix and the diagonal matrix."""
         source, diagonal = reading.operand(self.source, cut), (reading.diagonal(self.by),)
         return [(diagonal, source) if self.rows else (source, diagonal)]

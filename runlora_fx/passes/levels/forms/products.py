@@ -67,7 +67,7 @@ class _OfTwo(Form):
         """Both factors, as the graph adds them up."""
         return self.left.addends(reading), self.right.addends(reading)
 
-    def factors(self, cut: Cut, reading: Reading) -> list[tuple[Addends, Addends]]:
+    def factors(self, cut: Cut, reading: Reading) -> list[tuple[Addends, ...]]:
         """Its own factors."""
         return [self.operands(reading)]
 
@@ -88,7 +88,7 @@ class MatrixProduct(_OfTwo):
         if not same_matrix(shape, self.out, cut):
             return None
         left, right = self.operands(reading)
-        return (total(left) @ total(right),)
+        return (reading.multiplied(total(left), total(right)),)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,98 @@
+"""Steps that depend on the experts of tokens.
+
+    (W + s L R)[k]           ->      index(addmm, [k])
+    sum_k(P)                 ->      index_put(zeros, [k], P, accumulate=True)
+    X L[k], k by offsets     ->      _grouped_mm(X, L, offs), or what the graph has in its stead
+    sum_k(X' dY)             ->      _grouped_mm(permute(X), dY, offs)
+
+Invariant: what is written for an assignment calls the operators that the graph as it came calls.
+"""
+
+from __future__ import annotations
+
+from operator import getitem
+
+import torch
+from torch import fx
+
+from runlora_fx.passes.algebra.assignments import GroupedOuter, GroupedProduct, Pick, Scatter
+from runlora_fx.passes.algebra.plan import Step, Value
+from runlora_fx.passes.algebra.polynomials import Polynomial, Scalar, normalise
+from runlora_fx.passes.algebra.problem import turned_step
+from runlora_fx.passes.emit.registry import Emission, writes
+from runlora_fx.passes.levels.sizes import Shape, same_shape, shape_of
+
+
+@writes("pick")
+def pick(emission: Emission, value: Value, step: Step, transposed: bool) -> fx.Node:
+    """Pick the matrices of the tokens' experts, as those of all experts lie."""
+    assert isinstance(step, Pick)
+    scope, by = emission.scope, emission.scope.leaves.assignments[step.assignment]
+    scalar, turned, core = normalise(step.whole)
+    stack, lies = emission.values.laid(scope.task.value(core, value.backward))
+    node = scope.scaled(scope.writer.pick(stack, by), scalar)
+    return node if (lies != turned) == transposed else scope.writer.transpose(node)
+
+
+@writes("scatter")
+def scatter(emission: Emission, value: Value, step: Step, transposed: bool) -> fx.Node:
+    """Add up the matrices of each expert's tokens."""
+    assert isinstance(step, Scatter)
+    scope, by = emission.scope, emission.scope.leaves.assignments[step.assignment]
+    rows, scalar = emission.values.operand(step.part.T if transposed else step.part, value.backward)
+    return scope.writer.summed_by_expert(scope.scaled(rows, scalar), by)
+
+
+@writes("grouped")
+def grouped(emission: Emission, value: Value, step: Step, transposed: bool) -> fx.Node:
+    """Multiply each row by the matrix of its expert."""
+    assert isinstance(step, GroupedProduct)
+    scope, by = emission.scope, emission.scope.leaves.assignments[step.assignment]
+    is_turned = step.picked == "left"
+    product = turned_step(step) if is_turned else step
+    assert isinstance(product, GroupedProduct)
+    rows, by_rows = _rows(emission, product.left, value.backward)
+    stack, by_stack = emission.values.operand(product.right, value.backward)
+    node = scope.scaled(scope.writer.grouped_product(rows, stack, by), by_rows * by_stack)
+    tokens, cols = shape_of(node)
+    node = scope.writer.reshape(node, (tokens, 1, cols))
+    return node if is_turned == transposed else scope.writer.transpose(node)
+
+
+@writes("grouped_outer")
+def grouped_outer(emission: Emission, value: Value, step: Step, transposed: bool) -> fx.Node:
+    """Add up a column times a row for each of an expert's tokens."""
+    assert isinstance(step, GroupedOuter)
+    scope, by = emission.scope, emission.scope.leaves.assignments[step.assignment]
+    left, right = (step.right.T, step.left.T) if transposed else (step.left, step.right)
+    columns, by_columns = _rows(emission, left.T, value.backward)
+    rows, by_rows = _rows(emission, right, value.backward)
+    columns = scope.scaled(columns, by_columns * by_rows)
+    if by.kind == "aten":
+        return scope.writer.grouped_outer(columns, rows, by)
+    shape = (by.experts, shape_of(columns)[1], shape_of(rows)[1])
+    pair = torch.ops.transformers.grouped_mm_fallback_backward.default
+    both = scope.writer.call(pair, columns, _like(emission, shape), by.node, rows)
+    return scope.writer.call(getitem, both, 1)
+
+
+def _like(emission: Emission, shape: Shape) -> fx.Node:
+    """A tensor of a shape: one that holds a leaf, or a view of it."""
+    writer = emission.scope.writer
+    experts, rows, cols = shape
+    for leaf in emission.scope.leaves.matrices:
+        node = leaf.node
+        if node is None or not leaf.batched or not writer.is_before(node):
+            continue
+        if same_shape(shape_of(node), shape):
+            return node
+        if same_shape(shape_of(node), (experts, cols, rows)):
+            return writer.transpose(node)
+    return writer.zeros(shape)
+
+
+def _rows(emission: Emission, p: Polynomial, backward: bool) -> tuple[fx.Node, Scalar]:
+    """A row for each token as two dimensions."""
+    node, scalar = emission.values.operand(p, backward)
+    tokens, _, cols = shape_of(node)
+    return emission.scope.writer.reshape(node, (tokens, cols)), scalar

@@ -1,0 +1,60 @@
+"""Computations of the graph as it came: one step at one node.
+
+Example: ``addmm(b, x, w)`` is two, the product ``X W`` and its sum with the repeated ``b``.
+
+Invariant: a step reads what the graph reads there, and makes the polynomial up to a number and a
+transpose.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from runlora_fx.passes.algebra.addends import Addends, total
+from runlora_fx.passes.algebra.plan import Product, Step, Sum, step_operands
+from runlora_fx.passes.algebra.polynomials import Polynomial, normalise
+
+
+@dataclass(frozen=True)
+class Made:
+    """One computation of the incoming graph.
+
+    Attributes:
+        step: How it computes, up to a number and a transpose.
+        polynomial: What it computes.
+        backward: The phase it runs in.
+        node: Where.
+    """
+
+    step: Step
+    polynomial: Polynomial
+    backward: bool
+    node: fx.Node
+
+    @classmethod
+    def sum_of(cls, addends: Addends, backward: bool, node: fx.Node) -> Made:
+        """The sum of addends."""
+        return cls(Sum(addends), total(addends), backward, node)
+
+    @property
+    def operands(self) -> Addends:
+        """What it reads."""
+        return step_operands(self.step)
+
+    @property
+    def is_product(self) -> bool:
+        """Whether two matrices are multiplied."""
+        return isinstance(self.step, Product)
+
+    @property
+    def dots(self) -> bool:
+        """Whether only the diagonal of the product is computed."""
+        return self.is_product and self.polynomial.is_dots
+
+    @property
+    def reads_itself(self) -> bool:
+        """Whether the graph adds a value to itself: ``X A + X A`` is no way to make ``X A``."""
+        core = normalise(self.polynomial).core
+        return any(normalise(operand).core == core for operand in self.operands)
