@@ -677,3 +677,16 @@ def test_a_value_that_a_sum_reads_twice_is_made_once() -> None:
     found = search(problem, FLOPS)
     plan_price = FLOPS.total(found.plan.operations(problem))
     assert plan_price == brute_force(problem)
+
+
+def test_no_vector_is_added_to_a_matrix() -> None:
+    """``(X + X B) diag(g)`` is not ``X (diag(g) + B diag(g))``: the vector is no matrix."""
+    x, b, g = leaf(0), leaf(1), leaf(2, diagonal=True)
+    core = normalise((x + x @ b) @ g).core
+    leaves = (LeafSpec(0, 1), LeafSpec(1, 1), LeafSpec(1, 1, kind="diagonal"))
+    demand = Value(core, False)
+    steps = ((demand, product_step(x + x @ b, g)),)
+    problem = Problem(leaves, (1, 4), (demand,), steps, frozenset(), 8)
+    factors = Value(normalise(g + b @ g).core, False)
+    assert Ways(problem, FLOPS).of(demand)
+    assert Ways(problem, FLOPS).of(factors) == []

@@ -91,6 +91,7 @@ class Ways:
             for step in dict.fromkeys(steps)
             for operands in [self.operands(value, step)]
             if self._rounds_as_before(operands)
+            if not _adds_vector(value, step)
             # The incoming graph may add a value to itself: X A + X A.
             if all(self.rank(operand) < self.rank(value) for operand in operands)
         ]
@@ -159,6 +160,15 @@ class Ways:
             yield Sum(tuple(parts))
         else:
             yield from _factor_splits(core)
+
+
+def _adds_vector(value: Value, step: Step) -> bool:
+    """True if a step adds the diagonal matrix of a vector to a matrix: the vector is no matrix."""
+    return (
+        isinstance(step, Sum)
+        and not value.core.is_diagonal
+        and any(part.is_diagonal and part.leaves for part in step.parts)
+    )
 
 
 def _all_splits(core: Polynomial) -> Iterator[Step]:
