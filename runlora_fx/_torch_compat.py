@@ -190,6 +190,12 @@ def guard_range(size: sympy.Expr, low: int, high: int | None, mode: FakeTensorMo
     return True
 
 
+def is_current(size: sympy.Expr, mode: FakeTensorMode | None) -> bool:
+    """Whether a symbolic size is still what it was: guards may have put a number in its place."""
+    env = None if mode is None else mode.shape_env
+    return env is None or bool(env.replace(size) == size)
+
+
 def draws_from_seeds() -> bool:
     """Whether Inductor replaces random operators by functions of a seed."""
     return not inductor_config.fallback_random

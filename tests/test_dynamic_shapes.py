@@ -22,9 +22,13 @@ from checks import (
     saved_bytes,
     scalar_kernels,
 )
+from checks import (
+    ours as our_options,
+)
 from market import FFN, HIDDEN, lora_layers, randomise_lora_b
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import runlora_fx
 from runlora_fx.history import collecting
@@ -220,3 +224,30 @@ def test_autocast_casts_are_one_leaf_and_a_border() -> None:
         assert found.dtype == wanted.dtype
         assert [site.after for site in report().sites] == ["Y = X (W' + 2 A' B')"] * 2
     assert relative_error(found, wanted) < 2**-6  # a few roundings to 8 bits
+
+
+def test_a_range_of_one_size_fixes_it() -> None:
+    """Two rows are all that one plan is the best for: the guards make the symbol a number."""
+
+    class Merged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            generator = torch.Generator().manual_seed(0)
+            shapes = ((7, 3), (3, 8), (6, 7))
+            self.left, self.right, self.up = (
+                nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64))
+                for shape in shapes
+            )
+            self.left.requires_grad_(False)
+
+        def forward(self, x: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
+            weight = base - self.left @ self.right
+            return F.linear(F.linear(x, weight), self.up), weight
+
+    model = Merged()
+    run = torch.compile(
+        model, backend=RUNLORA_EAGER, fullgraph=True, dynamic=True, options=our_options()
+    )
+    for rows in (2, 5):
+        x, base = (torch.randn(n, 8, dtype=torch.float64) for n in (rows, 7))
+        assert_same_outputs_and_grads(model, run, [x, base], 1e-11)

@@ -19,7 +19,7 @@ import sympy
 import torch
 from torch import fx
 
-from runlora_fx._torch_compat import fake_mode_of, guard_range, size_hint
+from runlora_fx._torch_compat import fake_mode_of, guard_range, is_current, size_hint
 from runlora_fx.cost_model.devices.machine import Machine
 from runlora_fx.cost_model.devices.registry import computing
 from runlora_fx.options import Options
@@ -99,6 +99,10 @@ class Context:
     def guard(self, size: sympy.Expr, low: int, high: int | None) -> bool:
         """Have Dynamo check ``low <= size < high`` before every call; whether that is possible."""
         return self.may_guard and guard_range(size, low, high, self.mode)
+
+    def is_current(self, size: Dim) -> bool:
+        """Whether a size is still what it was: a guard may have put a number in its place."""
+        return isinstance(size, int) or is_current(size, self.mode)
 
     # -- the graph -----------------------------------------------------------------------------
 

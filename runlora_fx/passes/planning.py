@@ -24,6 +24,7 @@ from runlora_fx.passes.context import Context, Outcome
 from runlora_fx.passes.emit.apply import NotAppliedError, apply
 from runlora_fx.passes.emit.recompute import recompute_dropout_masks
 from runlora_fx.passes.emit.transaction import note_failure, transaction
+from runlora_fx.passes.levels.sizes import forget_shapes
 from runlora_fx.passes.read.analysis import Analysis
 from runlora_fx.passes.read.regions import Region
 from runlora_fx.passes.search.decide import Decision
@@ -72,9 +73,7 @@ class _Planner:
 
     def run(self) -> Outcome:
         """Read, decide, and write what is worth it."""
-        analysis = self._context.read()
-        self._check_reading(analysis)
-        decisions = self._decisions(analysis)
+        analysis, decisions = self._decided()
         names = [_name(region) for region in analysis.regions.regions]
         chosen = [n for n, decision in zip(names, decisions, strict=True) if _is_chosen(decision)]
         if self._options.memory == "low" and analysis.phases.is_joint:
@@ -88,6 +87,19 @@ class _Planner:
             )
         )
         return Outcome(tuple(found), is_joint=analysis.phases.is_joint)
+
+    def _decided(self) -> tuple[Analysis, list[Decision]]:
+        """The graph as it came, and what to do with each region."""
+        analysis = self._context.read()
+        self._check_reading(analysis)
+        decisions = self._decisions(analysis)
+        sizes = {size for posed in analysis.posed for size in posed.dims}
+        if all(map(self._context.is_current, sizes)):
+            return analysis, decisions
+        # A range that holds a single size fixes its symbol: the graph now has a number there.
+        forget_shapes()
+        analysis = self._context.read()
+        return analysis, self._decisions(analysis)
 
     def _check_reading(self, analysis: Analysis) -> None:
         for region, error in analysis.failures:

@@ -62,6 +62,11 @@ def shape_of(node: fx.Node) -> Shape:
     return shape
 
 
+def forget_shapes() -> None:
+    """Look all shapes up anew: needed once a guard has put a number in the place of a symbol."""
+    _shapes.clear()
+
+
 def strides_of(node: fx.Node) -> Shape:
     """Strides of a tensor node [elements].
 
