@@ -61,6 +61,7 @@ class Writer:
     def __init__(self, graph: fx.Graph, reader: GraphReader, dialect: Dialect) -> None:
         """Write into the graph that the reader has read."""
         self._insert = Inserter(graph)
+        self._own: set[fx.Node] = set()
         self._reader = reader
         self._calls = dialect.calls
         self.materialised: list[fx.Node] = []
@@ -166,7 +167,7 @@ class Writer:
         """The transpose of a matrix, or of each in a batch."""
         n = len(shape_of(a))
         swapped = [*range(n - 2), n - 1, n - 2]
-        if a.target is self._calls.permute and a.args[1] == swapped:
+        if a in self._own and a.target is self._calls.permute and a.args[1] == swapped:
             return cast(fx.Node, a.args[0])
         return self._call(self._calls.permute, a, swapped)
 
@@ -174,7 +175,8 @@ class Writer:
         """The same elements in another shape."""
         if same_shape(shape_of(a), shape):
             return a
-        if a.target is self._calls.view:
+        # A view that the graph made may be a leaf: then what it shows is none.
+        if a in self._own and a.target is self._calls.view:
             viewed = a.args[0]
             if isinstance(viewed, fx.Node) and same_shape(shape_of(viewed), shape):
                 return viewed
@@ -309,6 +311,7 @@ class Writer:
         # After the anchor's operands and before the anchor: as early as anything written here.
         self._position[node] = self._position[self._insert.anchor] - 1
         self._reader.values.of(node)
+        self._own.add(node)
         return node
 
     def erase(self) -> None:
