@@ -26,7 +26,7 @@ from runlora_fx.history import collecting
 # --- training
 
 BATCH = 2
-SHORT, LONG = (5, 6, 7, 8, 9), (40, 42, 44, 46, 48)
+SHORT, LONG = (5, 6, 7, 8, 9), (44, 45, 46, 47, 48)
 # There and back, twenty times.
 LENGTHS = [length for pair in zip(SHORT * 4, LONG * 4, strict=True) for length in pair]
 

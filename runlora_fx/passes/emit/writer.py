@@ -155,9 +155,13 @@ class Writer:
         """A copy of ``a`` that lies in memory with its dimensions in an order, outermost first."""
         permuted = self._permute(a, order)
         copied = self._call(self._calls.clone, permuted, memory_format=torch.contiguous_format)
-        # The reader stops where a copy changes the layout; this one is read through.
+        # The reader stops where a copy changes the layout; this one is read through. A cut that
+        # flattens two dimensions shows no matrix of the copy while they stand in another order, so
+        # the result names what it is a copy of.
         self._reader.forms[copied] = Copy(permuted)
-        return self._permute(copied, inverse(tuple(order)))
+        result = self._permute(copied, inverse(tuple(order)))
+        self._reader.forms[result] = Copy(a)
+        return result
 
     def _permute(self, a: fx.Node, dims: Sequence[int]) -> fx.Node:
         is_trivial = list(dims) == list(range(len(dims)))
