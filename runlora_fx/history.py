@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from runlora_fx.report.data import Report, merged
+from runlora_fx.report.data import Report, combined
 
 _lock = threading.Lock()
 _last: Report | None = None
@@ -52,7 +52,7 @@ def as_one() -> Iterator[None]:
     finally:
         _thread.pending = outer
         if parts:
-            record(parts[0] if len(parts) == 1 else merged(parts))
+            record(parts[0] if len(parts) == 1 else combined(parts))
 
 
 @contextmanager

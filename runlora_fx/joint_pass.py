@@ -108,7 +108,7 @@ class RunloraPass(CustomGraphPass):
         self._parameters = tuple(parameters)
         if self._options.reuse:
             # Compiled code must not put another value where a kept weight lies.
-            never_overwrite(torch.ops.runlora.merged.default)
+            never_overwrite(torch.ops.runlora.merged_weight.default)
         # A snapshot: the plan and the identity speak of the same numbers.
         self._machine = Machine(use_stored=self._options.tune != "off")
         self.ran = False

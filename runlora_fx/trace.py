@@ -19,7 +19,7 @@ from runlora_fx.keywords import split_keywords
 from runlora_fx.options import Options
 from runlora_fx.passes.levels.differentiable import level_of
 from runlora_fx.passes.read.example_values import annotate
-from runlora_fx.report.data import Report, merged
+from runlora_fx.report.data import Report, combined
 
 
 def rewrite(
@@ -109,7 +109,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         # A function of its own: Dynamo keeps compiled code by backend.
         look = torch.compile(model, backend=own_backend(lambda *graph: backend(*graph)), **APART)
         look(*args, **inputs)
-    report = merged(reports)
+    report = combined(reports)
     history.record(report)
     return report
 

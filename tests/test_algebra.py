@@ -123,27 +123,27 @@ def test_zero_has_no_leading_word() -> None:
         normalise(ZERO)
 
 
-# -- dots: diagonals of products ---------------------------------------------------------------
+# -- diagonal parts of products ----------------------------------------------------------------
 
 
 @often
 @given(polynomials(least=1), polynomials(least=1), scalars)
 def test_dots_are_linear_and_keep_what_they_are_of(p: Polynomial, q: Polynomial, s: Scalar) -> None:
-    assert (p + q).dots == p.dots + q.dots
-    assert p.scaled(s).dots == p.dots.scaled(s)
-    assert p.dots.matrix == p
-    assert p.dots.is_dots
-    assert not p.is_dots
-    assert p.dots != p
-    assert p.dots.leaf is None
+    assert (p + q).diag_part == p.diag_part + q.diag_part
+    assert p.scaled(s).diag_part == p.diag_part.scaled(s)
+    assert p.diag_part.matrix == p
+    assert p.diag_part.is_diag_part
+    assert not p.is_diag_part
+    assert p.diag_part != p
+    assert p.diag_part.leaf is None
 
 
 @often
 @given(polynomials(least=1), polynomials(least=1))
 def test_dots_of_a_product_are_those_of_its_mirror_image(p: Polynomial, q: Polynomial) -> None:
-    assert (p @ q).dots.unmirrored == (q.T @ p.T).dots.unmirrored
-    assert (p @ q).dots == (p @ q).dots.T
-    assert normalise((p @ q).dots).transposed is False
+    assert (p @ q).diag_part.unmirrored == (q.T @ p.T).diag_part.unmirrored
+    assert (p @ q).diag_part == (p @ q).diag_part.T
+    assert normalise((p @ q).diag_part).transposed is False
 
 
 @often
@@ -152,10 +152,10 @@ def test_dots_are_factored_as_what_they_are_of(p: Polynomial, q: Polynomial) -> 
     product = p @ q
     if not product.terms:
         return
-    pairs = list(factorisations(product.dots))
+    pairs = list(factorisations(product.diag_part))
     assert pairs == list(factorisations(product))
     for left, right in pairs:
-        assert (left @ right).dots.close_to(product.dots)
+        assert (left @ right).diag_part.close_to(product.diag_part)
 
 
 # -- values: polynomials up to scalar and transpose --------------------------------------------

@@ -292,7 +292,7 @@ ATEN_SAMPLES: dict[Any, list[Sample]] = {
     aten.dropout.default: dropouts[:3],
     aten.alias.default: whole,
     aten.detach.default: whole,
-    torch.ops.runlora.merged.default: [
+    torch.ops.runlora.merged_weight.default: [
         s(lambda t: (t("m", "n"), t("m", "k"), t("k", "n"), 0.5)),
     ],
     aten._to_copy.default: [s(lambda t: (t("m", "n"),), dtype=torch.float32)],
@@ -534,15 +534,15 @@ def _word(leaves: Leaves, word: Word, size: int) -> Tensor:
     for k in word.scattered:
         zeros = result.new_zeros(int(leaves.assignments[k].experts), *result.shape[1:])
         result = zeros.index_add(0, _experts(leaves, k), result)
-    return torch.diagonal(result, dim1=1, dim2=2) if word.dots else result
+    return torch.diagonal(result, dim1=1, dim2=2) if word.diag_part else result
 
 
 def evaluated(p: Polynomial, leaves: Leaves, like: Tensor) -> Tensor:
-    """The numbers of a polynomial: a batch of matrices, or a vector of dots."""
+    """The numbers of a polynomial: a batch of matrices, or a diagonal part."""
     result = torch.zeros_like(like, dtype=torch.float64)
     for word, c in p.terms:
         value = c * _word(leaves, word, like.shape[1])
-        result = result + (value.reshape(like.shape) if word.dots else value)
+        result = result + (value.reshape(like.shape) if word.diag_part else value)
     return result
 
 

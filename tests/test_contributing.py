@@ -99,7 +99,7 @@ class Negative(Form):
     def cut(self, node: fx.Node, linear: LinearNodes) -> Cut | None:
         return linear.cut_of(self.source)
 
-    def expand(self, shape: Shape, cut: Cut, reading: Reading) -> Addends | None:
+    def as_addends(self, shape: Shape, cut: Cut, reading: Reading) -> Addends | None:
         return scaled(reading.operand(self.source, cut), Scalar(-1.0))
 
 

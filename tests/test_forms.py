@@ -16,14 +16,14 @@ from runlora_fx.passes.levels.cuts import Cut
 from runlora_fx.passes.levels.origins import LeafWriter, Numbers
 from runlora_fx.passes.levels.sizes import shape_of
 from runlora_fx.passes.read.effects import Effects
-from runlora_fx.passes.read.expansion import Expander
 from runlora_fx.passes.read.leaves import Leaves
+from runlora_fx.passes.read.polynomial_reader import PolynomialReader
 from runlora_fx.passes.read.value_numbers import ValueNumbers
 
 aten: Any = torch.ops.aten
 
 
-class _OneStep(Expander):
+class _OneStep(PolynomialReader):
     """Expands one node; everything that it reads is a leaf."""
 
     def operand(self, node: fx.Node, cut: Cut) -> Addends:
@@ -76,7 +76,7 @@ def _value(p: Polynomial, reading: _OneStep, values: dict[fx.Node, Tensor]) -> T
             found = found / by if leaf.inverse else found * by
         for i, factor in enumerate(word.factors):
             found = found * matrix(*factor) if i == 0 else found @ matrix(*factor)
-        words.append(torch.diagonal(found, dim1=-2, dim2=-1) if word.dots else found)
+        words.append(torch.diagonal(found, dim1=-2, dim2=-1) if word.diag_part else found)
     result = words[0]
     for word_value in words[1:]:
         result = result + word_value
@@ -127,12 +127,12 @@ CALLS: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any], Cut]] = {
 def test_a_form_computes_what_its_operator_does(name: str) -> None:
     target, args, kwargs, cut = CALLS[name]
     reading, node, values = _read(target, *args, **kwargs)
-    addends = reading.expand(node, cut)
+    addends = reading.as_addends(node, cut)
     assert addends is not None
     found = _value(total(addends), reading, values)
     torch.testing.assert_close(found.reshape(-1), node.meta["val"].reshape(-1))
     shown = cut.extents(shape_of(node))
-    if not total(addends).is_dots:
+    if not total(addends).is_diag_part:
         assert tuple(found.shape[-2:]) == shown[1:]
 
 
@@ -144,7 +144,7 @@ def test_a_total_is_a_product_with_ones(rows: bool) -> None:
     node.meta["val"] = x.meta["val"].sum(0 if rows else 1, keepdim=True)
     reading = _OneStep(ValueNumbers(graph, Effects(graph)), Leaves(), {node: forms.Total(x, rows)})
     for cut in (Cut(0, 1), Cut(0, 0), Cut(0, 2)):
-        addends = reading.expand(node, cut)
+        addends = reading.as_addends(node, cut)
         if addends is None:
             continue
         found = _value(total(addends), reading, {x: x.meta["val"]})
@@ -181,7 +181,7 @@ def test_a_leaf_may_be_held_by_no_node() -> None:
     reading = _OneStep(ValueNumbers(graph, Effects(graph)), Leaves(), {written: form})
     leaf = reading.virtual(_Dequantised(packed), 4, 5)
     assert reading.virtual(_Dequantised(packed), 4, 5) == leaf
-    assert reading.expand(written, Cut(0, 1)) == (leaf,)
-    assert reading.expand(written, Cut(0, 2)) is None
+    assert reading.as_addends(written, Cut(0, 1)) == (leaf,)
+    assert reading.as_addends(written, Cut(0, 2)) is None
     (spec,) = reading.leaves.matrices
     assert (spec.node, spec.sources, spec.origin.dtype) == (None, (packed,), torch.float64)

@@ -181,7 +181,7 @@ CALLS: dict[Any, Callable[[Tensor], tuple[Any, ...]]] = {
     aten.baddbmm.default: lambda x: (x[None], x[None], x[None]),
     aten.mv.default: lambda x: (x, x[0]),
     aten.dot.default: lambda x: (x[0], x[:, 1]),
-    torch.ops.runlora.merged.default: lambda x: (x, x, x, 2.0),
+    torch.ops.runlora.merged_weight.default: lambda x: (x, x, x, 2.0),
     aten.permute.default: lambda x: (x, [1, 0]),
     aten.transpose.int: lambda x: (x, 0, 1),
     aten.reshape.default: lambda x: (x, [2, 8]),

@@ -289,10 +289,10 @@ def test_gradient_accumulation_merges_once(made: Kept) -> None:
 
 def test_weights_that_die_are_forgotten(made: Kept) -> None:
     base, left, right = torch.randn(8, 8), torch.randn(8, 2), torch.randn(2, 8)
-    torch.ops.runlora.merged(base, left, right, 1.0)
+    torch.ops.runlora.merged_weight(base, left, right, 1.0)
     del base
     other = torch.randn(4, 4)
-    torch.ops.runlora.merged(other, torch.randn(4, 2), torch.randn(2, 4), 1.0)
+    torch.ops.runlora.merged_weight(other, torch.randn(4, 2), torch.randn(2, 4), 1.0)
     assert runlora_fx.forget_merged_weights() == 4 * 4 * 4
 
 
@@ -300,7 +300,7 @@ def test_weights_that_die_are_forgotten(made: Kept) -> None:
 def test_tensors_without_versions_are_not_kept(made: Kept) -> None:
     args = torch.randn(4, 4), torch.randn(4, 2), torch.randn(2, 4), 0.5
     for _ in range(2):
-        found = torch.ops.runlora.merged(*args)
+        found = torch.ops.runlora.merged_weight(*args)
         torch.testing.assert_close(found, torch.addmm(*args[:3], alpha=0.5))
     assert runlora_fx.forget_merged_weights() == 0
 
@@ -327,7 +327,7 @@ ONLY_READ: dict[str, Callable[[Tensor], Tensor]] = {
 
 def _with_kept_weight(show: Callable[[Tensor], Tensor]) -> tuple[fx.GraphModule, list[Tensor]]:
     def fn(w: Tensor, b: Tensor, a: Tensor) -> Tensor:
-        return show(torch.ops.runlora.merged(w, b, a, 2.0))
+        return show(torch.ops.runlora.merged_weight(w, b, a, 2.0))
 
     inputs = [torch.randn(8, 8), torch.randn(8, 2), torch.randn(2, 8)]
     gm = make_fx(fn)(*inputs)
@@ -354,7 +354,7 @@ def test_a_weight_that_is_only_read_is_kept(reader: str, made: Kept) -> None:
 
 
 def test_a_weight_made_of_one_that_is_not_kept_is_not_kept_either(made: Kept) -> None:
-    merge = torch.ops.runlora.merged
+    merge = torch.ops.runlora.merged_weight
 
     def fn(w: Tensor, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
         first = merge(w, b, a, 1.0)

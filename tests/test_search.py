@@ -601,7 +601,7 @@ def shared_input_vectors() -> Problem:
         back = e @ dy.T
         kept.append(up)
         chain = a.T @ d @ b.T @ back
-        demands += [x @ w.T + scaled, (dy.T @ up).dots, (b.T @ back @ down).dots]
+        demands += [x @ w.T + scaled, (dy.T @ up).diag_part, (b.T @ back @ down).diag_part]
         dx += [w.T @ dy.T, chain]
         steps += [
             (x @ w.T, False, product_step(x, w.T)),
@@ -611,9 +611,9 @@ def shared_input_vectors() -> Problem:
             (scaled, False, product_step(up, e)),
             (demands[-3], False, sum_step([x @ w.T, scaled])),
             (back, True, product_step(e, dy.T)),
-            (demands[-2], True, product_step(dy.T, up, dots=True)),
+            (demands[-2], True, product_step(dy.T, up, diag_part=True)),
             (b.T @ back, True, product_step(b.T, back)),
-            (demands[-1], True, product_step(b.T @ back, down, dots=True)),
+            (demands[-1], True, product_step(b.T @ back, down, diag_part=True)),
             (d @ b.T @ back, True, product_step(d, b.T @ back)),
             (chain, True, product_step(a.T, d @ b.T @ back)),
             (w.T @ dy.T, True, product_step(w.T, dy.T)),

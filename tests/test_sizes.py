@@ -92,7 +92,7 @@ def guards_of_ours(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     rewrite_graph = joint_pass.rewrite_graph
 
     def counted(graph: fx.Graph, *args: Any, **kwargs: Any) -> Any:
-        value = next(v for n in graph.nodes if (v := sizes.value_of(n)) is not None)
+        value = next(v for n in graph.nodes if (v := sizes.example_of(n)) is not None)
         guards = value.fake_mode.shape_env.guards  # type: ignore[attr-defined]
         before = len(guards)
         report = rewrite_graph(graph, *args, **kwargs)

@@ -11,7 +11,7 @@ from rich.console import Console
 from runlora_fx import history
 from runlora_fx.cli import demo_output as output
 from runlora_fx.cli.demo_training import BACKENDS, Settings, model_and_tokens, train, variant_of
-from runlora_fx.report.data import merged
+from runlora_fx.report.data import combined
 
 SUMMARY = "Fine-tune a small LoRA model three ways and compare losses, time, memory and plans."
 
@@ -64,5 +64,5 @@ def run(settings: Settings) -> int:
     tolerance = TOLERANCE[settings.dtype]
     equal = output.print_losses(console, variants, reference, tolerance)
     output.print_costs(console, variants)
-    output.print_plans(console, merged(reports))
+    output.print_plans(console, combined(reports))
     return 0 if equal else 1

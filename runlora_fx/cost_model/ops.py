@@ -154,7 +154,7 @@ class Stretch:
 
 
 @dataclass(frozen=True)
-class Dots:
+class RowDots:
     """The dot products of the m rows of two matrices (m, k), by one reduction.
 
     Attributes:
@@ -282,4 +282,4 @@ class Hold:
         return Cost({"held": self.b * self.m * self.n * self.itemsize})
 
 
-Operation: TypeAlias = MatMul | Add | Stretch | Dots | GroupedMatMul | Gather | ScatterAdd | Hold
+Operation: TypeAlias = MatMul | Add | Stretch | RowDots | GroupedMatMul | Gather | ScatterAdd | Hold

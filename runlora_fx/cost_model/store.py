@@ -139,10 +139,10 @@ def add(key: Key, newer: Record) -> Record:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock"), timeout=_LOCK_TIMEOUT_S):
-            merged = load(key).updated(newer)
-            _write(path, {"format": _FORMAT, "key": key._asdict(), **_to_json(merged)})
+            updated = load(key).updated(newer)
+            _write(path, {"format": _FORMAT, "key": key._asdict(), **_to_json(updated)})
             _drop_oldest(path.parent)
-        return merged
+        return updated
     except (OSError, Timeout) as error:
         _warn(f"runlora cannot keep its measurements in {path.parent}: {error}")
         return load(key).updated(newer)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from runlora_fx.report.sites import Candidate, Refusal, Site
 from runlora_fx.report.text import FROM_CACHE, lines
 
-__all__ = ["Candidate", "Refusal", "Report", "Site", "merged"]
+__all__ = ["Candidate", "Refusal", "Report", "Site", "combined"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Report:
         return lines(self.graph, self.sites, self.refusals, self.flops_before, self.flops_after)
 
 
-def merged(reports: Iterable[Report]) -> Report:
+def combined(reports: Iterable[Report]) -> Report:
     """One report for several graphs."""
     parts = list(reports)
     return Report(

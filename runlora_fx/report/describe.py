@@ -117,7 +117,9 @@ def _site(
 
 def _has_products_of_products(problem: Problem) -> bool:
     """Whether some word has three factors or more."""
-    words = (w for demand in problem.demands if not demand.core.is_dots for w in demand.core.words)
+    words = (
+        w for demand in problem.demands if not demand.core.is_diag_part for w in demand.core.words
+    )
     return any(len(word.without_diagonals) >= 3 for word in words)
 
 

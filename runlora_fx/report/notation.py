@@ -34,7 +34,7 @@ class Names:
     """Names of a problem's leaves and dimensions, in the field's own letters.
 
     ``X`` is the activation that the base weight ``W`` and the adapter ``A`` (down), ``B`` (up) act
-    on, ``b`` a bias, ``dY`` the tangent of the result; ``N`` tokens, ``i`` in, ``o`` out, ``r``
+    on, ``b`` a bias, ``dY`` the gradient of the result; ``N`` tokens, ``i`` in, ``o`` out, ``r``
     rank, ``E`` experts. ``W[k]`` are the weights that tokens have by the assignment ``k``, and
     ``sum_k(P)`` the sums over the tokens of each expert.
     """
@@ -156,7 +156,9 @@ class Names:
         if isinstance(step, Product):
             shown = self.without_ones(step.left, _second(value, step))
             operands = [f"({p})" if " " in p else p for p in map(self.polynomial, shown)]
-            return f"rowsum({' * '.join(operands)})" if value.core.is_dots else " ".join(operands)
+            return (
+                f"rowsum({' * '.join(operands)})" if value.core.is_diag_part else " ".join(operands)
+            )
         if not isinstance(step, Sum):
             operands = [
                 f"({p})" if " " in p else p for p in map(self.polynomial, step_operands(step))
@@ -180,12 +182,12 @@ class Names:
         text = " ".join(map(self.factor, self.without_repeats(word.factors))) or "I"
         if word.scattered:
             return f"sum_{_assignment(word.scattered[0])}({text})"
-        return f"diagonal({text})" if word.dots else text
+        return f"diagonal({text})" if word.diag_part else text
 
     def demand(self, value: Value) -> tuple[str, bool]:
         """What a demand is called, and whether it is shown transposed."""
         _, rows, cols = self._problem.shape(value.core)
-        if value.core.is_dots:
+        if value.core.is_diag_part:
             return "dg", False
         if not value.backward:
             return "Y", self._dims[cols] == "N"
@@ -238,8 +240,8 @@ def _longest(core: Polynomial) -> int:
 
 
 def _second(value: Value, step: Product) -> Polynomial:
-    """The right operand of a product as it is shown: dots multiply the rows of both."""
-    return step.right.T if value.core.is_dots else step.right
+    """The right operand of a product as it is shown: row-wise dot products take its rows."""
+    return step.right.T if value.core.is_diag_part else step.right
 
 
 def scalar(s: Scalar) -> str:
@@ -312,7 +314,7 @@ class _Printer:
         step = self._step(value)
         if step is None or isinstance(step, Keep):
             return self._names.polynomial(value.core.T if turned else value.core)
-        if value.core.is_dots and isinstance(step, Product):
+        if value.core.is_diag_part and isinstance(step, Product):
             rows = (step.left, _second(value, step))
             both = " * ".join(self._operand(p, value.backward, inner=True) for p in rows)
             return f"rowsum({both})"

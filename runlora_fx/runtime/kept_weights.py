@@ -29,7 +29,7 @@ class _Entry(NamedTuple):
     made_of: tuple[_Identity, ...]
     alpha: float
     optimizer_steps: int
-    merged: Tensor
+    weight: Tensor
 
 
 _lock = threading.Lock()
@@ -45,8 +45,8 @@ def _count_step(*_: object) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
-@torch.library.custom_op("runlora::merged", mutates_args=())
-def merged(base: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
+@torch.library.custom_op("runlora::merged_weight", mutates_args=())
+def merged_weight(base: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
     """``base + alpha * (left @ right)``, the one made before if nothing has changed since.
 
     The result must not be written to. One is kept for every base, so that switching adapters
@@ -60,7 +60,7 @@ def merged(base: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
         steps = _optimizer_steps
         entry = _kept.get(made_of[0].storage)
         if entry is not None and entry[:3] == (made_of, alpha, steps):
-            return entry.merged
+            return entry.weight
     result = _merge(base, left, right, alpha)
     with _lock:
         for storage in [storage for storage in _kept if storage.expired()]:  # type: ignore[no-untyped-call]
@@ -70,7 +70,7 @@ def merged(base: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
     return result
 
 
-@merged.register_fake
+@merged_weight.register_fake
 def _(base: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
     return torch.addmm(base, left, right, alpha=alpha)
 
@@ -89,7 +89,7 @@ def forget_merged_weights() -> int:
         What was held [B].
     """
     with _lock:
-        held = sum(entry.merged.nbytes for entry in _kept.values())
+        held = sum(entry.weight.nbytes for entry in _kept.values())
         _kept.clear()
     return held
 

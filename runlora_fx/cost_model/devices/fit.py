@@ -51,9 +51,9 @@ def fit(times: Mapping[Operation, float]) -> dict[str, float]:
     if solved is None:  # too noisy to tell layouts apart
         flops = [i for i, is_flops in enumerate(are_flops) if is_flops]
         columns = [flops, *([i] for i, is_flops in enumerate(are_flops) if not is_flops)]
-        merged = torch.stack([relative[:, own].sum(1) for own in columns], 1)
+        grouped = torch.stack([relative[:, own].sum(1) for own in columns], 1)
         first = [i == 0 for i in range(len(columns))]
-        solved = _solved(merged, first) or _solved(merged, [False] * len(columns))
+        solved = _solved(grouped, first) or _solved(grouped, [False] * len(columns))
         assert solved is not None  # all times being zero is among what was tried
     found = {i: time for own, time in zip(columns, solved, strict=True) for i in own}
     return {name: max(found[i], _FREE) for i, name in enumerate(terms)}

@@ -48,14 +48,14 @@ def components(p: Polynomial) -> list[Polynomial]:
 def factorisations(p: Polynomial) -> Iterator[tuple[Polynomial, Polynomial]]:
     """All (L, R) of at least one factor each, with ``L @ R == p``, the leading number in R.
 
-    Of a vector of dots it is the matrix that is cut: ``dots(L @ R) == p``. Of what is scattered to
-    experts it is what the tokens add: ``(L @ R).scattered(k) == p``.
+    Of a diagonal part it is the matrix that is cut: ``diag_part(L @ R) == p``. Of what is scattered
+    to experts it is what the tokens add: ``(L @ R).scattered(k) == p``.
 
     Some words of p can be cut in several places, as in ``X A + X B A``, which is ``X (A + B A)``
     and ``(X + X B) A``. Beyond a fixed number of combinations only the shortest and the longest L
     are tried.
     """
-    if p.is_dots:
+    if p.is_diag_part:
         p = p.matrix
     if p.is_partly_scattered:
         return

@@ -19,13 +19,13 @@ from functools import cached_property
 from runlora_fx.cost_model.cost import Amount
 from runlora_fx.cost_model.ops import (
     Add,
-    Dots,
     Gather,
     GemmShape,
     GroupedMatMul,
     Hold,
     MatMul,
     Operation,
+    RowDots,
     ScatterAdd,
     Stretch,
 )
@@ -64,7 +64,7 @@ class Work:
         """Batch, rows and columns of the value; a vector has one column."""
         b, m, n = self.problem.shape(self.core)
         batch = 1 if b is None else self.sizes[b]
-        return batch, self.sizes[m], 1 if self.core.is_dots else self.sizes[n]
+        return batch, self.sizes[m], 1 if self.core.is_diag_part else self.sizes[n]
 
     @property
     def itemsize(self) -> int:
@@ -74,7 +74,7 @@ class Work:
     @property
     def product(self) -> Product | None:
         """The step, if it is a product that makes a matrix."""
-        return self.step if isinstance(self.step, Product) and not self.core.is_dots else None
+        return self.step if isinstance(self.step, Product) and not self.core.is_diag_part else None
 
     @property
     def inner(self) -> int:
@@ -178,13 +178,13 @@ _KEEP = Implementation(
 
 
 def _is_diagonal(work: Work) -> bool:
-    return isinstance(work.step, Product) and work.core.is_dots
+    return isinstance(work.step, Product) and work.core.is_diag_part
 
 
 _DIAGONAL = Implementation(
     "diagonal",
     _is_diagonal,
-    lambda work: Dots(work.extents[1], work.sizes[work.inner], work.itemsize),
+    lambda work: RowDots(work.extents[1], work.sizes[work.inner], work.itemsize),
 )
 
 

@@ -63,7 +63,7 @@ def orientations(problem: Problem, steps: Mapping[Value, Step]) -> dict[Polynomi
     """
     settled = set(problem.shown_transposed)
     for value, step in steps.items():
-        if not value.core.is_dots:  # dot products take either
+        if not value.core.is_diag_part:  # dot products take either
             along = elementwise_operands(step, value.core)
             settled.update(normalise(p).core for p in step_operands(step) if p not in along)
     found: dict[Polynomial, bool] = {}
@@ -94,6 +94,8 @@ def elementwise_operands(step: Step, core: Polynomial) -> tuple[Polynomial, ...]
     match step:
         case Sum(parts):
             return parts
-        case Product(left, right) if not core.is_dots and left.is_diagonal != right.is_diagonal:
+        case Product(left, right) if (
+            not core.is_diag_part and left.is_diagonal != right.is_diagonal
+        ):
             return (right,) if left.is_diagonal else (left,)
     return ()

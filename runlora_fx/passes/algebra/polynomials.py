@@ -7,10 +7,10 @@ coefficients. A coefficient is a number times a monomial of *scalar leaves*
 pushed to the leaves and like words are added, so two expressions denote the same function of their
 leaves if and only if their polynomials are equal.
 
-The gradient of a vector that scales rows or columns is no product of matrices but the *dots* of
-two: the vector ``sum(L * R', 1)`` of the dot products of the rows of L with the columns of R, which
-is the diagonal of ``L R``. It is a word of its own kind; what it is the diagonal of can be cut
-anywhere: ``dots(dY' (X A' B')) = dots((dY' X A') B')``.
+The gradient of a vector that scales rows or columns is no product of matrices but the *diagonal
+part* of one: the vector ``sum(L * R', 1)`` of the dot products of the rows of L with the columns of
+R, which is the diagonal of ``L R``. It is a word of its own kind; what it is the diagonal of can be cut
+anywhere: ``diag_part(dY' (X A' B')) = diag_part((dY' X A') B')``.
 
 A word may also be *scattered*: an assignment gives each of T tokens one of E experts, and a batch
 of T matrices becomes a batch of E, each the sum over its tokens. The factors of such a word are
@@ -58,19 +58,19 @@ class Word(NamedTuple):
     Attributes:
         factors: The matrices.
         scalars: The scalars.
-        dots: Whether the word stands for the diagonal of that product, a vector.
+        diag_part: Whether the word stands for the diagonal of that product, a vector.
         scattered: The assignment by which the product is scattered to experts; empty if it is not.
     """
 
     factors: Factors
     scalars: tuple[int, ...] = ()
-    dots: bool = False
+    diag_part: bool = False
     scattered: tuple[int, ...] = ()
 
     @property
     def T(self) -> Word:
-        """(U V)' = V' U'; a vector of dots is no matrix, and stays what it is."""
-        return self if self.dots else self.mirrored
+        """(U V)' = V' U'; a diagonal part is no matrix, and stays what it is."""
+        return self if self.diag_part else self.mirrored
 
     @property
     def mirrored(self) -> Word:
@@ -80,7 +80,7 @@ class Word(NamedTuple):
             turned, factors = factors, ()
             for factor in turned:
                 factors = _joined(factors, (factor,))
-        return Word(factors, self.scalars, self.dots, self.scattered)
+        return Word(factors, self.scalars, self.diag_part, self.scattered)
 
     def __matmul__(self, other: Word) -> Word:
         """The two words behind one another; the leaves of a scattered word's partner are picked.
@@ -101,7 +101,7 @@ class Word(NamedTuple):
 
     def sort_key(self) -> tuple[int, Factors, tuple[int, ...], bool, tuple[int, ...]]:
         """Shortest first: the base weight leads W + s B A, and keeps the coefficient 1."""
-        return (len(self.factors), self.factors, self.scalars, self.dots, self.scattered)
+        return (len(self.factors), self.factors, self.scalars, self.diag_part, self.scattered)
 
 
 class Scalar(NamedTuple):
@@ -175,19 +175,19 @@ class Polynomial:
         return all(f.diagonal for word, _ in self.terms for f in word.factors)
 
     @cached_property
-    def is_dots(self) -> bool:
+    def is_diag_part(self) -> bool:
         """Whether it is the diagonal of a sum of products, as a vector."""
-        return bool(self.terms) and all(word.dots for word in self.words)
+        return bool(self.terms) and all(word.diag_part for word in self.words)
 
     @cached_property
-    def dots(self) -> Polynomial:
+    def diag_part(self) -> Polynomial:
         """The vector that is its diagonal."""
-        return polynomial((word._replace(dots=True), c) for word, c in self.terms)
+        return polynomial((word._replace(diag_part=True), c) for word, c in self.terms)
 
     @cached_property
     def matrix(self) -> Polynomial:
         """The matrix whose diagonal it is."""
-        return polynomial((word._replace(dots=False), c) for word, c in self.terms)
+        return polynomial((word._replace(diag_part=False), c) for word, c in self.terms)
 
     @cached_property
     def scattering(self) -> int | None:
@@ -217,9 +217,9 @@ class Polynomial:
 
     @property
     def unmirrored(self) -> Polynomial:
-        """The same with one spelling for every vector: dots of L R are dots of R' L'."""
+        """The same with one spelling for every vector: that of L R is that of R' L'."""
         return polynomial(
-            (min(word, word.mirrored) if word.dots else word, c) for word, c in self.terms
+            (min(word, word.mirrored) if word.diag_part else word, c) for word, c in self.terms
         )
 
     @cached_property
@@ -233,7 +233,7 @@ class Polynomial:
         if len(self.terms) != 1:
             return None
         word = self.terms[0][0]
-        is_alone = len(word.factors) == 1 and not word.dots and not word.scattered
+        is_alone = len(word.factors) == 1 and not word.diag_part and not word.scattered
         return word.factors[0] if is_alone else None
 
     def __add__(self, other: Polynomial) -> Polynomial:
@@ -355,7 +355,7 @@ def substitute(
             Word(
                 _renamed(w.factors, leaves),
                 tuple(sorted(scalars[s] for s in w.scalars)),
-                w.dots,
+                w.diag_part,
                 w.scattered if assignments is None else tuple(assignments[k] for k in w.scattered),
             ),
             c,

@@ -1,8 +1,8 @@
 """Problems: the question that the search answers, as data; and the steps that answers consist of.
 
 A *value* is a polynomial up to scalar and transpose, in one of two phases. In a joint graph the
-forward phase holds what can be computed without tangents; a value of the forward phase that the
-backward needs is either *kept* or computed a second time. Inference graphs have one phase only.
+forward phase holds what can be computed without incoming gradients. What the backward needs of it is
+either *kept* or computed a second time. Inference graphs have one phase only.
 
 Example: ``Y = X W' + 2 X A' B'`` is a demand, and two products and a sum that the graph takes.
 
@@ -47,7 +47,7 @@ class LeafSpec:
         batch: Index of the batch dimension, or None for a plain matrix.
         kind: ``"matrix"``; ``"ones"`` for the column of ones that broadcasts a bias over rows;
             ``"diagonal"`` for the diagonal matrix of a vector.
-        backward: Whether it depends on a tangent.
+        backward: Whether it depends on an incoming gradient.
         held: Whether the backward can use it without more being saved for it.
         picked: What it is picked from, if no tensor holds it.
     """
@@ -70,7 +70,7 @@ class Value(NamedTuple):
 
 @dataclass(frozen=True)
 class Product:
-    """``core = left @ right``, or the diagonal of that where the core is a vector of dots."""
+    """``core = left @ right``, or the diagonal of that where the core is a diagonal part."""
 
     left: Polynomial
     right: Polynomial
@@ -155,13 +155,13 @@ def _rescaled(left: Polynomial, right: Polynomial, over: Scalar) -> tuple[Polyno
     return left, divided(right, Scalar(1.0, over.leaves))
 
 
-def product_step(left: Polynomial, right: Polynomial, *, dots: bool = False) -> Product:
+def product_step(left: Polynomial, right: Polynomial, *, diag_part: bool = False) -> Product:
     """The product, or its diagonal, as a step that makes its normalised value."""
-    if not dots and normalise(left @ right).transposed:
+    if not diag_part and normalise(left @ right).transposed:
         left, right = right.T, left.T
     (_, left), (_, right) = without_scalar(left), without_scalar(right)
     made = left @ right
-    again = normalise(made.dots if dots else made).scalar.number
+    again = normalise(made.diag_part if diag_part else made).scalar.number
     return Product(left, right.scaled(Scalar(1.0 / again)))
 
 

@@ -71,7 +71,7 @@ def apply(
         leaves = (matrices[leaf] for i in plans for leaf in analysis.posed[i].matrices)
         for node in dict.fromkeys(leaf.node for leaf in leaves if leaf.node is not None):
             recompute_dequantised(node, analysis.effects)
-    if analysis.dialect.calls.merged is not None:
+    if analysis.dialect.calls.merged_weight is not None:
         stop_keeping_what_escapes(analysis.graph, analysis.dialect.calls.addmm)
 
 

@@ -84,7 +84,7 @@ class Broadcasts:
     def step(self, value: Value) -> Product | None:
         """The step by which a value repeats a row or a column; None if it does not."""
         step, core = self._scope.task.steps.get(value), value.core
-        if core.is_dots:
+        if core.is_diag_part:
             return None
         if step is None and len(core) == 1 and len(core.words[0].factors) == 2:
             first, last = core.words[0].factors

@@ -122,7 +122,7 @@ class Emitter:
     def matrix(self, value: Value, transposed: bool) -> fx.Node:
         """A value or its transpose as a matrix."""
         node, lies = self._laid(value, transposed)
-        if lies == transposed or value.core.is_dots:  # a vector is its own transpose
+        if lies == transposed or value.core.is_diag_part:  # a vector is its own transpose
             return node
         is_picked = value.core.leaf is not None and self._scope.is_picked(value.core.leaf)
         if value.core.leaf is not None and not is_picked and len(shape_of(node)) > 2:

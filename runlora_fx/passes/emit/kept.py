@@ -1,7 +1,7 @@
 """Kept weights: merged weights that are kept from call to call, where nobody can write to them.
 
-    M = runlora.merged(W, B, A, s); return M        ->    M = addmm(W, B, A, alpha=s); return M
-    M = runlora.merged(W, B, A, s); return X M'           stays
+    M = runlora.merged_weight(W, B, A, s); return M       ->  M = addmm(W, B, A, alpha=s); return M
+    M = runlora.merged_weight(W, B, A, s); return X M'    stays
 
 The operator returns the same tensor in every call. Whoever gets hold of it and edits it in place
 corrupts all later calls.
@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 _aten = torch.ops.aten
-_MERGED = torch.ops.runlora.merged.default
+_MERGED = torch.ops.runlora.merged_weight.default
 
 #: Operators that only read a tensor and make another one.
 _READERS = frozenset(
@@ -62,11 +62,11 @@ def stop_keeping_what_escapes(graph: fx.Graph, addmm: Callable[..., Any]) -> int
             continue
         base, left, right, alpha = cast(Any, node.args)
         with graph.inserting_before(node):
-            merged = graph.call_function(addmm, (base, left, right), {"alpha": alpha})
-        merged.meta = node.meta
-        node.replace_all_uses_with(merged)
+            weight = graph.call_function(addmm, (base, left, right), {"alpha": alpha})
+        weight.meta = node.meta
+        node.replace_all_uses_with(weight)
         graph.erase_node(node)
-        anew.add(merged)
+        anew.add(weight)
     return len(anew)
 
 

@@ -18,7 +18,7 @@ from torch import fx
 
 from runlora_fx.passes.algebra.posed import Dim
 from runlora_fx.passes.levels.modules import drops_nothing, is_plain_linear, module_of
-from runlora_fx.passes.levels.sizes import equal, is_one, numel, shape_of, strides_of, value_of
+from runlora_fx.passes.levels.sizes import equal, example_of, is_one, numel, shape_of, strides_of
 
 #: What a reader makes of a layout: its result has a layout of its own; the result's layout follows;
 #: or the reader may be wrong or fail with another one.
@@ -31,7 +31,7 @@ _IGNORING = frozenset(
     [
         *(_aten.mm.default, _aten.bmm.default, _aten.addmm.default, _aten.baddbmm.default),
         *(_aten.mv.default, _aten.dot.default, _aten.contiguous.default),
-        torch.ops.runlora.merged.default,
+        torch.ops.runlora.merged_weight.default,
     ]
 )
 
@@ -142,7 +142,7 @@ def _reading_of_operator(user: fx.Node, node: fx.Node, target: torch._ops.OpOver
 
 def _is_new_vector(node: fx.Node, target: torch._ops.OpOverload) -> bool:
     """Whether a node makes new memory with one dimension: there is one way to lie there."""
-    val = value_of(node)
+    val = example_of(node)
     is_new = all(result.alias_info is None for result in target._schema.returns)
     return is_new and val is not None and val.dim() <= 1
 

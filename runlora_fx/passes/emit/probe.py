@@ -38,7 +38,7 @@ from runlora_fx.passes.levels.forms import (
     WeightedSum,
 )
 from runlora_fx.passes.levels.origins import Attribute, Computed, Origin
-from runlora_fx.passes.levels.sizes import Shape, dim_of, shape_of, value_of
+from runlora_fx.passes.levels.sizes import Shape, dim_of, example_of, shape_of
 from runlora_fx.passes.read.analysis import Analysis
 from runlora_fx.passes.read.calls import name_of
 
@@ -63,7 +63,7 @@ _aten = torch.ops.aten
 
 _GROUPED = _aten._grouped_mm.default
 
-_MERGED = torch.ops.runlora.merged.default
+_MERGED = torch.ops.runlora.merged_weight.default
 
 
 def probe(analysis: Analysis, old: fx.Node, new: fx.Node, written: Iterable[fx.Node]) -> bool:
@@ -165,7 +165,7 @@ class _Probe:
                     continue
                 above += 1
             is_pair = isinstance(node.meta.get("val"), tuple) and is_read
-            if self._is_random(node) or (value_of(node) is None and not is_pair):
+            if self._is_random(node) or (example_of(node) is None and not is_pair):
                 continue
             run.add(node)
             pending.extend(node.all_input_nodes)
@@ -296,7 +296,7 @@ class _Probe:
         return found
 
     def _is_floating(self, *nodes: fx.Node) -> bool:
-        values = [value_of(node) for node in nodes]
+        values = [example_of(node) for node in nodes]
         return all(val is not None and val.dtype.is_floating_point for val in values)
 
     # -- sizes ---------------------------------------------------------------------------------
@@ -305,4 +305,4 @@ class _Probe:
         return tuple(map(self._analysis.hint, shape_of(node)))
 
     def _bytes(self, node: fx.Node) -> int:
-        return 0 if value_of(node) is None else 8 * prod(self._shape(node))
+        return 0 if example_of(node) is None else 8 * prod(self._shape(node))

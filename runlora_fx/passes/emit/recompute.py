@@ -20,7 +20,7 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from runlora_fx._torch_compat import draws_from_seeds
-from runlora_fx.passes.levels.sizes import value_of
+from runlora_fx.passes.levels.sizes import example_of
 from runlora_fx.passes.read.calls import name_of
 from runlora_fx.passes.read.effects import Effects
 
@@ -115,7 +115,7 @@ def _is_simple(node: fx.Node, effects: Effects) -> bool:
 
 def _bytes(node: fx.Node) -> int | None:
     """The size of a tensor, unless only the run knows it; nothing for anything else."""
-    val = value_of(node)
+    val = example_of(node)
     if val is None:
         return 0
     numel = val.numel()

@@ -33,7 +33,7 @@ def rule_of(value: Value, step: Step, leaves: Leaves) -> str:
             texts[side == "right"] += f"[{leaves.assignments[k].node.name}]"
             return _cut(f"grouped product: {' '.join(texts)}")
     left, right = texts
-    if value.core.is_dots:
+    if value.core.is_diag_part:
         return _cut(f"diagonal of a product: {left} {right}")
     if any(p.is_diagonal for p in operands):
         return _cut(f"scaling: {left} {right}")

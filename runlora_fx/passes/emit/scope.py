@@ -18,7 +18,7 @@ from runlora_fx.passes.algebra.posed import Dim
 from runlora_fx.passes.emit.task import Task
 from runlora_fx.passes.emit.writer import Writer
 from runlora_fx.passes.levels.origins import Computed, FusedProduct
-from runlora_fx.passes.levels.sizes import equal, is_one, numel, shape_of, value_of
+from runlora_fx.passes.levels.sizes import equal, example_of, is_one, numel, shape_of
 
 
 class Scope:
@@ -119,7 +119,7 @@ class Scope:
         node = self.writer.scale(node, scalar.number)
         for i in scalar.leaves:
             by, inverse = self.leaves.scalars[i]
-            if value_of(by) is not None:
+            if example_of(by) is not None:
                 by = self.writer.reshape(by, ())
             node = self.writer.divide(node, by) if inverse else self.writer.scale(node, by)
         return node
@@ -127,7 +127,7 @@ class Scope:
 
 def dtype_of(node: fx.Node) -> torch.dtype:
     """The dtype of a tensor node."""
-    val = value_of(node)
+    val = example_of(node)
     assert val is not None
     return val.dtype
 

@@ -100,7 +100,7 @@ class Sums:
         if scalar.leaves or len(shape_of(a)) != 2 or dtype_of(total) != dtype_of(a):
             return self.add(total, self._products.product(a, b, scalar), ONE)
         if all(map(self._lasts, (total, a, b))):
-            kept = self._scope.writer.merged(total, a, b, scalar.number)
+            kept = self._scope.writer.merged_weight(total, a, b, scalar.number)
             self._lasting.add(kept)
             return kept
         return self._scope.writer.addmm(total, a, b, scalar.number)
@@ -116,7 +116,7 @@ class Sums:
             return "leaf"
         if part.core == IDENTITY:
             return "identity"
-        if part.core.is_dots:
+        if part.core.is_diag_part:
             return "product"
         return (
             "product"

@@ -65,9 +65,9 @@ class Task:
 
     def value(self, core: Polynomial, backward: bool) -> Value:
         """The value of a normalised polynomial, in the phase in which it is computed."""
-        matrices, tangent = self.analysis.reader.leaves.matrices, self.analysis.phases.tangent
+        matrices, gradients = self.analysis.reader.leaves.matrices, self.analysis.phases.gradients
         nodes = (node for i in core.leaves for node in matrices[i].sources)
-        return Value(core, backward or any(node in tangent for node in nodes))
+        return Value(core, backward or any(node in gradients for node in nodes))
 
     @cached_property
     def uses(self) -> Counter[Value]:

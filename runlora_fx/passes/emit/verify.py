@@ -8,8 +8,14 @@ from runlora_fx.passes.algebra.addends import Addends, total
 from runlora_fx.passes.algebra.polynomials import Polynomial, of_factors
 from runlora_fx.passes.emit.layout import is_relied_on
 from runlora_fx.passes.levels.cuts import Cut
-from runlora_fx.passes.levels.sizes import same_shape, same_strides, shape_of, strides_of, value_of
-from runlora_fx.passes.read.expansion import Expander
+from runlora_fx.passes.levels.sizes import (
+    example_of,
+    same_shape,
+    same_strides,
+    shape_of,
+    strides_of,
+)
+from runlora_fx.passes.read.polynomial_reader import PolynomialReader
 from runlora_fx.passes.read.reader import GraphReader
 
 
@@ -21,7 +27,7 @@ class _Unreadable(Exception):
     """A node that is neither readable nor a leaf of the polynomial to prove."""
 
 
-class _ReadBack(Expander):
+class _ReadBack(PolynomialReader):
     """Reads down to the leaves of one polynomial, through roots and interior nodes alike."""
 
     def __init__(self, reader: GraphReader, expected: Polynomial) -> None:
@@ -34,7 +40,7 @@ class _ReadBack(Expander):
         factor = self.leaves.find(self.values, node, cut)
         if factor is not None and factor.leaf in self._expected:
             return (of_factors((factor,)),)
-        below = self.expand(node, cut)
+        below = self.as_addends(node, cut)
         if below is None:
             raise _Unreadable(node.name)
         return below
@@ -46,7 +52,7 @@ def verify(reader: GraphReader, emitted: fx.Node, root: fx.Node, expected: Polyn
     Raises:
         VerificationError: If it does not; the message names both.
     """
-    new, old = value_of(emitted), value_of(root)
+    new, old = example_of(emitted), example_of(root)
     assert new is not None and old is not None
     is_alike = same_shape(shape_of(emitted), shape_of(root))
     if not is_alike or new.dtype != old.dtype or new.device != old.device:

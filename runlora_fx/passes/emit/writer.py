@@ -35,11 +35,11 @@ from runlora_fx.passes.levels.sizes import (
     Shape,
     dim_of,
     equal,
+    example_of,
     factors_of,
     index_of,
     same_shape,
     shape_of,
-    value_of,
 )
 from runlora_fx.passes.read.reader import GraphReader
 
@@ -112,10 +112,10 @@ class Writer:
         kwargs = {} if alpha == 1.0 else {"alpha": _number(alpha)}
         return self._call(self._calls.addmm, c, a, b, **kwargs)
 
-    def merged(self, c: fx.Node, a: fx.Node, b: fx.Node, alpha: float) -> fx.Node:
+    def merged_weight(self, c: fx.Node, a: fx.Node, b: fx.Node, alpha: float) -> fx.Node:
         """``c + alpha * (a @ b)``, kept from call to call."""
-        assert self._calls.merged is not None
-        return self._call(self._calls.merged, c, a, b, float(alpha))
+        assert self._calls.merged_weight is not None
+        return self._call(self._calls.merged_weight, c, a, b, float(alpha))
 
     def add(self, a: fx.Node, b: fx.Node) -> fx.Node:
         """``a + b``. Never with ``alpha``: Inductor (2.13) loses it where it fuses mm and add."""
@@ -142,7 +142,7 @@ class Writer:
 
     def cast(self, a: fx.Node, dtype: torch.dtype) -> fx.Node:
         """``a`` in another dtype."""
-        val = value_of(a)
+        val = example_of(a)
         assert val is not None
         if val.dtype == dtype:
             return a
@@ -184,7 +184,7 @@ class Writer:
             viewed = a.args[0]
             if isinstance(viewed, fx.Node) and same_shape(shape_of(viewed), shape):
                 return viewed
-        val, sizes = value_of(a), self._sizes(shape)
+        val, sizes = example_of(a), self._sizes(shape)
         assert val is not None
         target = self._calls.view if self._is_viewable(val, sizes) else self._calls.reshape
         return self._call(target, a, sizes)
@@ -220,20 +220,20 @@ class Writer:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the root that is written now."""
-        like = value_of(self._insert.anchor)
+        like = example_of(self._insert.anchor)
         assert like is not None
         return like.dtype
 
     def ones(self, rows: Dim) -> fx.Node:
         """A column of ones of shape (rows, 1), in the dtype and on the device of the root."""
-        like = value_of(self._insert.anchor)
+        like = example_of(self._insert.anchor)
         assert like is not None
         sizes = [self._size(rows), 1]
         return self._call(self._calls.full, sizes, 1.0, dtype=like.dtype, device=like.device)
 
     def zeros(self, shape: Shape) -> fx.Node:
         """Zeros of a shape, in the dtype and on the device of the root."""
-        like = value_of(self._insert.anchor)
+        like = example_of(self._insert.anchor)
         assert like is not None
         sizes = [self._size(size) for size in shape]
         return self._call(self._calls.full, sizes, 0, dtype=like.dtype, device=like.device)
@@ -284,7 +284,7 @@ class Writer:
         self._reader.forms[node] = Total(a, rows)
         return self.reshape(node, (1, shape_of(a)[-1])) if rows else node
 
-    def dots(self, a: fx.Node, b: fx.Node, *, rows: bool) -> fx.Node:
+    def row_dots(self, a: fx.Node, b: fx.Node, *, rows: bool) -> fx.Node:
         """The dot products of the rows of two matrices, or those of their columns."""
         multiplied = self._call(self._calls.mul, a, b)
         node = self._call(self._calls.sum, multiplied, [1 if rows else 0])
@@ -346,7 +346,7 @@ class Writer:
                 continue
             if is_sym_int(node) and equal(dim_of(node.meta["val"]), size):
                 return cast(fx.Node, node)
-            where = None if value_of(node) is None else index_of(size, shape_of(node))
+            where = None if example_of(node) is None else index_of(size, shape_of(node))
             if where is not None:
                 tensors.append((node, where))
         factors = [] if tensors else factors_of(size)

@@ -19,7 +19,7 @@ from runlora_fx.passes.levels import readers as builders
 from runlora_fx.passes.levels.forms import Form, Identity, MatrixProduct, RepeatedProduct
 from runlora_fx.passes.levels.level import Calls, Dialect
 from runlora_fx.passes.levels.quantised import gemm_4bit
-from runlora_fx.passes.levels.sizes import equal, requested_shape, same_shape, shape_of, value_of
+from runlora_fx.passes.levels.sizes import equal, example_of, requested_shape, same_shape, shape_of
 from runlora_fx.runtime import kept_weights as reuse  # noqa: F401  (registers the operator)
 
 _aten = torch.ops.aten
@@ -43,14 +43,14 @@ def _merged(base: Any, left: Any, right: Any, alpha: Any) -> Form | None:
 
 def _copy(into: Any, source: Any, *_: Any) -> Form | None:
     """What autograd makes of an update of a view in place."""
-    here, there = value_of(into), value_of(source)
+    here, there = example_of(into), example_of(source)
     if here is None or there is None or here.dtype != there.dtype:
         return None
     return builders.copy(source) if same_shape(shape_of(into), shape_of(source)) else None
 
 
 def _einsum(equation: str, operands: Any, path: Any = None) -> Form | None:
-    return builders.einsum(equation, operands) or builders.dots(equation, operands)
+    return builders.einsum(equation, operands) or builders.row_dots(equation, operands)
 
 
 def _sum(x: Any, dims: Any, keepdim: Any = False) -> Form | None:
@@ -173,7 +173,7 @@ ATEN = Dialect(
         _aten.dropout.default: builders.dropout,
         _aten.alias.default: builders.same,
         _aten.detach.default: builders.same,
-        torch.ops.runlora.merged.default: _merged,
+        torch.ops.runlora.merged_weight.default: _merged,
         _aten._to_copy.default: _cast,
         _aten.to.dtype: _cast,
         torch.ops.prims.convert_element_type.default: _cast,
@@ -205,7 +205,7 @@ ATEN = Dialect(
         sum=_aten.sum.dim_IntList,
         cast=torch.ops.prims.convert_element_type.default,
         clone=_aten.clone.default,
-        merged=torch.ops.runlora.merged.default,
+        merged_weight=torch.ops.runlora.merged_weight.default,
     ),
 )
 
@@ -213,5 +213,5 @@ ATEN = Dialect(
 DIFFERENTIABLE_ATEN = replace(
     ATEN,
     readers={op: read for op, read in ATEN.readers.items() if op is not _aten.detach.default},
-    calls=replace(ATEN.calls, cast=_aten.to.dtype, merged=None),
+    calls=replace(ATEN.calls, cast=_aten.to.dtype, merged_weight=None),
 )

@@ -20,7 +20,7 @@ from torch import fx
 
 from runlora_fx.passes.levels.aten import DIFFERENTIABLE_ATEN
 from runlora_fx.passes.levels.level import Dialect
-from runlora_fx.passes.levels.sizes import value_of
+from runlora_fx.passes.levels.sizes import example_of
 from runlora_fx.passes.levels.torch_functions import TORCH
 
 _READERS = {**TORCH.readers, **DIFFERENTIABLE_ATEN.readers}
@@ -39,7 +39,7 @@ def level_of(graph: fx.Graph) -> Dialect:
 
 def _is_torch_call(node: fx.Node) -> bool:
     """Whether a node computes a tensor by a torch function, a method or a module."""
-    if value_of(node) is None:
+    if example_of(node) is None:
         return False
     if node.op != "call_function":
         return node.op in ("call_method", "call_module")

@@ -23,7 +23,7 @@ from runlora_fx.passes.levels.forms.assigned import (
     ProductOfRows,
     SumOfRows,
 )
-from runlora_fx.passes.levels.sizes import equal, is_one, same_shape, shape_of, value_of
+from runlora_fx.passes.levels.sizes import equal, example_of, is_one, same_shape, shape_of
 
 _aten = torch.ops.aten
 
@@ -41,7 +41,7 @@ def index(stack: Any, indices: Any) -> Form | None:
 
 def index_put(zeros: Any, indices: Any, rows: Any, accumulate: Any = False) -> Form | None:
     """``zeros[k] += rows``: for each expert the sum over its tokens."""
-    if accumulate is not True or not _is_zero(zeros) or value_of(rows) is None:
+    if accumulate is not True or not _is_zero(zeros) or example_of(rows) is None:
         return None
     by = _indexed(indices, zeros)
     is_whole = by is not None and same_shape(shape_of(rows), (by.tokens, *shape_of(zeros)[1:]))
@@ -51,7 +51,7 @@ def index_put(zeros: Any, indices: Any, rows: Any, accumulate: Any = False) -> F
 def outer_product(a: Any, b: Any) -> Form | None:
     """A column times a row for each token, elementwise; in either order."""
     for column, row in ((a, b), (b, a)):
-        x, y = value_of(column), value_of(row)
+        x, y = example_of(column), example_of(row)
         if x is None or y is None or x.dim() != 3 or y.dim() != 3:
             return None
         (tokens, rows, one), (again, other_one, cols) = shape_of(column), shape_of(row)
@@ -63,7 +63,7 @@ def outer_product(a: Any, b: Any) -> Form | None:
 
 def grouped_mm(rows: Any, other: Any, offs: Any = None) -> Form | None:
     """``aten::_grouped_mm``: rows times matrices, or columns times rows."""
-    x, y = value_of(rows), value_of(other)
+    x, y = example_of(rows), example_of(other)
     if x is None or y is None or x.dim() != 2 or offs is None:
         return None
     if y.dim() == 3:
@@ -118,10 +118,10 @@ def _grouped(
     kind: Literal["aten", "transformers"], rows: Any, stack: Any, offs: Any
 ) -> TokenAssignment | None:
     """The assignment of rows that are sorted by expert."""
-    ends, x = value_of(offs), value_of(rows)
+    ends, x = example_of(offs), example_of(rows)
     if ends is None or ends.dim() != 1 or x is None or not _has_known_width(rows):
         return None
-    if stack is not None and (value_of(stack) is None or len(shape_of(stack)) != 3):
+    if stack is not None and (example_of(stack) is None or len(shape_of(stack)) != 3):
         return None
     tokens, (experts,) = shape_of(rows)[0], shape_of(offs)
     widths = () if stack is None else shape_of(stack)[1:]
@@ -132,7 +132,7 @@ def _grouped(
 
 
 def _has_known_width(rows: Any) -> bool:
-    val = value_of(rows)
+    val = example_of(rows)
     return val is not None and val.dim() == 2 and isinstance(shape_of(rows)[1], int)
 
 
@@ -140,7 +140,7 @@ def _indexed(indices: Any, stack: Any) -> TokenAssignment | None:
     """The assignment by one index of numbers on the first dimension of a stack of matrices."""
     if not isinstance(indices, list | tuple) or len(indices) != 1:
         return None
-    k, matrices = value_of(indices[0]), value_of(stack)
+    k, matrices = example_of(indices[0]), example_of(stack)
     if k is None or matrices is None or k.dim() != 1 or matrices.dim() != 3:
         return None
     if k.dtype not in (torch.int32, torch.int64):
@@ -152,7 +152,7 @@ def _indexed(indices: Any, stack: Any) -> TokenAssignment | None:
 
 
 def _is_zero(node: Any) -> bool:
-    if not isinstance(node, fx.Node) or value_of(node) is None:
+    if not isinstance(node, fx.Node) or example_of(node) is None:
         return False
     is_full = node.target is _aten.full.default and bool(node.args[1] == 0)
     return is_full or node.target in (_aten.new_zeros.default, _aten.zeros.default)

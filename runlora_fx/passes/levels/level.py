@@ -33,8 +33,8 @@ class Calls:
     Attributes:
         stacked: Multiplies a tensor of any rank by a matrix, where the level has such a call.
             Graphs traced at that level hold for any batch shape, so activations are not flattened.
-        merged: Adds a product onto a weight and keeps the result from call to call, where the graph
-            is only run and never differentiated.
+        merged_weight: Adds a product onto a weight and keeps the result from call to call,
+            where the graph is only run and never differentiated.
     """
 
     mm: Callable[..., Any]
@@ -53,7 +53,7 @@ class Calls:
     expand: Callable[..., Any]
     sum: Callable[..., Any]
     stacked: Callable[..., Any] | None = None
-    merged: Callable[..., Any] | None = None
+    merged_weight: Callable[..., Any] | None = None
 
 
 def asks_about(node: fx.Node) -> bool:

@@ -24,7 +24,7 @@ from runlora_fx.passes.levels.forms import (
     WeightedSum,
 )
 from runlora_fx.passes.levels.origins import Attribute
-from runlora_fx.passes.levels.sizes import value_of
+from runlora_fx.passes.levels.sizes import example_of
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -58,8 +58,8 @@ def module_of(node: fx.Node) -> nn.Module | None:
 
 def read_module(node: fx.Node) -> Form | None:
     """What a call of a module computes; None if it is not readable linear algebra."""
-    module, here, x = module_of(node), value_of(node), node.args[0] if node.args else None
-    source = value_of(x)
+    module, here, x = module_of(node), example_of(node), node.args[0] if node.args else None
+    source = example_of(x)
     if module is None or here is None or source is None or not isinstance(x, fx.Node):
         return None
     if drops_nothing(module):

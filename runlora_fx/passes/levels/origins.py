@@ -21,7 +21,7 @@ import torch
 from torch import fx
 
 from runlora_fx.passes.algebra.posed import Dim
-from runlora_fx.passes.levels.sizes import value_of
+from runlora_fx.passes.levels.sizes import example_of
 
 
 class Numbers(Protocol):
@@ -95,7 +95,7 @@ class Held:
     @property
     def dtype(self) -> torch.dtype | None:
         """That of the node."""
-        val = value_of(self.node)
+        val = example_of(self.node)
         return None if val is None else val.dtype
 
     @property

@@ -20,7 +20,7 @@ from torch import fx
 from runlora_fx.passes.levels.cuts import last_dim_cut
 from runlora_fx.passes.levels.forms import Form, MatrixProduct, Operand, VirtualOperand, WeightedSum
 from runlora_fx.passes.levels.origins import Computed, FusedProduct
-from runlora_fx.passes.levels.sizes import value_of
+from runlora_fx.passes.levels.sizes import example_of
 
 #: The blocks in which bitsandbytes quantises scales.
 _BLOCK_OF_SCALES = 256
@@ -42,7 +42,7 @@ def gemm_4bit(
 
     The scales of the blocks may themselves be quantised in 8 bits.
     """
-    value = value_of(x)
+    value = example_of(x)
     if value is None or value.dim() < 1:
         return None
     operators = torch.ops.bitsandbytes

@@ -29,12 +29,12 @@ from runlora_fx.passes.levels.forms import (
     WeightedSum,
 )
 from runlora_fx.passes.levels.forms.products import aligned_factors
-from runlora_fx.passes.levels.sizes import all_one, equal, is_one, same_shape, shape_of, value_of
+from runlora_fx.passes.levels.sizes import all_one, equal, example_of, is_one, same_shape, shape_of
 
 
 def ndim(node: object) -> int:
     """Rank of a tensor node; -1 for anything else."""
-    val = value_of(node)
+    val = example_of(node)
     return -1 if val is None else val.dim()
 
 
@@ -125,7 +125,7 @@ def einsum(equation: str, operands: Any) -> Form | None:
     return None
 
 
-def dots(equation: str, operands: Any) -> DiagonalOfProduct | None:
+def row_dots(equation: str, operands: Any) -> DiagonalOfProduct | None:
     """An einsum that multiplies two tensors elementwise and sums up rows or columns."""
     inputs, _, out = equation.replace(" ", "").partition("->")
     letters, _, again = inputs.partition(",")

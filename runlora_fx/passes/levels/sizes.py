@@ -33,7 +33,7 @@ _shapes: dict[int, tuple[weakref.ref[torch.Tensor], Shape]] = {}
 # --- reading
 
 
-def value_of(node: object) -> torch.Tensor | None:
+def example_of(node: object) -> torch.Tensor | None:
     """The example tensor of a node, or None."""
     val = node.meta.get("val") if isinstance(node, fx.Node) else None
     return val if isinstance(val, torch.Tensor) else None
@@ -73,7 +73,7 @@ def strides_of(node: fx.Node) -> Shape:
     Raises:
         TypeError: If the node holds no tensor.
     """
-    val = value_of(node)
+    val = example_of(node)
     if val is None:
         raise TypeError(f"{node.name} holds no tensor")
     return tuple(dim_of(stride) for stride in val.stride())
@@ -172,7 +172,7 @@ def is_contiguous(node: fx.Node) -> bool:
 
 def is_column_major(node: fx.Node) -> bool:
     """True if a matrix is known to lie transposed in memory: column by column."""
-    if value_of(node) is None or len(shape_of(node)) != 2:
+    if example_of(node) is None or len(shape_of(node)) != 2:
         return False
     if any(map(is_one, shape_of(node))):
         return False

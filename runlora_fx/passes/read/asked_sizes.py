@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from runlora_fx.passes.algebra.posed import Dim
-from runlora_fx.passes.levels.sizes import shape_of, value_of
+from runlora_fx.passes.levels.sizes import example_of, shape_of
 
 
 def held_elsewhere(
@@ -38,7 +38,7 @@ def held_elsewhere(
                 holder = holders.get(shape_of(tensor)[dim])
                 if holder is not None:
                     found[node] = holder
-        elif node not in linear and value_of(node) is not None:
+        elif node not in linear and example_of(node) is not None:
             for dim, size in enumerate(shape_of(node)):
                 if not isinstance(size, int):
                     holders.setdefault(size, (node, dim))

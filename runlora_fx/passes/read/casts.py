@@ -21,7 +21,7 @@ from torch import fx
 from runlora_fx.passes.levels.cuts import Cut
 from runlora_fx.passes.levels.forms import Cast, Form, Reshape
 from runlora_fx.passes.levels.level import Dialect
-from runlora_fx.passes.levels.sizes import value_of
+from runlora_fx.passes.levels.sizes import example_of
 
 #: ``"kept"``: every cast ends a region, unless it changes nothing. ``"joined"``: a widening cast of
 #: products that only feeds a sum moves behind the sum. ``"crossed"``: widening casts of leaves are
@@ -73,7 +73,7 @@ class CastRules:
             forms: The forms of the nodes before it.
             cuts: The cuts of the linear nodes before it.
         """
-        here, source = value_of(node), value_of(form.source)
+        here, source = example_of(node), example_of(form.source)
         if here is None or source is None or here.device != source.device:
             return None
         if here.dtype == source.dtype:
@@ -103,7 +103,7 @@ class CastRules:
         """What a node, or what it is a view of, was cast from, if a cast back loses nothing."""
         while True:
             outer = self.dialect.read(node)
-            origin = value_of(outer.source) if isinstance(outer, Cast) else None
+            origin = example_of(outer.source) if isinstance(outer, Cast) else None
             if (
                 isinstance(outer, Cast)
                 and origin is not None
@@ -118,14 +118,14 @@ class CastRules:
 
     def _is_undone(self, node: fx.Node, source: torch.dtype) -> bool:
         """Whether a cast to a wider dtype is undone by all that read it."""
-        here = value_of(node)
+        here = example_of(node)
         return (
             here is not None
             and torch.promote_types(source, here.dtype) == here.dtype
             and bool(node.users)
             and all(
                 isinstance(self.dialect.read(user), Cast)
-                and (val := value_of(user)) is not None
+                and (val := example_of(user)) is not None
                 and (val.dtype, val.device) == (source, here.device)
                 for user in node.users
             )
@@ -146,8 +146,8 @@ class CastRules:
 
     def _widens(self, node: fx.Node) -> bool:
         """Whether a node casts what is made of a product to a wider dtype."""
-        form, here = self.dialect.read(node), value_of(node)
-        source = value_of(form.source) if isinstance(form, Cast) else None
+        form, here = self.dialect.read(node), example_of(node)
+        source = example_of(form.source) if isinstance(form, Cast) else None
         return (
             isinstance(form, Cast)
             and here is not None

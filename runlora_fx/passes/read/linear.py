@@ -17,10 +17,10 @@ from runlora_fx.passes.levels.cuts import Cut, same_matrix
 from runlora_fx.passes.levels.forms import Cast, Form, Permute
 from runlora_fx.passes.levels.forms.assigned import SumOfRows
 from runlora_fx.passes.levels.level import Dialect, asks_about
-from runlora_fx.passes.levels.sizes import shape_of, value_of
+from runlora_fx.passes.levels.sizes import example_of, shape_of
 from runlora_fx.passes.read.asked_sizes import held_elsewhere
 from runlora_fx.passes.read.casts import CastRules
-from runlora_fx.passes.read.expansion import Tables
+from runlora_fx.passes.read.polynomial_reader import Tables
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class Linear:
 
     def stand_in(self, node: fx.Node) -> fx.Node | None:
         """The first source of a node that has its dtype and device."""
-        here = value_of(node)
+        here = example_of(node)
         for source in self.forms[node].sources if node in self.forms else ():
-            val = value_of(source)
+            val = example_of(source)
             if val is None or here is None or val.device != here.device:
                 continue
             if val.dtype == here.dtype:
@@ -84,7 +84,7 @@ class LinearFinder:
         dialect: Dialect,
         casts: CastRules,
         tables: Tables,
-        tangent: Collection[fx.Node],
+        gradients: Collection[fx.Node],
         unread: Collection[fx.Node],
         diagonals: Collection[int] | None,
     ) -> None:
@@ -94,7 +94,7 @@ class LinearFinder:
             dialect: The level of the graph.
             casts: Which casts are read through.
             tables: Values and leaves of the graph; takes up the forms that are found.
-            tangent: The nodes that depend on a tangent.
+            gradients: The nodes that depend on an incoming gradient.
             unread: Nodes that are not to be read.
             diagonals: The vectors that are read as diagonal matrices, as leaves; None until they
                 are known.
@@ -102,7 +102,7 @@ class LinearFinder:
         self._dialect = dialect
         self._casts = casts
         self._tables = tables
-        self._tangent = tangent
+        self._gradients = gradients
         self._unread = unread
         self._diagonals = diagonals
         self._cuts: dict[fx.Node, Cut] = {}
@@ -140,7 +140,7 @@ class LinearFinder:
             return None
         if not is_converted and not self._keeps_dtype(node, form):
             return None
-        return form.led_by(self._tangent)
+        return form.led_by(self._gradients)
 
     def _classify(self, node: fx.Node) -> None:
         form = self.form_of(node)
@@ -159,9 +159,9 @@ class LinearFinder:
 
     def _keeps_dtype(self, node: fx.Node, form: Form) -> bool:
         """Whether all operands have the node's own dtype: no hidden promotion."""
-        here = value_of(node)
+        here = example_of(node)
         return here is not None and all(
-            (val := value_of(source)) is None
+            (val := example_of(source)) is None
             or source in form.scalars
             or (
                 (val.dtype == here.dtype or self._casts.may_cross(val.dtype, here.dtype))
@@ -204,12 +204,12 @@ class LinearFinder:
         """True if scaling by a vector is to be read as a product with a diagonal matrix.
 
         It is if that may help: if the forward scales a product by the vector, or the rows of a leaf
-        that is also multiplied as it is; then so are the tangents that the backward scales by it.
+        that is also multiplied as it is; then so are the gradients that the backward scales by it.
         Otherwise what is scaled is a leaf: no norm's weight is ever folded into the layer behind.
         """
         if self._diagonals is not None:
             return all(leaf in self._diagonals for leaf in self._tables.diagonal(vector).leaves)
-        if node in self._tangent:
+        if node in self._gradients:
             return False
         if source not in self._cuts:
             return rows and self._meets_product(source)
@@ -218,7 +218,7 @@ class LinearFinder:
     def _meets_product(self, node: fx.Node) -> bool:
         """Whether a product of the forward takes a node as it is, or a view of it."""
         for user in node.users:
-            form = None if user in self._tangent else self._dialect.read(user)
+            form = None if user in self._gradients else self._dialect.read(user)
             if form is None:
                 continue
             is_view = form.same_elements_as is not None
@@ -229,5 +229,5 @@ class LinearFinder:
 
 def _is_plain(node: fx.Node) -> bool:
     """Whether the node holds a dense floating-point tensor."""
-    val = value_of(node)
+    val = example_of(node)
     return val is not None and val.dtype.is_floating_point and val.layout == torch.strided

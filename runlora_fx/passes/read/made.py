@@ -49,9 +49,9 @@ class Made:
         return isinstance(self.step, Product)
 
     @property
-    def dots(self) -> bool:
+    def diag_part(self) -> bool:
         """Whether only the diagonal of the product is computed."""
-        return self.is_product and self.polynomial.is_dots
+        return self.is_product and self.polynomial.is_diag_part
 
     @property
     def reads_itself(self) -> bool:

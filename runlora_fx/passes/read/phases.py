@@ -12,27 +12,27 @@ from runlora_fx.passes.read.reader import GraphReader
 
 
 class Phases:
-    """Which nodes need tangents, which the forward needs, and what the backward may use.
+    """Which nodes need incoming gradients, which the forward needs, and what the backward may use.
 
-    An inference graph has no tangents: everything in it is forward.
+    An inference graph has no incoming gradients: everything in it is forward.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
         """Find the phases of a graph's nodes."""
-        self.tangent = gradient_nodes(graph)
+        self.gradients = gradient_nodes(graph)
         outputs = [
             arg
             for node in graph.nodes
             if node.op == "output"
             for arg in node.all_input_nodes
-            if arg not in self.tangent
+            if arg not in self.gradients
         ]
-        self.is_joint = bool(self.tangent)
+        self.is_joint = bool(self.gradients)
         self._forward = _ancestors(outputs)
 
     def runs_backward(self, node: fx.Node) -> bool:
-        """Whether the backward runs the node: it needs tangents, or nothing else needs it."""
-        return self.is_joint and (node in self.tangent or node not in self._forward)
+        """Whether the backward runs the node: it needs gradients, or nothing else needs it."""
+        return self.is_joint and (node in self.gradients or node not in self._forward)
 
     def held(self, reader: GraphReader, node: fx.Node) -> bool:
         """Whether the backward can use a tensor without more being saved for it.

@@ -4,8 +4,8 @@ Example: ``linear(x, w) + 2 * linear(linear(x, a), b)`` is the root ``X W' + 2 X
 
 Three steps over the nodes, each with a result that the next one reads: the *linear* nodes
 (:mod:`linear`), the *roots* among them (:mod:`roots`), and the polynomial of every linear node in
-the leaves and roots below it (:mod:`expansion`). What the third step learns may send it back to the
-first: a vector that is no diagonal matrix after all, a sum in which words cancel.
+the leaves and roots below it (:mod:`polynomial_reader`). What the third step learns may send
+it back to the first: a vector that is no diagonal matrix after all, a sum in which words cancel.
 
 Invariant: the polynomial of a root is what the graph computes, up to rounding.
 """
@@ -28,18 +28,18 @@ from runlora_fx.passes.levels.cuts import Cut
 from runlora_fx.passes.levels.level import Dialect
 from runlora_fx.passes.read.casts import CastRules, Casts
 from runlora_fx.passes.read.effects import Effects
-from runlora_fx.passes.read.expansion import Expander
 from runlora_fx.passes.read.gradients import gradient_nodes
 from runlora_fx.passes.read.leaves import Leaves
 from runlora_fx.passes.read.linear import Linear, LinearFinder
+from runlora_fx.passes.read.polynomial_reader import PolynomialReader
 from runlora_fx.passes.read.roots import find_roots, sums_below
 from runlora_fx.passes.read.value_numbers import ValueNumbers
 
-#: A product that expands into more words than this takes its operands as leaves instead.
+#: A product of more words than this takes its operands as leaves instead.
 _MAX_WORDS = 32
 
 
-class GraphReader(Expander):
+class GraphReader(PolynomialReader):
     """The linear algebra of one graph.
 
     Attributes:
@@ -59,7 +59,7 @@ class GraphReader(Expander):
     def __init__(
         self, graph: fx.Graph, dialect: Dialect, effects: Effects, *, casts: Casts = "joined"
     ) -> None:
-        """Find the linear nodes and the roots, and expand them.
+        """Find the linear nodes and the roots, and read them as polynomials.
 
         Args:
             graph: Every tensor node has an example tensor in ``meta["val"]``.
@@ -72,14 +72,14 @@ class GraphReader(Expander):
         self.casts = casts
         self._dialect = replace(dialect, unread=fixed)
         self._nodes = tuple(graph.nodes)
-        self._tangent = gradient_nodes(graph)
+        self._gradients = gradient_nodes(graph)
         # Nodes that are not read because words cancel in them.
         self._unread: set[fx.Node] = set()
         # The vectors that are read as diagonal matrices, as leaves; None until they are known.
         self._diagonals: set[int] | None = None
         self._addends: dict[fx.Node, Addends] = {}
         self._find()
-        while not self._expand_all():
+        while not self._read_all():
             self._addends.clear()
 
     @property
@@ -102,7 +102,7 @@ class GraphReader(Expander):
         below: Addends | None = None
         if node not in self.cuts:
             form = self.forms.get(node)
-            below = None if form is None or form.is_leaf_alone else self.expand(node, cut)
+            below = None if form is None or form.is_leaf_alone else self.as_addends(node, cut)
         elif self.linear.shows(node, cut):
             below = self._addends[node]
         return (self.leaves.matrix(self.values, node, cut),) if below is None else below
@@ -110,7 +110,7 @@ class GraphReader(Expander):
     def _root(self, node: fx.Node, cut: Cut) -> Addends:
         """A root as a leaf; one that shows another root, in another shape, is that leaf."""
         form = self.forms.get(node)
-        below = self.expand(node, cut) if form is not None and form.is_view else None
+        below = self.as_addends(node, cut) if form is not None and form.is_view else None
         if below is not None and len(below) == 1:
             leaf = below[0].leaf
             if leaf is not None and below[0] == of_factors((leaf,)):
@@ -138,14 +138,14 @@ class GraphReader(Expander):
         self.forms = {}
         rules = CastRules(self._dialect, self.casts)
         self._finder = LinearFinder(
-            self._dialect, rules, self, self._tangent, self._unread, self._diagonals
+            self._dialect, rules, self, self._gradients, self._unread, self._diagonals
         )
         self.linear = self._finder.find(self._nodes)
         self.roots = find_roots(self.linear)
         self.stops = set(self.roots)
 
-    def _expand_all(self) -> bool:
-        """Expand every linear node; False if the roots had to change for it.
+    def _read_all(self) -> bool:
+        """Read every linear node as a polynomial; False if the roots had to change for it.
 
         They do where a node grows too large, whose operands become roots, and where words cancel.
         Whoever subtracts what it added relies on rounding (compensated sums, straight-through
@@ -153,7 +153,7 @@ class GraphReader(Expander):
         """
         for node, cut in self.cuts.items():
             try:
-                addends = self.expand(node, cut)
+                addends = self.as_addends(node, cut)
             except NotInNormalForm:  # such as a pick of what was scattered
                 self._unread.add(node)
                 self._find()
@@ -173,7 +173,7 @@ class GraphReader(Expander):
         """Know the vectors to read as diagonal matrices; False if others were read as such."""
         needed: set[int] = set()
         for node in self.cuts:
-            if node not in self._tangent:
+            if node not in self._gradients:
                 needed |= self._scaled_by(node)
         if needed == (self._diagonals or set()):
             self._diagonals = needed

@@ -40,7 +40,7 @@ from runlora_fx.passes.algebra.polynomials import (
 )
 from runlora_fx.passes.algebra.posed import Dim, PosedProblem, renamed_step
 from runlora_fx.passes.levels.forms.assigned import AssignedForm
-from runlora_fx.passes.levels.sizes import is_column_major, value_of
+from runlora_fx.passes.levels.sizes import example_of, is_column_major
 from runlora_fx.passes.read.dimensions import DimClasses
 from runlora_fx.passes.read.made import Made
 from runlora_fx.passes.read.pairs import pairs
@@ -122,7 +122,7 @@ class Regions:
             for made in self._made_at(node):
                 core = normalise(made.polynomial).core
                 yield made
-                if made.dots:
+                if made.diag_part:
                     self._dots[core] = made
                 if made.backward:
                     self._read_backward |= {p.leaf.leaf for p in made.operands if p.leaf}
@@ -144,7 +144,7 @@ class Regions:
             else:
                 left, right = map(total, operands)
                 step, made = Product(left, right), self._reader.multiplied(left, right)
-                made = made.dots if form.makes_vector else made
+                made = made.diag_part if form.makes_vector else made
             if all(any(word.factors for word in p.words) for p in step_operands(step)):
                 yield Made(step, made, backward, node)  # multiplying by the identity is no step
         if node in self._reader.stops:
@@ -158,7 +158,7 @@ class Regions:
         """Whether a sum is of the backward: the forward may have added it up already."""
         leaves = total(addends).leaves
         nodes = (node for i in leaves for node in self._reader.leaves.matrices[i].sources)
-        return any(node in self._phases.tangent for node in nodes)
+        return any(node in self._phases.gradients for node in nodes)
 
     def _fetched(self, made: Made, forward: dict[Polynomial, Made]) -> Iterator[Made]:
         """How the backward gets what the forward made: kept, or made again by checkpointing."""
@@ -176,13 +176,13 @@ class Regions:
     def _may_keep(self, made: Made) -> None:
         """Let the backward keep a sum in the stead of the addends that it keeps for it.
 
-        Also one that it would add up if it took the dots with a common factor at once: for
-        ``dots(L P) + dots(L Q)`` the sum ``P + Q``.
+        Also one that it would add up if it took the diagonal parts with a common factor at
+        once: for ``diag_part(L P) + diag_part(L Q)`` the sum ``P + Q``.
         """
         if not isinstance(made.step, Sum):
             return
         addends = made.operands
-        if made.polynomial.is_dots:
+        if made.polynomial.is_diag_part:
             addends = self._behind_common_factor(made.operands)
         cores = [normalise(p).core for p in addends]
         if len(cores) > 1 and self._kept.issuperset(cores):
@@ -206,7 +206,7 @@ class Regions:
                         self._keepable.add(normalise(of_factors(pair)).core)
 
     def _behind_common_factor(self, sums: Addends) -> Addends:
-        """P and Q for ``dots(L P)`` and ``dots(L Q)``, as the graph computes these two."""
+        """P and Q for ``diag_part(L P)`` and ``diag_part(L Q)``, as the graph computes both."""
         found, lefts = [], set()
         for p in sums:
             made = self._dots.get(normalise(p).core)
@@ -337,7 +337,7 @@ class Regions:
         batch, rows, cols = dims.of(own)
         if leaf.is_ones:
             return LeafSpec(rows, cols, batch, kind="ones")
-        backward = any(source in self._phases.tangent for source in leaf.sources)
+        backward = any(source in self._phases.gradients for source in leaf.sources)
         if leaf.diagonal:  # a vector: whoever holds it holds next to nothing
             return LeafSpec(rows, cols, batch, "diagonal", backward)
         held = index in self._read_backward or all(
@@ -347,7 +347,7 @@ class Regions:
 
 
 def _dtype(region: Region) -> torch.dtype:
-    val = value_of(region.demands[0][0].node)
+    val = example_of(region.demands[0][0].node)
     assert val is not None
     return val.dtype
 

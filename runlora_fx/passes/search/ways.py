@@ -123,8 +123,8 @@ class Ways:
     def phase(self, p: Polynomial, backward: bool) -> Value:
         """The value behind an operand of a step that runs in the given phase."""
         core = normalise(p).core
-        tangent = any(self.problem.leaves[i].backward for i in core.leaves)
-        return Value(core, backward or tangent)
+        needs_gradient = any(self.problem.leaves[i].backward for i in core.leaves)
+        return Value(core, backward or needs_gradient)
 
     def operands(self, value: Value, step: Step) -> frozenset[Value]:
         """The values that a step reads, without those that need no step of their own."""

@@ -21,7 +21,7 @@ import torch
 from torch import fx
 
 from runlora_fx.passes.levels.origins import Computed
-from runlora_fx.passes.levels.sizes import value_of
+from runlora_fx.passes.levels.sizes import example_of
 from runlora_fx.passes.read.calls import is_pure
 from runlora_fx.passes.read.phases import Phases
 from runlora_fx.passes.read.reader import GraphReader
@@ -36,7 +36,7 @@ class RegionGraph:
     """A region as a graph of its own.
 
     Attributes:
-        module: Its inputs are the forward's first, then the tangents; its outputs are the
+        module: Its inputs are the forward's first, then the incoming gradients; its outputs are the
             forward's first, then the backward's.
         forward_outputs: How many of the outputs are the forward's.
         is_joint: Whether there is a backward.
@@ -78,11 +78,11 @@ def region_graph(
     taken = inner | after | {node for node in before if node not in after}
     order = [node for node in graph.nodes if node in taken]
     given = [n for n in graph.nodes if n not in taken and any(u in taken for u in n.users)]
-    given.sort(key=lambda node: node in phases.tangent)  # stable: in graph order otherwise
+    given.sort(key=lambda node: node in phases.gradients)  # stable: in graph order otherwise
 
     new, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in given:
-        name = "tangents" if node in phases.tangent else "primals"
+        name = "tangents" if node in phases.gradients else "primals"
         copies[node] = new.placeholder(f"{name}_{len(copies) + 1}")
         copies[node].meta = dict(node.meta)
     for node in order:
@@ -93,7 +93,7 @@ def region_graph(
     results.sort(key=phases.runs_backward)
     new.output(tuple(copies[node] for node in results))
     forward = sum(not phases.runs_backward(node) for node in results)
-    is_joint = any(node in phases.tangent for node in given)
+    is_joint = any(node in phases.gradients for node in given)
     return RegionGraph(fx.GraphModule(graph.owning_module or {}, new), forward, is_joint)
 
 
@@ -106,7 +106,7 @@ def _named(target: object) -> str:
 
 def _layout(node: fx.Node) -> str:
     """How an input lies in memory."""
-    val = value_of(node)
+    val = example_of(node)
     if val is None:
         return str(node.meta.get("val"))
     # As text: to compare symbolic sizes would guard them.
@@ -154,7 +154,7 @@ def _pointwise(around: set[fx.Node], *, upwards: bool) -> set[fx.Node]:
 
 def _is_fusible(node: fx.Node) -> bool:
     """Whether a node computes a tensor elementwise, and the same one every time."""
-    if not isinstance(node.target, torch._ops.OpOverload) or value_of(node) is None:
+    if not isinstance(node.target, torch._ops.OpOverload) or example_of(node) is None:
         return False
     is_pointwise = torch.Tag.pointwise in node.target.tags
     return is_pointwise and is_pure(node.target, node.args, node.kwargs)

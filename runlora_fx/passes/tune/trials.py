@@ -30,7 +30,7 @@ from runlora_fx.cost_model.store import Record
 from runlora_fx.passes.algebra.plan import Plan, Problem
 from runlora_fx.passes.algebra.posed import PosedProblem
 from runlora_fx.passes.emit.apply import NotAppliedError, apply
-from runlora_fx.passes.levels.sizes import value_of
+from runlora_fx.passes.levels.sizes import example_of
 from runlora_fx.passes.read.analysis import Analysis
 from runlora_fx.passes.search.decide import Decision, alternatives, judge
 from runlora_fx.passes.tune.pricing import Pricing
@@ -226,7 +226,7 @@ def _call(compiled: Callable[..., object], given: list[Any]) -> Callable[[], obj
 
 def _random(node: fx.Node) -> Any:
     """Random data like a node's example value: strides too, also those of an expanded tensor."""
-    val = value_of(node)
+    val = example_of(node)
     if val is None:
         return node.meta.get("val")
     spans = ((size - 1) * stride for size, stride in zip(val.shape, val.stride(), strict=True))

@@ -26,5 +26,7 @@ def write(emission: Emission, value: Value, step: Step, transposed: bool) -> fx.
     a, by_a = values.operand(left, value.backward)
     b, by_b = values.operand(right, value.backward)
     dtype = scope.dtype(value)
-    node = scope.writer.dots(scope.writer.cast(a, dtype), scope.writer.cast(b, dtype), rows=rows)
+    node = scope.writer.row_dots(
+        scope.writer.cast(a, dtype), scope.writer.cast(b, dtype), rows=rows
+    )
     return scope.scaled(node, by_a * by_b)

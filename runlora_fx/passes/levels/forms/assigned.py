@@ -43,7 +43,7 @@ class AssignedForm(Form):
 
     out: ClassVar[Cut] = STACK
 
-    def expand(self, shape: Shape, cut: Cut, reading: Reading) -> Addends | None:
+    def as_addends(self, shape: Shape, cut: Cut, reading: Reading) -> Addends | None:
         """One addend, if the cut shows what is made."""
         return (self.step(reading)[1],) if same_matrix(shape, self.out, cut) else None
 

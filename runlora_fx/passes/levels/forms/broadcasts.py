@@ -47,7 +47,7 @@ class Broadcast(Form):
         lies = repetition(shape_of(source), shape_of(node), cut)
         return linear.shows(source, cut if lies is None else lies.cut)
 
-    def expand(self, shape: Shape, cut: Cut, reading: Reading) -> Addends | None:
+    def as_addends(self, shape: Shape, cut: Cut, reading: Reading) -> Addends | None:
         """The column of ones times a row, or a column times the row of ones."""
         if same_shape(shape_of(self.source), shape):
             return reading.operand(self.source, cut)
@@ -77,7 +77,7 @@ class RepeatedRow(Form):
         """Where the row comes from."""
         return (self.origin,)
 
-    def expand(self, shape: Shape, cut: Cut, reading: Reading) -> Addends | None:
+    def as_addends(self, shape: Shape, cut: Cut, reading: Reading) -> Addends | None:
         """The column of ones times the row."""
         batch, rows, cols = cut.extents(shape)
         if not same_shape((batch, cols), (1, self.size)):
@@ -102,7 +102,7 @@ class Total(Form):
         """What is added up."""
         return (self.source,)
 
-    def expand(self, shape: Shape, cut: Cut, reading: Reading) -> Addends | None:
+    def as_addends(self, shape: Shape, cut: Cut, reading: Reading) -> Addends | None:
         """The same vector, whether the cut shows it as a row or as a column."""
         source = shape_of(self.source)
         seen = last_dim_cut(len(source))

@@ -1,9 +1,9 @@
 """The base of all forms, and what a form may ask of the reader.
 
-Example: ``Permute(x, (1, 0)).expand((3, 5), Cut(0, 1), reading)`` is the transpose of
+Example: ``Permute(x, (1, 0)).as_addends((3, 5), Cut(0, 1), reading)`` is the transpose of
 ``reading.operand(x, Cut(0, 1))``.
 
-Invariant: :meth:`Form.expand` is exactly what the node computes, seen through the cut, or None.
+Invariant: :meth:`Form.as_addends` is exactly what the node computes, seen through the cut, or None.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Diagonals(Protocol):
 
 
 class Reading(Diagonals, Protocol):
-    """The polynomials of other nodes: what a form asks to expand itself."""
+    """The polynomials of other nodes: what a form asks for to read its own."""
 
     def operand(self, node: fx.Node, cut: Cut) -> Addends:
         """A node, seen through a cut."""
@@ -184,7 +184,7 @@ class Form:
         """True if a node of this form reads a source through the cut it was computed with."""
         return True
 
-    def expand(self, shape: Shape, cut: Cut, reading: Reading) -> Addends | None:
+    def as_addends(self, shape: Shape, cut: Cut, reading: Reading) -> Addends | None:
         """What a node of this form computes, as addends.
 
         Args:

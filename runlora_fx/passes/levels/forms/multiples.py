@@ -58,7 +58,7 @@ class ScalarMultiple(Form):
         """True unless the source is the scalar."""
         return self.source is source and self.by is not source
 
-    def expand(self, shape: Shape, cut: Cut, reading: Reading) -> Addends | None:
+    def as_addends(self, shape: Shape, cut: Cut, reading: Reading) -> Addends | None:
         """The source's addends, scaled."""
         by = (
             reading.scalar(self.by, inverse=self.divides)
@@ -115,7 +115,7 @@ class DiagonalMultiple(Form):
         is_matrix = self.source is source and self.by is not source
         return is_matrix and cut is not None and linear.shows(source, cut)
 
-    def expand(self, shape: Shape, cut: Cut, reading: Reading) -> Addends | None:
+    def as_addends(self, shape: Shape, cut: Cut, reading: Reading) -> Addends | None:
         """The product with the diagonal matrix."""
         if not _runs_along(shape, cut):
             return None

@@ -83,7 +83,7 @@ class MatrixProduct(_OfTwo):
         """Itself."""
         return (self,)
 
-    def expand(self, shape: Shape, cut: Cut, reading: Reading) -> Addends | None:
+    def as_addends(self, shape: Shape, cut: Cut, reading: Reading) -> Addends | None:
         """One addend, if the cut shows the product."""
         if not same_matrix(shape, self.out, cut):
             return None
@@ -128,10 +128,10 @@ class DiagonalOfProduct(_OfTwo):
         """It is one."""
         return True
 
-    def expand(self, shape: Shape, cut: Cut, reading: Reading) -> Addends | None:
+    def as_addends(self, shape: Shape, cut: Cut, reading: Reading) -> Addends | None:
         """A vector: as a row or as a column, all the same."""
         left, right = self.operands(reading)
-        return ((total(left) @ total(right)).dots,)
+        return ((total(left) @ total(right)).diag_part,)
 
 
 def aligned_factors(
@@ -179,6 +179,6 @@ class SumOfProducts(DiagonalOfProduct):
 class Identity(Form):
     """The identity matrix."""
 
-    def expand(self, shape: Shape, cut: Cut, reading: Reading) -> Addends | None:
+    def as_addends(self, shape: Shape, cut: Cut, reading: Reading) -> Addends | None:
         """The empty word, which vanishes in products; None if the cut shows no square matrix."""
         return (IDENTITY,) if same_shape(cut.extents(shape), (1, *shape)) else None

@@ -2,7 +2,7 @@
 
 Example: ``addmm(b, x, w, alpha=2)`` is ``1 b' + 2 x w``: a broadcast and a product.
 
-Invariant: each term expands to the shape of the sum, or the sum is not read.
+Invariant: each term has the shape of the sum, or the sum is not read.
 """
 
 from __future__ import annotations
@@ -74,11 +74,11 @@ class WeightedSum(Form):
         """True if every term does."""
         return all(term.reads_as_computed(source, node, linear) for term, _ in self.terms)
 
-    def expand(self, shape: Shape, cut: Cut, reading: Reading) -> Addends | None:
+    def as_addends(self, shape: Shape, cut: Cut, reading: Reading) -> Addends | None:
         """The addends of all terms."""
         found: list[Polynomial] = []
         for term, c in self.terms:
-            below = term.expand(shape, cut, reading)
+            below = term.as_addends(shape, cut, reading)
             if below is None:
                 return None
             found += scaled(below, Scalar(c))

@@ -57,7 +57,7 @@ class Reshape(_OfOne):
         """True if the source is one."""
         return self.source in vectors
 
-    def expand(self, shape: Shape, cut: Cut, reading: Reading) -> Addends | None:
+    def as_addends(self, shape: Shape, cut: Cut, reading: Reading) -> Addends | None:
         """The source, through the cut that shows the same matrix."""
         moved = recut(shape, cut, shape_of(self.source))
         return None if moved is None else reading.operand(self.source, moved)
@@ -82,7 +82,7 @@ class Permute(_OfOne):
         seen = None if cut is None else permuted_cut(shape_of(self.source), cut, self.dims)
         return None if seen is None else seen[0]
 
-    def expand(self, shape: Shape, cut: Cut, reading: Reading) -> Addends | None:
+    def as_addends(self, shape: Shape, cut: Cut, reading: Reading) -> Addends | None:
         """The source or its transpose."""
         seen = permuted_cut(shape, cut, inverse(self.dims))
         if seen is None:
@@ -109,7 +109,7 @@ class Copy(_OfOne):
         """True if the copy lies as its source: whoever flattens a contiguous one wants it so."""
         return same_strides(node, self.source)
 
-    def expand(self, shape: Shape, cut: Cut, reading: Reading) -> Addends | None:
+    def as_addends(self, shape: Shape, cut: Cut, reading: Reading) -> Addends | None:
         """The source."""
         return reading.operand(self.source, cut)
 

@@ -22,7 +22,7 @@ class Written(Form):
 
     origin: Origin
 
-    def expand(self, shape: Shape, cut: Cut, reading: Reading) -> Addends | None:
+    def as_addends(self, shape: Shape, cut: Cut, reading: Reading) -> Addends | None:
         """The leaf, or its transpose where a column is seen as a row."""
         if len(shape) not in (1, 2):
             return None

@@ -1,9 +1,10 @@
-"""Expansion: from forms to polynomials, given what a tensor's consumers take it for.
+"""From forms to polynomials, given what a tensor's consumers take it for.
 
-Example: ``add(mm(x, w), mul(mm(h, b), 2))`` expands to the addends ``X W`` and ``2 H B``.
+Example: ``add(mm(x, w), mul(mm(h, b), 2))`` has the addends ``X W`` and ``2 H B``.
 
 Shared by the reader, which stops at roots, and by the verifier, which reads an emitted graph back
-down to the leaves of the polynomial it is to prove. They differ in :meth:`Expander.operand` alone.
+down to the leaves of the polynomial it is to prove.
+They differ in :meth:`PolynomialReader.operand` alone.
 
 Invariant: the addends of a node sum up to what it computes, in leaves that the tables number.
 """
@@ -70,14 +71,14 @@ class Tables:
         return self.leaves.multiplied(left, right)
 
 
-class Expander(Tables, ABC):
-    """Expands nodes into addends; :meth:`operand` decides where to stop."""
+class PolynomialReader(Tables, ABC):
+    """Reads nodes as sums of addends; :meth:`operand` decides where to stop."""
 
     @abstractmethod
     def operand(self, node: fx.Node, cut: Cut) -> Addends:
         """Any tensor, seen through a cut: what its consumers read."""
 
-    def expand(self, node: fx.Node, cut: Cut) -> Addends | None:
+    def as_addends(self, node: fx.Node, cut: Cut) -> Addends | None:
         """What a node computes, seen through a cut; None if its form shows no such matrix."""
         form = self.forms.get(node)
-        return None if form is None else form.expand(shape_of(node), cut, self)
+        return None if form is None else form.as_addends(shape_of(node), cut, self)

@@ -145,7 +145,7 @@ def test_a_sum_of_products_is_read_as_it_is(dims: list[int], keepdim: bool) -> N
     analysis = Analysis(gm.graph, ATEN)
     (root,) = analysis.reader.roots
     assert root.target is torch.ops.aten.sum.dim_IntList
-    assert analysis.reader.expression(root).is_dots
+    assert analysis.reader.expression(root).is_diag_part
     (multiplication,) = analysis.reader.linear.absorbed
     assert multiplication.target is torch.ops.aten.mul.Tensor
     gm.recompile()
@@ -156,7 +156,7 @@ def test_what_sums_over_other_dimensions_is_no_diagonal() -> None:
     gm = reducing(MANY, [1], keepdim=False)
     reader = Analysis(gm.graph, ATEN).reader
     assert not reader.linear.absorbed
-    assert not any(reader.expression(root).is_dots for root in reader.roots)
+    assert not any(reader.expression(root).is_diag_part for root in reader.roots)
 
 
 def reading(fn: Callable[[Tensor, Tensor], object]) -> tuple[fx.GraphModule, Analysis]:
