@@ -1,8 +1,8 @@
 """Problems: the question that the search answers, as data; and the steps that answers consist of.
 
 A *value* is a polynomial up to scalar and transpose, in one of two phases. In a joint graph the
-forward phase holds what can be computed without incoming gradients. What the backward needs of it is
-either *kept* or computed a second time. Inference graphs have one phase only.
+forward phase holds what can be computed without incoming gradients. What the backward needs of it
+is either *kept* or computed a second time. Inference graphs have one phase only.
 
 Example: ``Y = X W' + 2 X A' B'`` is a demand, and two products and a sum that the graph takes.
 
