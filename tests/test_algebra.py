@@ -128,7 +128,9 @@ def test_zero_has_no_leading_word() -> None:
 
 @often
 @given(polynomials(least=1), polynomials(least=1), scalars)
-def test_diagonal_parts_are_linear_and_keep_what_they_are_of(p: Polynomial, q: Polynomial, s: Scalar) -> None:
+def test_diagonal_parts_are_linear_and_keep_what_they_are_of(
+    p: Polynomial, q: Polynomial, s: Scalar
+) -> None:
     assert (p + q).diag_part == p.diag_part + q.diag_part
     assert p.scaled(s).diag_part == p.diag_part.scaled(s)
     assert p.diag_part.matrix == p
@@ -140,7 +142,9 @@ def test_diagonal_parts_are_linear_and_keep_what_they_are_of(p: Polynomial, q: P
 
 @often
 @given(polynomials(least=1), polynomials(least=1))
-def test_diagonal_parts_of_a_product_are_those_of_its_mirror_image(p: Polynomial, q: Polynomial) -> None:
+def test_diagonal_parts_of_a_product_are_those_of_its_mirror_image(
+    p: Polynomial, q: Polynomial
+) -> None:
     assert (p @ q).diag_part.unmirrored == (q.T @ p.T).diag_part.unmirrored
     assert (p @ q).diag_part == (p @ q).diag_part.T
     assert normalise((p @ q).diag_part).transposed is False

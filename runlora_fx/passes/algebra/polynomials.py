@@ -8,9 +8,9 @@ pushed to the leaves and like words are added, so two expressions denote the sam
 leaves if and only if their polynomials are equal.
 
 The gradient of a vector that scales rows or columns is no product of matrices but the *diagonal
-part* of one: the vector ``sum(L * R', 1)`` of the dot products of the rows of L with the
-columns of R, which is the diagonal of ``L R``. It is a word of its own kind; what it is the diagonal of can be cut
-anywhere: ``diag_part(dY' (X A' B')) = diag_part((dY' X A') B')``.
+part* of one: the vector ``sum(L * R', 1)`` of the dot products of the rows of L with the columns of
+R, which is the diagonal of ``L R``. It is a word of its own kind. What it is the diagonal of can be
+cut anywhere: ``diag_part(dY' (X A' B')) = diag_part((dY' X A') B')``.
 
 A word may also be *scattered*: an assignment gives each of T tokens one of E experts, and a batch
 of T matrices becomes a batch of E, each the sum over its tokens. The factors of such a word are
