@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import outputs_and_grads
-from torch import Tensor, fx
+from checks import RUNLORA_EAGER, ours, outputs_and_grads
+from peft import IA3Config, get_peft_model
+from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import runlora_fx
@@ -123,3 +124,22 @@ def test_differentiable_aten_graphs(fn: Callable[..., Any], shapes: Shapes) -> N
     given = _given(shapes)
     rewritten = runlora_fx.rewrite(make_fx(fn)(*given), given, strict=True)
     _same(outputs_and_grads(rewritten, given), outputs_and_grads(fn, given))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_ia3_in_evaluation_with_any_number_of_tokens(bias: bool) -> None:
+    layers = nn.Sequential(nn.Linear(32, 48, bias=bias), nn.GELU(), nn.Linear(48, 32, bias=bias))
+    model = get_peft_model(
+        layers, IA3Config(target_modules=["0", "2"], feedforward_modules=["2"])
+    ).eval()
+    for name, weight in model.named_parameters():
+        if "ia3" in name:
+            nn.init.normal_(weight, 1.0, 0.2)
+    compiled = torch.compile(
+        model, backend=RUNLORA_EAGER, dynamic=True, fullgraph=True, options=ours()
+    )
+    torch._dynamo.reset()
+    with torch.no_grad():
+        for tokens in (5, 48, 200):
+            x = torch.randn(2, tokens, 32)
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)

@@ -160,3 +160,20 @@ def test_a_residual_stream_without_norms_is_planned_layer_by_layer() -> None:
     # The graph has a merged weight once, which the backward is going to make again.
     merging = 6 * 2 * 64 * 96 * 8
     assert matmul_flops(graph) == report.flops_after - merging
+
+
+def test_a_model_called_several_times_in_a_graph_saves_no_smaller_share() -> None:
+    torch.manual_seed(0)
+    base = hf.LlamaModel(hf.LlamaConfig(**{**SIZES, "num_hidden_layers": 1}))
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]))
+    randomise_lora_b(model)
+    tokens = TEXT["input_ids"]
+
+    def shares(calls: int) -> float:
+        def called(x: Tensor) -> Tensor:
+            return torch.stack([model(x.roll(i)).last_hidden_state for i in range(calls)]).sum()
+
+        report = runlora_fx.explain(called, tokens, objective="flops", strict=True)
+        return report.flops_after / report.flops_before
+
+    assert shares(4) <= shares(1) < 1
