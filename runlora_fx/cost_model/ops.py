@@ -174,6 +174,28 @@ class RowDots:
 
 
 @dataclass(frozen=True)
+class Total:
+    """The sum of the m rows of each matrix (m, n) of a batch, by one reduction.
+
+    Attributes:
+        b: Batch [matrices].
+        m: Rows that are added up [elements].
+        n: Columns [elements].
+        itemsize: Element width [B].
+    """
+
+    b: Amount
+    m: Amount
+    n: Amount
+    itemsize: int
+
+    @property
+    def cost(self) -> Cost:
+        """Elementwise = b (m + 1) n itemsize [B], for it is fused as sums are."""
+        return Cost({"elementwise": self.b * (self.m + 1) * self.n * self.itemsize})
+
+
+@dataclass(frozen=True)
 class GroupedMatMul:
     """Products of tokens with the matrices (rows, cols) of their experts, by one operator.
 
@@ -282,4 +304,6 @@ class Hold:
         return Cost({"held": self.b * self.m * self.n * self.itemsize})
 
 
-Operation: TypeAlias = MatMul | Add | Stretch | RowDots | GroupedMatMul | Gather | ScatterAdd | Hold
+Operation: TypeAlias = (
+    MatMul | Add | Stretch | RowDots | Total | GroupedMatMul | Gather | ScatterAdd | Hold
+)

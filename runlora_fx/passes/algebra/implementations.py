@@ -28,6 +28,7 @@ from runlora_fx.cost_model.ops import (
     RowDots,
     ScatterAdd,
     Stretch,
+    Total,
 )
 from runlora_fx.passes.algebra.assignments import GroupedOuter, GroupedProduct, Pick, Scatter
 from runlora_fx.passes.algebra.orientation import is_turned
@@ -236,7 +237,12 @@ def _shape(operation: Operation) -> GemmShape | None:
     return operation.shape if isinstance(operation, MatMul) else None
 
 
-_TOTAL = Implementation("total", _adds_up, _multiply, _shape)
+def _total(work: Work) -> Operation:
+    b, m, n = work.extents
+    return Total(b, work.sizes[work.inner], m * n, work.itemsize)  # one of m and n is 1
+
+
+_TOTAL = Implementation("total", _adds_up, _total)
 
 _MATMUL = Implementation("matmul", lambda work: work.product is not None, _multiply, _shape)
 
