@@ -38,7 +38,7 @@ from transformers import AlbertConfig, AlbertModel, LlamaConfig, LlamaForCausalL
 from runlora_fx.cost_model.objective import Objective
 from runlora_fx.joint_pass import run
 from runlora_fx.options import Options
-from runlora_fx.passes.algebra.plan import Problem
+from runlora_fx.passes.algebra.problem import Problem
 from runlora_fx.passes.levels.aten import ATEN
 from runlora_fx.passes.search import dynamic
 from runlora_fx.passes.search.decide import Decision

@@ -37,7 +37,8 @@ from runlora_fx.cost_model.devices.measure import seconds, undisturbed
 from runlora_fx.cost_model.objective import Objective
 from runlora_fx.cost_model.ops import MatMul
 from runlora_fx.options import Options
-from runlora_fx.passes.algebra.plan import Plan, Problem
+from runlora_fx.passes.algebra.plan import Plan
+from runlora_fx.passes.algebra.problem import Problem
 from runlora_fx.passes.emit.apply import apply
 from runlora_fx.passes.levels.aten import ATEN
 from runlora_fx.passes.read.analysis import Analysis

@@ -19,30 +19,9 @@ from test_search import product_splits
 from torch import Tensor
 
 from runlora_fx.cost_model.objective import Objective
-from runlora_fx.passes.algebra.assignments import (
-    Assignment,
-    GroupedOuter,
-    GroupedProduct,
-    Pick,
-    Picked,
-    Scatter,
-    picking,
-    unpicked,
-)
+from runlora_fx.passes.algebra.assignments import Assignment, Picked, picking, unpicked
 from runlora_fx.passes.algebra.factorise import factorisations
-from runlora_fx.passes.algebra.plan import (
-    Keep,
-    LeafSpec,
-    Plan,
-    Problem,
-    Product,
-    Step,
-    Sum,
-    Value,
-    rescaled_step,
-    step_operands,
-    step_operation,
-)
+from runlora_fx.passes.algebra.plan import Plan, step_operation
 from runlora_fx.passes.algebra.polynomials import (
     Factor,
     Polynomial,
@@ -54,6 +33,17 @@ from runlora_fx.passes.algebra.polynomials import (
     substitute,
 )
 from runlora_fx.passes.algebra.posed import PosedProblem
+from runlora_fx.passes.algebra.problem import LeafSpec, Problem, Value
+from runlora_fx.passes.algebra.steps import (
+    GroupedOuter,
+    GroupedProduct,
+    Keep,
+    Pick,
+    Product,
+    Scatter,
+    Step,
+    Sum,
+)
 from runlora_fx.passes.search.decide import decide
 from runlora_fx.passes.search.frontiers import cheapest
 from runlora_fx.passes.search.ranges import Varying, ranges
@@ -119,9 +109,7 @@ def expert_layer(
         ("dL", stack @ pr.T, True, Product(stack, right.T)),
         ("dR", pl.T @ stack, True, Product(left.T, stack)),
     ]
-    incoming = tuple(
-        (Value(normalise(p).core, late), rescaled_step(step, p)) for _, p, late, step in made
-    )
+    incoming = tuple((Value(normalise(p).core, late), step.making(p)) for _, p, late, step in made)
     wanted = {name: Value(normalise(p).core, late) for name, p, late, _ in made if name}
     kept = frozenset({normalise(merged).core, normalise(picked).core})
     problem = Problem(
@@ -146,7 +134,7 @@ def _needed(problem: Problem) -> set[Polynomial]:
         core = pending.pop()
         if core in steps and core not in found:
             found.add(core)
-            pending += [normalise(p).core for p in step_operands(steps[core])]
+            pending += [normalise(p).core for p in steps[core].operands]
     return found
 
 
@@ -205,7 +193,7 @@ class Dense:
 
     def made(self, step: Step) -> Tensor:
         """What a step makes."""
-        operands = [self.value(p) for p in step_operands(step)]
+        operands = [self.value(p) for p in step.operands]
         match step:
             case Sum():
                 return torch.stack(operands).sum(0)
@@ -370,7 +358,7 @@ def brute_force(problem: Problem) -> int | None:
         if value not in known:
             known[value] = []
             for step in dict.fromkeys(oracle_ways(problem, value)):
-                read = {normalise(p).core for p in step_operands(step)}
+                read = {normalise(p).core for p in step.operands}
                 below = {
                     Value(
                         core, value.backward or any(problem.leaves[i].backward for i in core.leaves)

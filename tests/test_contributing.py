@@ -19,8 +19,9 @@ from runlora_fx.passes.algebra.implementations import (
     registered,
     registering,
 )
-from runlora_fx.passes.algebra.plan import Product, Step, Value
 from runlora_fx.passes.algebra.polynomials import Scalar
+from runlora_fx.passes.algebra.problem import Value
+from runlora_fx.passes.algebra.steps import Product, Step
 from runlora_fx.passes.emit.registry import Emission, writes, writing
 from runlora_fx.passes.emit.verify import VerificationError
 from runlora_fx.passes.levels import readers

@@ -11,8 +11,10 @@ from torch import Tensor, fx, nn
 import runlora_fx
 from runlora_fx.cost_model.ops import MatMul
 from runlora_fx.passes.algebra.orientation import is_turned, orientations
-from runlora_fx.passes.algebra.plan import LeafSpec, Plan, Problem, Product, Step, Sum, Value
+from runlora_fx.passes.algebra.plan import Plan
 from runlora_fx.passes.algebra.polynomials import Polynomial, leaf, normalise
+from runlora_fx.passes.algebra.problem import LeafSpec, Problem, Value
+from runlora_fx.passes.algebra.steps import Product, Step, Sum
 from runlora_fx.passes.emit import apply as application
 
 A, B, C = leaf(0), leaf(1), leaf(2)

@@ -12,8 +12,10 @@ import pytest
 
 from runlora_fx.cost_model.objective import Objective
 from runlora_fx.passes import pipeline, planning
-from runlora_fx.passes.algebra.plan import Plan, Problem, Step, Value, incoming_cost
+from runlora_fx.passes.algebra.plan import Plan, incoming_cost
 from runlora_fx.passes.algebra.posed import PosedProblem
+from runlora_fx.passes.algebra.problem import Problem, Value
+from runlora_fx.passes.algebra.steps import Step
 from runlora_fx.passes.search.decide import Decision
 from runlora_fx.passes.search.ways import Ways
 from tests.fuzz.generate import random_case

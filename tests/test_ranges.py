@@ -13,7 +13,8 @@ from test_search import Shape, lora_layer
 
 from runlora_fx.cost_model.objective import Objective
 from runlora_fx.cost_model.profile import DEFAULT_PROFILE, MachineProfile
-from runlora_fx.passes.algebra.plan import Plan, Problem, incoming_operations
+from runlora_fx.passes.algebra.plan import Plan, incoming_operations
+from runlora_fx.passes.algebra.problem import Problem
 from runlora_fx.passes.search.decide import decide, saving
 from runlora_fx.passes.search.frontiers import cheapest
 from runlora_fx.passes.search.ranges import Range, _merges, break_even, ranges

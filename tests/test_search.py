@@ -16,20 +16,7 @@ from torch import Tensor, nn
 
 import runlora_fx
 from runlora_fx.cost_model.objective import Objective
-from runlora_fx.passes.algebra.plan import (
-    Keep,
-    LeafSpec,
-    Problem,
-    Product,
-    Step,
-    Sum,
-    Value,
-    incoming_cost,
-    incoming_operations,
-    product_step,
-    step_operation,
-    sum_step,
-)
+from runlora_fx.passes.algebra.plan import incoming_cost, incoming_operations, step_operation
 from runlora_fx.passes.algebra.polynomials import (
     Factor,
     Polynomial,
@@ -39,6 +26,8 @@ from runlora_fx.passes.algebra.polynomials import (
     normalise,
     polynomial,
 )
+from runlora_fx.passes.algebra.problem import LeafSpec, Problem, Value
+from runlora_fx.passes.algebra.steps import Keep, Product, Step, Sum, product_step, sum_step
 from runlora_fx.passes.search import frontiers
 from runlora_fx.passes.search.decide import decide
 from runlora_fx.passes.search.frontiers import cheapest, search

@@ -18,9 +18,11 @@ import sympy
 
 from runlora_fx.cost_model.cost import Amount
 from runlora_fx.cost_model.objective import Objective
-from runlora_fx.passes.algebra.plan import Plan, Problem, Step, Value, incoming_cost
+from runlora_fx.passes.algebra.plan import Plan, incoming_cost
 from runlora_fx.passes.algebra.polynomials import Polynomial, Scalar, normalise
 from runlora_fx.passes.algebra.posed import PosedProblem
+from runlora_fx.passes.algebra.problem import Problem, Value
+from runlora_fx.passes.algebra.steps import Step
 from runlora_fx.passes.read.regions import Region
 from runlora_fx.passes.search.decide import Decision
 from runlora_fx.passes.search.ranges import break_even

@@ -8,18 +8,7 @@ from itertools import pairwise
 
 import sympy
 
-from runlora_fx.passes.algebra.assignments import GroupedOuter, GroupedProduct, Pick, Scatter
-from runlora_fx.passes.algebra.plan import (
-    Keep,
-    Plan,
-    Problem,
-    Product,
-    Step,
-    Sum,
-    Value,
-    step_operands,
-    turned_step,
-)
+from runlora_fx.passes.algebra.plan import Plan
 from runlora_fx.passes.algebra.polynomials import (
     IDENTITY,
     Factor,
@@ -27,6 +16,17 @@ from runlora_fx.passes.algebra.polynomials import (
     Scalar,
     Word,
     normalise,
+)
+from runlora_fx.passes.algebra.problem import Problem, Value
+from runlora_fx.passes.algebra.steps import (
+    GroupedOuter,
+    GroupedProduct,
+    Keep,
+    Pick,
+    Product,
+    Scatter,
+    Step,
+    Sum,
 )
 
 
@@ -160,11 +160,9 @@ class Names:
                 f"rowsum({' * '.join(operands)})" if value.core.is_diag_part else " ".join(operands)
             )
         if not isinstance(step, Sum):
-            operands = [
-                f"({p})" if " " in p else p for p in map(self.polynomial, step_operands(step))
-            ]
+            operands = [f"({p})" if " " in p else p for p in map(self.polynomial, step.operands)]
             return by_expert(step, operands)
-        return _added(f"({self.polynomial(p)})" for p in step_operands(step))
+        return _added(f"({self.polynomial(p)})" for p in step.operands)
 
     def without_ones(self, left: Polynomial, right: Polynomial) -> tuple[Polynomial, ...]:
         """The operands of a product but for the ones that broadcast the other."""
@@ -279,7 +277,7 @@ class _Printer:
             (normalise(p).core, value.core)
             for value, step in plan.items()
             if not isinstance(step, Keep)
-            for p in step_operands(step)
+            for p in step.operands
         }
         self._uses = Counter(core for core, _ in readers)
 
@@ -318,10 +316,10 @@ class _Printer:
             rows = (step.left, _second(value, step))
             both = " * ".join(self._operand(p, value.backward, inner=True) for p in rows)
             return f"rowsum({both})"
-        operands = [p.T if turned else p for p in step_operands(step)]
+        operands = [p.T if turned else p for p in step.operands]
         if not isinstance(step, Sum):
-            step = turned_step(step) if turned else step
-            shown: Iterable[Polynomial] = step_operands(step)
+            step = step.turned if turned else step
+            shown: Iterable[Polynomial] = step.operands
             is_alone = False
             if isinstance(step, Product):
                 factors = self._names.without_ones(step.left, step.right)

@@ -55,48 +55,6 @@ class Picked(NamedTuple):
     assignment: int
 
 
-@dataclass(frozen=True)
-class Pick:
-    """``core = whole[k]``: each token's matrix."""
-
-    whole: Polynomial
-    assignment: int
-
-
-@dataclass(frozen=True)
-class Scatter:
-    """``core = sum_k(part)``: for each expert the sum over its tokens."""
-
-    part: Polynomial
-    assignment: int
-
-
-@dataclass(frozen=True)
-class GroupedProduct:
-    """``core = left @ right[k]`` for tokens of one row, or ``left[k] @ right`` for columns.
-
-    Attributes:
-        left: The left operand: a row for each token, or a matrix for each expert.
-        right: The right operand: a matrix for each expert, or a column for each token.
-        assignment: The assignment k.
-        picked: The operand that has a matrix for each expert.
-    """
-
-    left: Polynomial
-    right: Polynomial
-    assignment: int
-    picked: Literal["left", "right"]
-
-
-@dataclass(frozen=True)
-class GroupedOuter:
-    """``core = sum_k(left @ right)``: a column times a row for each token, added up by expert."""
-
-    left: Polynomial
-    right: Polynomial
-    assignment: int
-
-
 class _PickedLeaf(Protocol):
     """What is asked of a leaf."""
 

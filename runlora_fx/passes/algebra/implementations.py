@@ -30,17 +30,18 @@ from runlora_fx.cost_model.ops import (
     Stretch,
     Total,
 )
-from runlora_fx.passes.algebra.assignments import GroupedOuter, GroupedProduct, Pick, Scatter
 from runlora_fx.passes.algebra.orientation import is_turned
 from runlora_fx.passes.algebra.polynomials import Polynomial
-from runlora_fx.passes.algebra.problem import (
-    Dims,
+from runlora_fx.passes.algebra.problem import Dims, Problem, is_broadcast
+from runlora_fx.passes.algebra.steps import (
+    GroupedOuter,
+    GroupedProduct,
     Keep,
-    Problem,
+    Pick,
     Product,
+    Scatter,
     Step,
     Sum,
-    is_broadcast,
 )
 
 

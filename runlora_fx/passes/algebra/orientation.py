@@ -16,15 +16,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from runlora_fx.passes.algebra.polynomials import Factor, Polynomial, normalise
-from runlora_fx.passes.algebra.problem import (
-    Keep,
-    Problem,
-    Product,
-    Step,
-    Sum,
-    Value,
-    step_operands,
-)
+from runlora_fx.passes.algebra.problem import Problem, Value
+from runlora_fx.passes.algebra.steps import Keep, Step
 
 
 def lies_transposed(problem: Problem, core: Polynomial) -> bool:
@@ -64,8 +57,8 @@ def orientations(problem: Problem, steps: Mapping[Value, Step]) -> dict[Polynomi
     settled = set(problem.shown_transposed)
     for value, step in steps.items():
         if not value.core.is_diag_part:  # dot products take either
-            along = elementwise_operands(step, value.core)
-            settled.update(normalise(p).core for p in step_operands(step) if p not in along)
+            along = step.along(value.core)
+            settled.update(normalise(p).core for p in step.operands if p not in along)
     found: dict[Polynomial, bool] = {}
     # Sums pass their orientation on: those come first whose own does not depend on another's.
     read = [value for value in steps if value.core in settled]
@@ -77,7 +70,7 @@ def orientations(problem: Problem, steps: Mapping[Value, Step]) -> dict[Polynomi
         if isinstance(made_by, Keep):
             pending.append(Value(core, False))
         elif made_by is not None:
-            for p in elementwise_operands(made_by, core):
+            for p in made_by.along(core):
                 _, transposed, below = normalise(p)
                 if below not in found:
                     is_read = below in settled
@@ -87,15 +80,3 @@ def orientations(problem: Problem, steps: Mapping[Value, Step]) -> dict[Polynomi
                     phases = (Value(below, True), Value(below, False))
                     pending += [v for v in phases if v in steps]
     return found
-
-
-def elementwise_operands(step: Step, core: Polynomial) -> tuple[Polynomial, ...]:
-    """The operands that lie in memory as the result of a step does: those of sums and scalings."""
-    match step:
-        case Sum(parts):
-            return parts
-        case Product(left, right) if (
-            not core.is_diag_part and left.is_diagonal != right.is_diagonal
-        ):
-            return (right,) if left.is_diagonal else (left,)
-    return ()

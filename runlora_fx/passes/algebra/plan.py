@@ -16,45 +16,8 @@ from runlora_fx.cost_model.ops import Operation
 from runlora_fx.passes.algebra.implementations import Work, named, operation_of, usual
 from runlora_fx.passes.algebra.orientation import orientations
 from runlora_fx.passes.algebra.polynomials import Polynomial
-from runlora_fx.passes.algebra.problem import (
-    Dims,
-    Keep,
-    LeafSpec,
-    Problem,
-    Product,
-    Step,
-    Sum,
-    Value,
-    is_broadcast,
-    product_step,
-    rescaled_step,
-    step_operands,
-    sum_step,
-    turned_step,
-)
-
-# A plan is read together with the problem that it answers.
-__all__ = [
-    "Dims",
-    "Keep",
-    "LeafSpec",
-    "Plan",
-    "Problem",
-    "Product",
-    "Step",
-    "Sum",
-    "Value",
-    "incoming_cost",
-    "incoming_operations",
-    "is_broadcast",
-    "product_step",
-    "rescaled_step",
-    "step_operands",
-    "step_operation",
-    "sum_step",
-    "total_cost",
-    "turned_step",
-]
+from runlora_fx.passes.algebra.problem import Dims, Problem, Value
+from runlora_fx.passes.algebra.steps import Step
 
 
 def step_operation(

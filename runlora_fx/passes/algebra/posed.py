@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
 
 import sympy
 
-from runlora_fx.passes.algebra.assignments import GroupedOuter, GroupedProduct, Pick, Scatter
-from runlora_fx.passes.algebra.plan import (
-    Plan,
-    Problem,
-    Product,
-    Step,
-    Sum,
-    Value,
-    rescaled_step,
-)
+from runlora_fx.passes.algebra.plan import Plan
 from runlora_fx.passes.algebra.polynomials import Polynomial, normalise, substitute
+from runlora_fx.passes.algebra.problem import Problem, Value
+from runlora_fx.passes.algebra.steps import Step
 
 #: A size: an integer, or the expression behind a SymInt.
 Dim: TypeAlias = int | sympy.Expr
@@ -75,9 +67,9 @@ class PosedProblem:
 
     def step_in_graph(self, value: Value, step: Step) -> tuple[Value, Step]:
         """A step of the problem and what it makes, in leaves of the graph."""
-        step = renamed_step(step, self._renamed, dict(enumerate(self.assignments)))
+        step = step.renamed(self._renamed, self._graph_numbers[2])
         made = self._renamed(value.core)
-        return Value(normalise(made).core, value.backward), rescaled_step(step, made)
+        return Value(normalise(made).core, value.backward), step.making(made)
 
     def in_graph(self, plan: Plan) -> Plan:
         """A plan of the problem, in leaves of the graph: with all that the emitter obeys."""
@@ -99,23 +91,3 @@ class PosedProblem:
         if found is None:
             found = self._in_graph[p] = substitute(p, *self._graph_numbers)
         return found
-
-
-def renamed_step(
-    step: Step, renamed: Callable[[Polynomial], Polynomial], assignments: Mapping[int, int]
-) -> Step:
-    """A step with other numbers of leaves and assignments."""
-    match step:
-        case Product(left, right):
-            return Product(renamed(left), renamed(right))
-        case Sum(parts):
-            return Sum(tuple(map(renamed, parts)))
-        case Pick(whole, k):
-            return Pick(renamed(whole), assignments[k])
-        case Scatter(part, k):
-            return Scatter(renamed(part), assignments[k])
-        case GroupedProduct(left, right, k, picked):
-            return GroupedProduct(renamed(left), renamed(right), assignments[k], picked)
-        case GroupedOuter(left, right, k):
-            return GroupedOuter(renamed(left), renamed(right), assignments[k])
-    return step

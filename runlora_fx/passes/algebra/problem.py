@@ -18,23 +18,9 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import sympy
 
-from runlora_fx.passes.algebra.assignments import (
-    Assignment,
-    GroupedOuter,
-    GroupedProduct,
-    Pick,
-    Picked,
-    Scatter,
-)
-from runlora_fx.passes.algebra.polynomials import (
-    Factor,
-    Polynomial,
-    Scalar,
-    divided,
-    normalise,
-    polynomial,
-    without_scalar,
-)
+from runlora_fx.passes.algebra.assignments import Assignment, Picked
+from runlora_fx.passes.algebra.polynomials import Factor, Polynomial
+from runlora_fx.passes.algebra.steps import Step
 
 
 @dataclass(frozen=True)
@@ -66,111 +52,6 @@ class Value(NamedTuple):
 
     core: Polynomial
     backward: bool
-
-
-@dataclass(frozen=True)
-class Product:
-    """``core = left @ right``, or the diagonal of that where the core is a diagonal part."""
-
-    left: Polynomial
-    right: Polynomial
-
-
-@dataclass(frozen=True)
-class Sum:
-    """``core = sum(parts)``."""
-
-    parts: tuple[Polynomial, ...]
-
-
-@dataclass(frozen=True)
-class Keep:
-    """The backward uses what the forward computed: it is saved."""
-
-
-Step: TypeAlias = Product | Sum | Keep | Pick | Scatter | GroupedProduct | GroupedOuter
-
-
-def step_operands(step: Step) -> tuple[Polynomial, ...]:
-    """What a step reads; of the same core, kept, nothing else."""
-    match step:
-        case Keep():
-            return ()
-        case Sum(parts):
-            return parts
-        case Pick(whole):
-            return (whole,)
-        case Scatter(part):
-            return (part,)
-        case Product(left, right) | GroupedProduct(left, right) | GroupedOuter(left, right):
-            return (left, right)
-
-
-def turned_step(step: Step) -> Step:
-    """The step that makes the transpose."""
-    match step:
-        case Sum(parts):
-            return Sum(tuple(p.T for p in parts))
-        case Product(left, right):
-            return Product(right.T, left.T)
-        case Pick(whole, k):
-            return Pick(whole.T, k)
-        case Scatter(part, k):
-            return Scatter(part.T, k)
-        case GroupedProduct(left, right, k, picked):
-            return GroupedProduct(right.T, left.T, k, "left" if picked == "right" else "right")
-        case GroupedOuter(left, right, k):
-            return GroupedOuter(right.T, left.T, k)
-    return step
-
-
-def rescaled_step(step: Step, made: Polynomial) -> Step:
-    """The step, turned and divided such that it makes the normalised value.
-
-    Args:
-        step: A step that makes ``made``.
-        made: A polynomial that is a value up to a number and a transpose.
-    """
-    scalar, transposed, _ = normalise(made)
-    match turned_step(step) if transposed else step:
-        case Sum(parts):
-            return Sum(tuple(divided(p, scalar) for p in parts))
-        case Pick(whole, k):
-            return Pick(divided(whole, scalar), k)
-        case Scatter(part, k):
-            return Scatter(divided(part, scalar), k)
-        case Product(left, right):
-            return Product(*_rescaled(left, right, scalar))
-        case GroupedProduct(left, right, k, picked):
-            return GroupedProduct(*_rescaled(left, right, scalar), k, picked)
-        case GroupedOuter(left, right, k):
-            return GroupedOuter(*_rescaled(left, right, scalar), k)
-    return step
-
-
-def _rescaled(left: Polynomial, right: Polynomial, over: Scalar) -> tuple[Polynomial, Polynomial]:
-    """The operands of ``left @ right`` over a scalar, all that is left of scalars in the second."""
-    by, left = without_scalar(left)
-    right = right.scaled(Scalar(by.number / over.number, by.leaves))
-    return left, divided(right, Scalar(1.0, over.leaves))
-
-
-def product_step(left: Polynomial, right: Polynomial, *, diag_part: bool = False) -> Product:
-    """The product, or its diagonal, as a step that makes its normalised value."""
-    if not diag_part and normalise(left @ right).transposed:
-        left, right = right.T, left.T
-    (_, left), (_, right) = without_scalar(left), without_scalar(right)
-    made = left @ right
-    again = normalise(made.diag_part if diag_part else made).scalar.number
-    return Product(left, right.scaled(Scalar(1.0 / again)))
-
-
-def sum_step(parts: Sequence[Polynomial]) -> Sum:
-    """The sum as a step that makes its normalised value."""
-    total = polynomial(term for p in parts for term in p)
-    scalar, transposed, _ = normalise(total)
-    turned = (p.T if transposed else p for p in parts)
-    return Sum(tuple(divided(p, scalar) for p in turned))
 
 
 @dataclass(frozen=True)

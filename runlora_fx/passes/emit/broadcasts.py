@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 from torch import fx
 
-from runlora_fx.passes.algebra.plan import Product, Value, product_step
 from runlora_fx.passes.algebra.polynomials import ONE, Normalised, Scalar, normalise, of_factors
 from runlora_fx.passes.algebra.posed import Dim
+from runlora_fx.passes.algebra.problem import Value
+from runlora_fx.passes.algebra.steps import Product, product_step
 from runlora_fx.passes.emit.scope import Scope
 from runlora_fx.passes.emit.values import Values
 

@@ -14,8 +14,9 @@ from __future__ import annotations
 from torch import fx
 
 import runlora_fx.passes.emit.implementations  # noqa: F401  what it registers writes the steps
-from runlora_fx.passes.algebra.plan import Keep, Sum, Value
 from runlora_fx.passes.algebra.polynomials import Normalised, Polynomial, Scalar, normalise
+from runlora_fx.passes.algebra.problem import Value
+from runlora_fx.passes.algebra.steps import Keep, Sum
 from runlora_fx.passes.emit.broadcasts import Broadcasts
 from runlora_fx.passes.emit.layout import is_relied_on, memory_order
 from runlora_fx.passes.emit.products import Products

@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 from torch import fx
 
-from runlora_fx.passes.algebra.plan import Product, Value
 from runlora_fx.passes.algebra.polynomials import ONE, Scalar, normalise
+from runlora_fx.passes.algebra.problem import Value
+from runlora_fx.passes.algebra.steps import Product
 from runlora_fx.passes.emit.scope import Scope
 from runlora_fx.passes.emit.values import Values
 from runlora_fx.passes.levels.sizes import equal, is_one, numel, shape_of

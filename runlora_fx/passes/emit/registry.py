@@ -15,7 +15,8 @@ from typing import TypeAlias
 
 from torch import fx
 
-from runlora_fx.passes.algebra.plan import Step, Value
+from runlora_fx.passes.algebra.problem import Value
+from runlora_fx.passes.algebra.steps import Step
 from runlora_fx.passes.emit.broadcasts import Broadcasts
 from runlora_fx.passes.emit.products import Products
 from runlora_fx.passes.emit.scope import Scope

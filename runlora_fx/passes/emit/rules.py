@@ -7,9 +7,9 @@ Reports and debuggers show it. Invariant: it is for reading only; no pass decide
 
 from __future__ import annotations
 
-from runlora_fx.passes.algebra.assignments import GroupedOuter, GroupedProduct, Pick, Scatter
-from runlora_fx.passes.algebra.plan import Step, Sum, Value, step_operands
 from runlora_fx.passes.algebra.polynomials import Factor, Polynomial, Word
+from runlora_fx.passes.algebra.problem import Value
+from runlora_fx.passes.algebra.steps import GroupedOuter, GroupedProduct, Pick, Scatter, Step, Sum
 from runlora_fx.passes.read.leaves import Leaves
 from runlora_fx.passes.read.regions import Root
 
@@ -19,7 +19,7 @@ _LONGEST = 100
 
 def rule_of(value: Value, step: Step, leaves: Leaves) -> str:
     """The rule and the formula that a step of a plan computes a value by."""
-    operands = step_operands(step)
+    operands = step.operands
     if isinstance(step, Sum):
         return _cut("sum: " + " + ".join(_text(p, leaves) for p in operands))
     texts = [_in_brackets(p, leaves) for p in operands]

@@ -12,9 +12,9 @@ from typing import Literal
 import torch
 from torch import fx
 
-from runlora_fx.passes.algebra.plan import Value
 from runlora_fx.passes.algebra.polynomials import Factor, Polynomial, Scalar, normalise
 from runlora_fx.passes.algebra.posed import Dim
+from runlora_fx.passes.algebra.problem import Value
 from runlora_fx.passes.emit.task import Task
 from runlora_fx.passes.emit.writer import Writer
 from runlora_fx.passes.levels.origins import Computed, FusedProduct

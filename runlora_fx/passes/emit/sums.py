@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from torch import fx
 
-from runlora_fx.passes.algebra.plan import Value
 from runlora_fx.passes.algebra.polynomials import IDENTITY, ONE, Normalised, Scalar
+from runlora_fx.passes.algebra.problem import Value
 from runlora_fx.passes.emit.broadcasts import NOTHING, Broadcasts, Lacks
 from runlora_fx.passes.emit.products import Products
 from runlora_fx.passes.emit.rules import rule_of

@@ -17,15 +17,10 @@ from typing import NamedTuple
 from torch import fx
 
 from runlora_fx.passes.algebra.implementations import named
-from runlora_fx.passes.algebra.plan import (
-    Keep,
-    Plan,
-    Step,
-    Value,
-    rescaled_step,
-    step_operands,
-)
+from runlora_fx.passes.algebra.plan import Plan
 from runlora_fx.passes.algebra.polynomials import IDENTITY, Polynomial, normalise
+from runlora_fx.passes.algebra.problem import Value
+from runlora_fx.passes.algebra.steps import Keep, Step
 from runlora_fx.passes.read.analysis import Analysis
 from runlora_fx.passes.read.reader import GraphReader
 from runlora_fx.passes.read.regions import Root
@@ -79,7 +74,7 @@ class Task:
             if isinstance(step, Keep):
                 uses[Value(value.core, False)] += 1
             else:
-                operands = (normalise(p).core for p in step_operands(step))
+                operands = (normalise(p).core for p in step.operands)
                 uses.update(self.value(core, value.backward) for core in operands)
         return uses
 
@@ -88,7 +83,7 @@ class Task:
         """The leaves that a step of either phase reads otherwise than as M in ``x M'``."""
         found = set[tuple[int, bool]]()
         for value, step in self.steps.items():
-            operands = [(p, normalise(p)) for p in step_operands(step)]
+            operands = [(p, normalise(p)) for p in step.operands]
             leaves = [core.leaf for _, (_, _, core) in operands]
             is_matmul = self.implementations[value] == "matmul"
             for place, (leaf, (_, (_, transposed, _))) in enumerate(
@@ -119,7 +114,7 @@ class Task:
 
         Otherwise the node that takes the step there would drag along another way to its operands.
         """
-        for p in step_operands(step):
+        for p in step.operands:
             below = self.value(normalise(p).core, value.backward)
             planned = self.steps.get(below)
             if isinstance(planned, Keep):
@@ -197,7 +192,7 @@ def _existing(analysis: Analysis) -> dict[tuple[Value, Step], Laid]:
                 continue  # it would drag a product with the identity matrix along
             scalar, transposed, core = normalise(made.polynomial)
             if scalar.is_one:
-                step = rescaled_step(made.step, made.polynomial)
+                step = made.step.making(made.polynomial)
                 found.setdefault((Value(core, made.backward), step), Laid(made.node, transposed))
     return found
 

@@ -11,8 +11,8 @@ from typing import Protocol
 
 from torch import fx
 
-from runlora_fx.passes.algebra.plan import Value
 from runlora_fx.passes.algebra.polynomials import Polynomial, Scalar
+from runlora_fx.passes.algebra.problem import Value
 from runlora_fx.passes.emit.task import Laid
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from torch import fx
 
 from runlora_fx.passes.algebra.addends import Addends, total
-from runlora_fx.passes.algebra.plan import Product, Step, Sum, step_operands
 from runlora_fx.passes.algebra.polynomials import Polynomial, normalise
+from runlora_fx.passes.algebra.steps import Product, Step, Sum
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Made:
     @property
     def operands(self) -> Addends:
         """What it reads."""
-        return step_operands(self.step)
+        return self.step.operands
 
     @property
     def is_product(self) -> bool:

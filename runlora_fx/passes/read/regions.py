@@ -17,19 +17,8 @@ import torch
 from torch import fx
 
 from runlora_fx.passes.algebra.addends import Addends, total
-from runlora_fx.passes.algebra.assignments import Assignment, GroupedOuter, Picked, Scatter
+from runlora_fx.passes.algebra.assignments import Assignment, Picked
 from runlora_fx.passes.algebra.factorise import components
-from runlora_fx.passes.algebra.plan import (
-    Keep,
-    LeafSpec,
-    Problem,
-    Product,
-    Step,
-    Sum,
-    Value,
-    rescaled_step,
-    step_operands,
-)
 from runlora_fx.passes.algebra.polynomials import (
     Polynomial,
     Scalar,
@@ -38,7 +27,9 @@ from runlora_fx.passes.algebra.polynomials import (
     substitute,
     without_scalar,
 )
-from runlora_fx.passes.algebra.posed import Dim, PosedProblem, renamed_step
+from runlora_fx.passes.algebra.posed import Dim, PosedProblem
+from runlora_fx.passes.algebra.problem import LeafSpec, Problem, Value
+from runlora_fx.passes.algebra.steps import GroupedOuter, Keep, Product, Scatter, Step, Sum
 from runlora_fx.passes.levels.forms.assigned import AssignedForm
 from runlora_fx.passes.levels.sizes import example_of, is_column_major
 from runlora_fx.passes.read.dimensions import DimClasses
@@ -145,7 +136,7 @@ class Regions:
                 left, right = map(total, operands)
                 step, made = Product(left, right), self._reader.multiplied(left, right)
                 made = made.diag_part if form.makes_vector else made
-            if all(any(word.factors for word in p.words) for p in step_operands(step)):
+            if all(any(word.factors for word in p.words) for p in step.operands):
                 yield Made(step, made, backward, node)  # multiplying by the identity is no step
         if node in self._reader.stops:
             addends = self._reader.addends(node)
@@ -287,7 +278,7 @@ class Regions:
             return Value(core, backward or any(specs[i].backward for i in core.leaves))
 
         def step(made: Made) -> Step:
-            return rescaled_step(renamed_step(made.step, own, assignments), own(made.polynomial))
+            return made.step.renamed(own, assignments).making(own(made.polynomial))
 
         kept = frozenset(
             normalise(own(made.polynomial)).core

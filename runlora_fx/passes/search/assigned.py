@@ -12,17 +12,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from runlora_fx.passes.algebra.assignments import (
+from runlora_fx.passes.algebra.assignments import picking, unpicked
+from runlora_fx.passes.algebra.factorise import factorisations
+from runlora_fx.passes.algebra.polynomials import Polynomial
+from runlora_fx.passes.algebra.problem import Problem
+from runlora_fx.passes.algebra.steps import (
     GroupedOuter,
     GroupedProduct,
     Pick,
+    Product,
     Scatter,
-    picking,
-    unpicked,
+    Step,
 )
-from runlora_fx.passes.algebra.factorise import factorisations
-from runlora_fx.passes.algebra.plan import Problem, Product, Step
-from runlora_fx.passes.algebra.polynomials import Polynomial
 
 
 def is_assigned(problem: Problem, core: Polynomial) -> bool:

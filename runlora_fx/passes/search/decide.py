@@ -10,13 +10,9 @@ from typing import NamedTuple
 from runlora_fx.cost_model.cost import Amount, Cost
 from runlora_fx.cost_model.objective import Objective, Price
 from runlora_fx.cost_model.ops import Operation
-from runlora_fx.passes.algebra.plan import (
-    Plan,
-    Problem,
-    Step,
-    incoming_operations,
-    total_cost,
-)
+from runlora_fx.passes.algebra.plan import Plan, incoming_operations, total_cost
+from runlora_fx.passes.algebra.problem import Problem
+from runlora_fx.passes.algebra.steps import Step
 from runlora_fx.passes.search.assigned import refusal
 from runlora_fx.passes.search.frontiers import Proof, first_steps, search
 

@@ -25,20 +25,13 @@ from typing import Literal, TypeAlias
 from runlora_fx.cost_model.objective import Objective, Price
 from runlora_fx.cost_model.ops import GemmShape
 from runlora_fx.passes.algebra.implementations import Work, operation_of, serving
-from runlora_fx.passes.algebra.plan import (
-    Keep,
-    Plan,
-    Problem,
-    Step,
-    Sum,
-    Value,
-    incoming_operations,
-    step_operands,
-)
+from runlora_fx.passes.algebra.plan import Plan, incoming_operations
 from runlora_fx.passes.algebra.polynomials import (
     Polynomial,
     normalise,
 )
+from runlora_fx.passes.algebra.problem import Problem, Value
+from runlora_fx.passes.algebra.steps import Keep, Step, Sum
 from runlora_fx.passes.search.space import Choice, Space, members, space_of
 from runlora_fx.passes.search.ways import Ways
 
@@ -259,7 +252,7 @@ def _flattened(problem: Problem, ways: Ways, steps: Mapping[Value, Step]) -> dic
     uses = Counter(
         ways.phase(normalise(p).core, value.backward and not isinstance(step, Keep))
         for value, step in steps.items()
-        for p in (step_operands(step) or (value.core,))
+        for p in (step.operands or (value.core,))
     )
 
     def parts(value: Value, step: Sum) -> Iterator[Polynomial]:

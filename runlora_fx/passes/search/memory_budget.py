@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from runlora_fx.cost_model.objective import Objective
-from runlora_fx.passes.algebra.plan import Problem, Sum
+from runlora_fx.passes.algebra.problem import Problem
+from runlora_fx.passes.algebra.steps import Sum
 from runlora_fx.passes.search.decide import Decision, holding_more, price_of
 
 

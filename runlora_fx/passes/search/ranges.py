@@ -20,9 +20,10 @@ from itertools import accumulate, pairwise
 from math import log2
 
 from runlora_fx.cost_model.objective import Price
-from runlora_fx.passes.algebra.assignments import GroupedProduct, Pick
-from runlora_fx.passes.algebra.plan import Plan, Problem, Product, step_operands
+from runlora_fx.passes.algebra.plan import Plan
 from runlora_fx.passes.algebra.polynomials import Polynomial
+from runlora_fx.passes.algebra.problem import Problem
+from runlora_fx.passes.algebra.steps import GroupedProduct, Pick, Product
 from runlora_fx.passes.search.varying import (
     COMPARED,
     PricedPlans,
@@ -240,7 +241,7 @@ def _merges(problem: Problem, plan: Plan | None, backward: bool) -> bool:
     return any(
         isinstance(step, Product | GroupedProduct | Pick)
         and value.backward == backward
-        and any(map(_is_merged, step_operands(step)))
+        and any(map(_is_merged, step.operands))
         for value, step in steps
     )
 

@@ -16,7 +16,8 @@ from functools import lru_cache
 from itertools import accumulate
 
 from runlora_fx.cost_model.objective import Objective, Price
-from runlora_fx.passes.algebra.plan import Problem, Step, Value
+from runlora_fx.passes.algebra.problem import Problem, Value
+from runlora_fx.passes.algebra.steps import Step
 from runlora_fx.passes.search.ways import Way, Ways
 
 #: Values of which all ways are listed, for each step of the incoming graph, and at least so many;

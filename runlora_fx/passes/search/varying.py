@@ -15,7 +15,8 @@ from functools import lru_cache, partial
 from itertools import pairwise
 
 from runlora_fx.cost_model.objective import Objective, Price
-from runlora_fx.passes.algebra.plan import Plan, Problem, incoming_operations, total_cost
+from runlora_fx.passes.algebra.plan import Plan, incoming_operations, total_cost
+from runlora_fx.passes.algebra.problem import Problem
 from runlora_fx.passes.search.decide import Priced, replaces
 from runlora_fx.passes.search.frontiers import search
 

@@ -9,17 +9,9 @@ from itertools import combinations
 from runlora_fx.cost_model.objective import Objective, Price
 from runlora_fx.passes.algebra.factorise import components, factorisations
 from runlora_fx.passes.algebra.implementations import Implementation, Work, operation_of, serving
-from runlora_fx.passes.algebra.plan import (
-    Keep,
-    Problem,
-    Product,
-    Step,
-    Sum,
-    Value,
-    is_broadcast,
-    step_operands,
-)
 from runlora_fx.passes.algebra.polynomials import Polynomial, Word, normalise
+from runlora_fx.passes.algebra.problem import Problem, Value, is_broadcast
+from runlora_fx.passes.algebra.steps import Keep, Product, Step, Sum
 from runlora_fx.passes.search.assigned import assigned_steps, is_assigned
 
 #: Up to this many words every way to split a sum in two is tried; beyond, common factors only.
@@ -130,7 +122,7 @@ class Ways:
         """The values that a step reads, without those that need no step of their own."""
         if isinstance(step, Keep):
             return frozenset([Value(value.core, False)])
-        operands = (self.phase(p, value.backward) for p in step_operands(step))
+        operands = (self.phase(p, value.backward) for p in step.operands)
         return frozenset(v for v in operands if not self.is_given(v))
 
     def _steps(self, value: Value, all_splits: int = _ALL_SPLITS) -> Iterator[Step]:

@@ -24,7 +24,7 @@ from runlora_fx.cost_model.ops import GemmShape
 from runlora_fx.cost_model.profile import DEFAULT_PROFILE
 from runlora_fx.cost_model.store import Record
 from runlora_fx.options import Options
-from runlora_fx.passes.algebra.plan import Problem
+from runlora_fx.passes.algebra.problem import Problem
 from runlora_fx.passes.search.frontiers import candidate_products
 
 _log = logging.getLogger("runlora_fx")

@@ -27,8 +27,9 @@ from runlora_fx._torch_compat import compile_graph, compiler_settings, partition
 from runlora_fx.cost_model.devices.measure import random_tensor, seconds, undisturbed
 from runlora_fx.cost_model.objective import Objective, saves
 from runlora_fx.cost_model.store import Record
-from runlora_fx.passes.algebra.plan import Plan, Problem
+from runlora_fx.passes.algebra.plan import Plan
 from runlora_fx.passes.algebra.posed import PosedProblem
+from runlora_fx.passes.algebra.problem import Problem
 from runlora_fx.passes.emit.apply import NotAppliedError, apply
 from runlora_fx.passes.levels.sizes import example_of
 from runlora_fx.passes.read.analysis import Analysis

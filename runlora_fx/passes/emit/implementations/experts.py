@@ -15,10 +15,9 @@ from operator import getitem
 import torch
 from torch import fx
 
-from runlora_fx.passes.algebra.assignments import GroupedOuter, GroupedProduct, Pick, Scatter
-from runlora_fx.passes.algebra.plan import Step, Value
 from runlora_fx.passes.algebra.polynomials import Polynomial, Scalar, normalise
-from runlora_fx.passes.algebra.problem import turned_step
+from runlora_fx.passes.algebra.problem import Value
+from runlora_fx.passes.algebra.steps import GroupedOuter, GroupedProduct, Pick, Scatter, Step
 from runlora_fx.passes.emit.registry import Emission, writes
 from runlora_fx.passes.levels.sizes import Shape, same_shape, shape_of
 
@@ -28,7 +27,7 @@ def pick(emission: Emission, value: Value, step: Step, transposed: bool) -> fx.N
     """Pick the matrices of the tokens' experts, as those of all experts lie."""
     assert isinstance(step, Pick)
     scope, by = emission.scope, emission.scope.leaves.assignments[step.assignment]
-    scalar, turned, core = normalise(step.whole)
+    scalar, turned, core = normalise(step.of)
     stack, lies = emission.values.laid(scope.task.value(core, value.backward))
     node = scope.scaled(scope.writer.pick(stack, by), scalar)
     return node if (lies != turned) == transposed else scope.writer.transpose(node)
@@ -39,7 +38,7 @@ def scatter(emission: Emission, value: Value, step: Step, transposed: bool) -> f
     """Add up the matrices of each expert's tokens."""
     assert isinstance(step, Scatter)
     scope, by = emission.scope, emission.scope.leaves.assignments[step.assignment]
-    rows, scalar = emission.values.operand(step.part.T if transposed else step.part, value.backward)
+    rows, scalar = emission.values.operand(step.of.T if transposed else step.of, value.backward)
     return scope.writer.summed_by_expert(scope.scaled(rows, scalar), by)
 
 
@@ -49,7 +48,7 @@ def grouped(emission: Emission, value: Value, step: Step, transposed: bool) -> f
     assert isinstance(step, GroupedProduct)
     scope, by = emission.scope, emission.scope.leaves.assignments[step.assignment]
     is_turned = step.picked == "left"
-    product = turned_step(step) if is_turned else step
+    product = step.turned if is_turned else step
     assert isinstance(product, GroupedProduct)
     rows, by_rows = _rows(emission, product.left, value.backward)
     stack, by_stack = emission.values.operand(product.right, value.backward)

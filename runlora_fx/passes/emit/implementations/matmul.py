@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from torch import fx
 
-from runlora_fx.passes.algebra.plan import Product, Step, Value
+from runlora_fx.passes.algebra.problem import Value
+from runlora_fx.passes.algebra.steps import Product, Step
 from runlora_fx.passes.emit.registry import Emission, writes
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from torch import fx
 
-from runlora_fx.passes.algebra.plan import Step, Value
+from runlora_fx.passes.algebra.problem import Value
+from runlora_fx.passes.algebra.steps import Step
 from runlora_fx.passes.emit.registry import Emission, writes
 
 

@@ -14,9 +14,8 @@ from typing import ClassVar
 from torch import fx
 
 from runlora_fx.passes.algebra.addends import Addends, total
-from runlora_fx.passes.algebra.assignments import GroupedOuter, GroupedProduct, Pick, Scatter
-from runlora_fx.passes.algebra.plan import Step
 from runlora_fx.passes.algebra.polynomials import Polynomial
+from runlora_fx.passes.algebra.steps import GroupedOuter, GroupedProduct, Pick, Scatter, Step
 from runlora_fx.passes.levels.assigned import TokenAssignment
 from runlora_fx.passes.levels.cuts import Cut, same_matrix
 from runlora_fx.passes.levels.forms.form import Cuts, Form, LinearNodes, Operand, Reading

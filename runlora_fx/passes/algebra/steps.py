@@ -1,0 +1,237 @@
+"""Steps: the ways in which one value of a problem is made from others, as data.
+
+Example: ``X M'`` is a :class:`Product` of the values ``X`` and ``M'``, and ``M`` a :class:`Sum`.
+
+A new kind of step is one class here. It says what it reads, how its transpose is made, and how it
+makes a multiple of its value. What runs it, and at which price, is in
+:mod:`runlora_fx.passes.algebra.implementations`.
+
+Invariant: a step is immutable, and it makes exactly one polynomial.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from runlora_fx.passes.algebra.polynomials import (
+    Polynomial,
+    Scalar,
+    divided,
+    normalise,
+    polynomial,
+    without_scalar,
+)
+
+#: Gives a polynomial other leaf numbers.
+Rename = Callable[[Polynomial], Polynomial]
+
+
+class Step:
+    """One way to make a value."""
+
+    @property
+    def operands(self) -> tuple[Polynomial, ...]:
+        """The polynomials that the step reads."""
+        return ()
+
+    @property
+    def turned(self) -> Step:
+        """The step that makes the transpose."""
+        return self
+
+    def divided(self, by: Scalar) -> Step:
+        """The step that makes the value over a scalar."""
+        return self
+
+    def renamed(self, rename: Rename, assignments: Mapping[int, int]) -> Step:
+        """The step with other numbers of leaves and assignments."""
+        return self
+
+    def along(self, core: Polynomial) -> tuple[Polynomial, ...]:
+        """The operands that lie in memory as the result does: those of sums and scalings.
+
+        Args:
+            core: The value that the step makes.
+        """
+        return ()
+
+    def making(self, made: Polynomial) -> Step:
+        """The step that makes the normalised value of a polynomial.
+
+        Args:
+            made: What this step makes: the value up to a scalar and a transpose.
+        """
+        scalar, transposed, _ = normalise(made)
+        return (self.turned if transposed else self).divided(scalar)
+
+
+@dataclass(frozen=True)
+class Keep(Step):
+    """The backward uses what the forward computed: it is saved."""
+
+
+@dataclass(frozen=True)
+class Sum(Step):
+    """``core = sum(parts)``."""
+
+    parts: tuple[Polynomial, ...]
+
+    @property
+    def operands(self) -> tuple[Polynomial, ...]:
+        """The parts."""
+        return self.parts
+
+    @property
+    def turned(self) -> Step:
+        """The sum of the transposes."""
+        return Sum(tuple(p.T for p in self.parts))
+
+    def divided(self, by: Scalar) -> Step:
+        """The sum of the parts over a scalar."""
+        return Sum(tuple(divided(p, by) for p in self.parts))
+
+    def renamed(self, rename: Rename, assignments: Mapping[int, int]) -> Step:
+        """The sum with other numbers."""
+        return Sum(tuple(map(rename, self.parts)))
+
+    def along(self, core: Polynomial) -> tuple[Polynomial, ...]:
+        """All parts."""
+        return self.parts
+
+
+@dataclass(frozen=True)
+class _Bilinear(Step):
+    """A step that multiplies two operands."""
+
+    left: Polynomial
+    right: Polynomial
+
+    @property
+    def operands(self) -> tuple[Polynomial, ...]:
+        """Both operands."""
+        return (self.left, self.right)
+
+    @property
+    def turned(self) -> Step:
+        """``(L R)' = R' L'``."""
+        return replace(self, left=self.right.T, right=self.left.T)
+
+    def divided(self, by: Scalar) -> Step:
+        """The product over a scalar; what is left of the scalars stands in the right operand."""
+        front, left = without_scalar(self.left)
+        right = self.right.scaled(Scalar(front.number / by.number, front.leaves))
+        return replace(self, left=left, right=divided(right, Scalar(1.0, by.leaves)))
+
+    def renamed(self, rename: Rename, assignments: Mapping[int, int]) -> Step:
+        """The product with other numbers."""
+        return replace(self, left=rename(self.left), right=rename(self.right))
+
+
+@dataclass(frozen=True)
+class Product(_Bilinear):
+    """``core = left @ right``, or the diagonal of that where the core is a diagonal part."""
+
+    def along(self, core: Polynomial) -> tuple[Polynomial, ...]:
+        """What a diagonal matrix scales."""
+        if core.is_diag_part or self.left.is_diagonal == self.right.is_diagonal:
+            return ()
+        return (self.right,) if self.left.is_diagonal else (self.left,)
+
+
+# -- steps that depend on the experts of tokens ------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _ByAssignment(Step):
+    """A step that reads one value, by an assignment k of tokens to experts."""
+
+    of: Polynomial
+    assignment: int
+
+    @property
+    def operands(self) -> tuple[Polynomial, ...]:
+        """What is picked, or added up."""
+        return (self.of,)
+
+    @property
+    def turned(self) -> Step:
+        """The same of the transpose."""
+        return replace(self, of=self.of.T)
+
+    def divided(self, by: Scalar) -> Step:
+        """The same of the operand over a scalar."""
+        return replace(self, of=divided(self.of, by))
+
+    def renamed(self, rename: Rename, assignments: Mapping[int, int]) -> Step:
+        """The same with other numbers."""
+        return replace(self, of=rename(self.of), assignment=assignments[self.assignment])
+
+
+@dataclass(frozen=True)
+class Pick(_ByAssignment):
+    """``core = of[k]``: each token's matrix."""
+
+
+@dataclass(frozen=True)
+class Scatter(_ByAssignment):
+    """``core = sum_k(of)``: for each expert the sum over its tokens."""
+
+
+@dataclass(frozen=True)
+class _Grouped(_Bilinear):
+    """A product of all tokens with their experts' matrices by one operator."""
+
+    assignment: int
+
+    def renamed(self, rename: Rename, assignments: Mapping[int, int]) -> Step:
+        """The product with other numbers."""
+        found = super().renamed(rename, assignments)
+        assert isinstance(found, _Grouped)
+        return replace(found, assignment=assignments[self.assignment])
+
+
+@dataclass(frozen=True)
+class GroupedProduct(_Grouped):
+    """``core = left @ right[k]`` for tokens of one row, or ``left[k] @ right`` for columns.
+
+    Attributes:
+        left: The left operand: a row for each token, or a matrix for each expert.
+        right: The right operand: a matrix for each expert, or a column for each token.
+        assignment: The assignment k.
+        picked: The operand that has a matrix for each expert.
+    """
+
+    picked: Literal["left", "right"]
+
+    @property
+    def turned(self) -> Step:
+        """``(L R[k])' = R'[k] L'``."""
+        side: Literal["left", "right"] = "left" if self.picked == "right" else "right"
+        return replace(self, left=self.right.T, right=self.left.T, picked=side)
+
+
+@dataclass(frozen=True)
+class GroupedOuter(_Grouped):
+    """``core = sum_k(left @ right)``: a column times a row for each token, added up by expert."""
+
+
+# -- normalised steps --------------------------------------------------------------------------
+
+
+def product_step(left: Polynomial, right: Polynomial, *, diag_part: bool = False) -> Product:
+    """The product, or its diagonal, as a step that makes its normalised value."""
+    if not diag_part and normalise(left @ right).transposed:
+        left, right = right.T, left.T
+    (_, left), (_, right) = without_scalar(left), without_scalar(right)
+    made = left @ right
+    again = normalise(made.diag_part if diag_part else made).scalar.number
+    return Product(left, right.scaled(Scalar(1.0 / again)))
+
+
+def sum_step(parts: Sequence[Polynomial]) -> Sum:
+    """The sum as a step that makes its normalised value."""
+    total = polynomial(term for p in parts for term in p)
+    scalar, transposed, _ = normalise(total)
+    return Sum(tuple(divided(p.T if transposed else p, scalar) for p in parts))
