@@ -64,6 +64,41 @@ def test_a_tensor_without_elements_is_cut_by_its_extents(
     assert recut(shape, cut, onto) == moved
 
 
+@pytest.mark.parametrize(
+    ("shape", "cut", "onto", "moved"),
+    [
+        ((3, 7), Cut(0, 1), (3, 1, 7), Cut(0, 2)),
+        ((2, 1, 8), Cut(1, 2), (2, 1, 8), Cut(1, 2)),
+        ((2, 1, 1), Cut(1, 2), (2, 1, 1), Cut(1, 2)),
+        ((5, 1), Cut(0, 1), (5, 1, 1), Cut(0, 2)),
+        ((1, 8), Cut(0, 1), (8,), Cut(0, 0)),
+        ((6, 1), Cut(0, 1), (6,), Cut(0, 1)),
+    ],
+)
+def test_a_dimension_of_size_one_behind_the_rows_is_one_of_theirs(
+    shape: tuple[int, ...], cut: Cut, onto: tuple[int, ...], moved: Cut
+) -> None:
+    assert recut(shape, cut, onto) == moved
+
+
+@pytest.mark.parametrize(
+    ("term", "shape", "cut", "lies"),
+    [
+        ((7,), (3, 1, 7), Cut(0, 1), Repetition(Cut(0, 0), rows=True)),
+        ((1, 7), (3, 1, 7), Cut(0, 1), Repetition(Cut(0, 0), rows=True)),
+        ((3, 1), (1, 3, 7), Cut(0, 2), Repetition(Cut(0, 1), rows=False)),
+        ((3, 1, 1), (3, 1, 7), Cut(0, 1), Repetition(Cut(0, 1), rows=False)),
+        ((7, 1), (3, 7, 1), Cut(0, 1), Repetition(Cut(0, 0), rows=True)),
+        ((1, 3, 7), (3, 7), Cut(0, 1), None),
+        ((7,), (3, 2, 7), Cut(0, 1), None),
+    ],
+)
+def test_a_row_may_have_fewer_dimensions_than_the_columns(
+    term: tuple[int, ...], shape: tuple[int, ...], cut: Cut, lies: Repetition | None
+) -> None:
+    assert repetition(term, shape, cut) == lies
+
+
 def test_questions_about_sizes_that_only_the_run_knows_do_not_raise() -> None:
     env = ShapeEnv()
     u, v = (sizes.dim_of(env.create_unbacked_symint()) for _ in range(2))

@@ -11,6 +11,7 @@ so, element by element. Where that is not known for every value of a symbolic si
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from runlora_fx.passes.algebra.posed import Dim
@@ -62,7 +63,7 @@ def recut(shape: Shape, cut: Cut, onto: Shape) -> Cut | None:
     products = prefix_products(onto)
     start = index_of(batch, products)
     end = None if start is None else index_of(numel((batch, rows)), products, start)
-    return None if start is None or end is None else Cut(start, end)
+    return None if start is None or end is None else _cut_behind_ones(onto, start, end)
 
 
 def permuted_cut(shape: Shape, cut: Cut, dims: tuple[int, ...]) -> tuple[Cut, bool] | None:
@@ -87,7 +88,18 @@ def permuted_cut(shape: Shape, cut: Cut, dims: tuple[int, ...]) -> tuple[Cut, bo
     position = {d: i for i, d in enumerate(dims)}
     start = position[batch[-1]] + 1 if batch else 0
     end = position[middle[-1]] + 1 if middle else start
-    return Cut(start, end), transposed
+    return _cut_behind_ones([shape[d] for d in dims], start, end), transposed
+
+
+def _cut_behind_ones(shape: Sequence[Dim], rows: int, cols: int) -> Cut:
+    """A cut with the dimensions of size 1 that follow the rows among them; a column is left.
+
+    So a matrix of one row, or of one number, has a dimension for its rows, and a permutation that
+    transposes it is seen as one.
+    """
+    while cols + 1 < len(shape) and is_one(shape[cols]):
+        cols += 1
+    return Cut(rows, cols)
 
 
 def inverse(dims: tuple[int, ...]) -> tuple[int, ...]:
@@ -116,12 +128,14 @@ def repetition(term: Shape, shape: Shape, cut: Cut) -> Repetition | None:
     Returns:
         None if the shapes are equal, or if the tensor is neither one row nor one column.
     """
-    if cut.rows != 0 or same_shape(term, shape):
+    lead = len(shape) - len(term)
+    if cut.rows != 0 or lead < 0 or same_shape(term, shape):
         return None
-    rows, cols = shape[: cut.cols], shape[cut.cols :]
-    lead = len(term) - len(cols)
-    if lead >= 0 and same_shape(term[lead:], cols) and all_one(term[:lead]):
-        return Repetition(Cut(0, lead), rows=True)
-    if len(term) == len(shape) and same_shape(term[: cut.cols], rows) and all_one(term[cut.cols :]):
-        return Repetition(cut, rows=False)
+    filled = (1,) * lead + tuple(term)
+    above, behind = filled[: cut.cols], filled[cut.cols :]
+    seen = Cut(0, max(cut.cols - lead, 0))
+    if same_shape(behind, shape[cut.cols :]) and all_one(above):
+        return Repetition(seen, rows=True)
+    if same_shape(above, shape[: cut.cols]) and all_one(behind):
+        return Repetition(seen, rows=False)
     return None
