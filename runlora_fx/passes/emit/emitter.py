@@ -125,10 +125,7 @@ class Emitter:
         node, lies = self._laid(value, transposed)
         if lies == transposed or value.core.is_diag_part:  # a vector is its own transpose
             return node
-        is_picked = value.core.leaf is not None and self._scope.is_picked(value.core.leaf)
-        if value.core.leaf is not None and not is_picked and len(shape_of(node)) > 2:
-            node = self._scope.flat(value.core.leaf.leaf, node)
-        return self._scope.writer.transpose(node)
+        return self._scope.writer.transpose(self._scope.plain(value.core, node))
 
     def operand(self, p: Polynomial, backward: bool) -> tuple[fx.Node, Scalar]:
         """A polynomial as a matrix, and what it still has to be scaled by."""

@@ -51,6 +51,7 @@ class Products:
         left, right = (step.right.T, step.left.T) if transposed else (step.left, step.right)
         a, by_a = self._values.operand(left, value.backward)
         b, by_b = self._values.operand(right, value.backward)
+        b = self._scope.plain(right, b)  # only the rows of the first need not be flattened
         dtype = self._scope.dtype(value)
         return Operands(
             self._scope.writer.cast(a, dtype), self._scope.writer.cast(b, dtype), by_a * by_b

@@ -80,6 +80,12 @@ class Scope:
             node = self.flat(factor.leaf, node)
         return self.writer.transpose(node) if factor.transposed else node
 
+    def plain(self, p: Polynomial, node: fx.Node) -> fx.Node:
+        """A node that holds a polynomial, its rows flattened; a batch of matrices as it is."""
+        is_batch = any(self.leaves.matrices[leaf].batched for leaf in p.leaves)
+        is_plain = is_batch or len(shape_of(node)) == 2
+        return node if is_plain else self.writer.reshape(node, flattened(node))
+
     def flat(self, leaf: int, node: fx.Node) -> fx.Node:
         """A node that holds a leaf, as a matrix or a batch of matrices."""
         spec = self.leaves.matrices[leaf]

@@ -26,6 +26,7 @@ def write(emission: Emission, value: Value, step: Step, transposed: bool) -> fx.
     left, right = (step.left, step.right.T) if rows else (step.left.T, step.right)
     a, by_a = values.operand(left, value.backward)
     b, by_b = values.operand(right, value.backward)
+    a, b = scope.plain(left, a), scope.plain(right, b)
     dtype = scope.dtype(value)
     node = scope.writer.row_dots(
         scope.writer.cast(a, dtype), scope.writer.cast(b, dtype), rows=rows
