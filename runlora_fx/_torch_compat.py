@@ -255,6 +255,11 @@ def is_sym_int(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.SymInt)
 
 
+def must_run_backward(node: fx.Node) -> bool:
+    """Whether AOTAutograd says that a node that writes to memory does so in the backward."""
+    return node.meta.get("partitioner_tag") in ("is_backward", "must_be_in_backward")
+
+
 def is_composite(operator: torch._ops.OpOverload) -> bool:
     """Whether an operator is composed of others, also where gradients are recorded."""
     key = torch._C.DispatchKey.CompositeImplicitAutograd

@@ -47,7 +47,7 @@ class Analysis:
         self._mode = fake_mode_of(node.meta.get("val") for node in graph.nodes)
         self.effects = Effects(graph)
         self.reader = GraphReader(graph, dialect, self.effects, casts=casts)
-        self.phases = Phases(graph)
+        self.phases = Phases(graph, self.effects)
         self.regions = Regions(self.reader, self.phases, self.hint)
         self.failures: list[tuple[Region, Exception]] = []
         self.posed = self._posed()

@@ -1,4 +1,12 @@
-"""Phases: what of a joint graph belongs to the forward, what to the backward."""
+"""Phases: what of a joint graph belongs to the forward, what to the backward.
+
+    mean = x.mean(0)
+    copy_(running_mean, mean)     ->      the forward runs all three, though no output needs
+    y = x - mean                          the second
+
+Invariant: a node that needs no gradient runs in the forward if an output of the forward is made of
+it, or something that the forward writes to memory.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +15,8 @@ from collections.abc import Iterable
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from runlora_fx._torch_compat import must_run_backward
+from runlora_fx.passes.read.effects import Effects
 from runlora_fx.passes.read.gradients import gradient_nodes
 from runlora_fx.passes.read.reader import GraphReader
 
@@ -17,18 +27,19 @@ class Phases:
     An inference graph has no incoming gradients: everything in it is forward.
     """
 
-    def __init__(self, graph: fx.Graph) -> None:
-        """Find the phases of a graph's nodes."""
+    def __init__(self, graph: fx.Graph, effects: Effects) -> None:
+        """Find the phases of a graph's nodes, given what they do besides computing a value."""
         self.gradients = gradient_nodes(graph)
         outputs = [
-            arg
-            for node in graph.nodes
-            if node.op == "output"
-            for arg in node.all_input_nodes
-            if arg not in self.gradients
+            arg for node in graph.nodes if node.op == "output" for arg in node.all_input_nodes
+        ]
+        written = [
+            node for node in graph.nodes if effects.writes(node) and not must_run_backward(node)
         ]
         self.is_joint = bool(self.gradients)
-        self._forward = _ancestors(outputs)
+        self._forward = _ancestors(
+            node for node in (*outputs, *written) if node not in self.gradients
+        )
 
     def runs_backward(self, node: fx.Node) -> bool:
         """Whether the backward runs the node: it needs gradients, or nothing else needs it."""

@@ -1,0 +1,143 @@
+"""Small graphs that were once rewritten wrongly or not at all; random programs found them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from checks import outputs_and_grads
+from torch import Tensor, fx, nn
+
+import runlora_fx
+from runlora_fx.passes.read.effects import Effects
+from runlora_fx.passes.read.phases import Phases
+
+OPTIONS: Any = {"runlora.strict": True, "runlora.objective": "flops"}
+
+Shapes = list[tuple[int, ...]]
+
+
+def _given(shapes: Shapes) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    made = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
+    return [x.requires_grad_() for x in made]
+
+
+def _same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9, msg=name)
+        assert not name.startswith("output") or found[name].stride() == value.stride(), name
+
+
+def _check_functions(fn: Callable[..., Any], shapes: Shapes) -> None:
+    """Rewrite a graph of torch functions and compare what it computes."""
+    given = _given(shapes)
+    gm = fx.symbolic_trace(fn)
+    rewritten = runlora_fx.rewrite(gm, given, strict=True, objective="flops")
+    _same(outputs_and_grads(rewritten, given), outputs_and_grads(fn, given))
+
+
+def _check_joint(fn: Callable[..., Any], shapes: Shapes) -> None:
+    """Compile a function with its backward and compare what it computes."""
+    torch._dynamo.reset()
+    given = _given(shapes)
+    compiled = torch.compile(fn, backend="runlora_eager", fullgraph=True, options=OPTIONS)
+    _same(outputs_and_grads(compiled, given), outputs_and_grads(fn, given))
+
+
+# -- dimensions of size 1 ----------------------------------------------------------------------
+
+
+def _one_token_with_a_bias(
+    x: Tensor, w: Tensor, bias: Tensor, a: Tensor, b: Tensor, c: Tensor
+) -> Tensor:
+    return F.linear(x, w, bias) + x @ a @ b @ c
+
+
+def test_a_bias_is_added_to_one_token_of_each_sequence() -> None:
+    """``x[3, 1, 8]`` flattened to ``[3, 8]``: the token may stand with the rows or the columns."""
+    shapes = [(3, 1, 8), (7, 8), (7,), (8, 1), (1, 3), (3, 7)]
+    _check_functions(_one_token_with_a_bias, shapes)
+
+
+def _gram_of_one_row(x: Tensor) -> tuple[Tensor, Tensor]:
+    y = x @ x.mT
+    return y @ y.transpose(-1, -2), y
+
+
+def test_a_batch_of_numbers_is_transposed_as_it_is_written() -> None:
+    _check_joint(_gram_of_one_row, [(2, 1, 8)])
+
+
+# -- activations whose rows are not flattened ---------------------------------------------------
+
+
+def _columns_weighed(x: Tensor, w: Tensor, a: Tensor, b: Tensor, t: Tensor) -> Tensor:
+    return torch.einsum("bsi,bsi->i", F.linear(x, w) + (x @ a) @ b, t)
+
+
+def _rows_weighed(x: Tensor, w: Tensor, a: Tensor, b: Tensor, t: Tensor) -> Tensor:
+    return torch.einsum("bsi,bsi->bs", F.linear(x, w) + (x @ a) @ b, t)
+
+
+def _low_rank_of_tokens(x: Tensor, w: Tensor, a: Tensor, b: Tensor, t: Tensor) -> Tensor:
+    y = (F.linear(x, w) + (x @ a) @ b).reshape(-1, b.shape[1])
+    return y.t() @ t.reshape(-1, b.shape[1])
+
+
+@pytest.mark.parametrize("fn", [_columns_weighed, _rows_weighed, _low_rank_of_tokens])
+@pytest.mark.parametrize("shape", [(1, 5, 8), (2, 6, 8), (4, 16, 8)])
+@pytest.mark.parametrize("rank", [1, 3])
+def test_activations_are_factors_on_either_side(
+    fn: Callable[..., Any], shape: tuple[int, ...], rank: int
+) -> None:
+    shapes = [shape, (3, 8), (8, rank), (rank, 3), (*shape[:2], 3)]
+    _check_functions(fn, shapes)
+
+
+# -- what the forward writes -------------------------------------------------------------------
+
+
+class RunningMean(nn.Module):
+    """A layer whose output is written into a buffer, scaled otherwise than it is returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(9, 7, dtype=torch.float64))
+
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        y = F.linear(x, w + w)
+        self.mean.mul_(0.9).add_(y.detach())
+        return y / 0.5
+
+
+def test_what_is_written_into_a_buffer_is_computed_in_the_forward() -> None:
+    """No output of the forward is made of what is written."""
+    torch._dynamo.reset()
+    given = _given([(9, 8), (7, 8)])
+    model, expected = RunningMean(), RunningMean()
+    compiled: Any = torch.compile(model, backend="runlora_eager", fullgraph=True, options=OPTIONS)
+    _same(outputs_and_grads(compiled, given), outputs_and_grads(expected, given))
+    torch.testing.assert_close(model.mean, expected.mean)
+    report = runlora_fx.last_report()
+    assert report is not None
+    assert not report.refusals
+
+
+@pytest.mark.parametrize("tag", [None, "must_be_in_forward", "must_be_in_backward"])
+def test_a_write_runs_in_the_phase_that_it_is_tagged_for(tag: str | None) -> None:
+    graph = fx.Graph()
+    x, memory, gradient = map(graph.placeholder, ("primals_1", "primals_2", "tangents_1"))
+    doubled = graph.call_function(torch.ops.aten.mul.Tensor, (x, 2))
+    written = graph.call_function(torch.ops.aten.copy_.default, (memory, doubled))
+    result = graph.call_function(torch.ops.aten.mul.Tensor, (gradient, 2))
+    graph.output((x, result))
+    if tag is not None:
+        written.meta["partitioner_tag"] = tag
+    phases = Phases(graph, Effects(graph))
+    is_backward = tag == "must_be_in_backward"
+    assert [phases.runs_backward(n) for n in (doubled, written, result)] == [is_backward] * 2 + [
+        True
+    ]
