@@ -240,6 +240,19 @@ def test_memory_order(order: list[int]) -> None:
     assert memory_order(node, lambda size: int(size)) == order
 
 
+@pytest.mark.parametrize("order", ([0, 1, 2], [2, 0, 1], [1, 2, 0], [2, 1, 0]))
+@pytest.mark.parametrize("empty", (0, 1, 2))
+def test_memory_order_of_a_tensor_without_elements(order: list[int], empty: int) -> None:
+    shape = [0 if d == empty else 2 + d for d in range(3)]
+    back = [order.index(d) for d in range(3)]
+    turned = torch.empty([shape[d] for d in order]).permute(back)
+    (node,) = _placeholders(turned)
+    found = memory_order(node, lambda size: int(size))
+    assert found is not None
+    again = turned.permute(found).clone(memory_format=torch.contiguous_format)
+    assert again.permute([found.index(d) for d in range(3)]).stride() == turned.stride()
+
+
 def test_an_expanded_tensor_has_no_memory_order() -> None:
     (node,) = _placeholders(torch.empty(1, 4).expand(3, 4))
     assert memory_order(node, lambda size: int(size)) is None

@@ -18,7 +18,15 @@ from torch import fx
 
 from runlora_fx.passes.algebra.posed import Dim
 from runlora_fx.passes.levels.modules import drops_nothing, is_plain_linear, module_of
-from runlora_fx.passes.levels.sizes import equal, example_of, is_one, numel, shape_of, strides_of
+from runlora_fx.passes.levels.sizes import (
+    equal,
+    example_of,
+    is_one,
+    is_zero,
+    numel,
+    shape_of,
+    strides_of,
+)
 
 #: What a reader makes of a layout: its result has a layout of its own; the result's layout follows;
 #: or the reader may be wrong or fail with another one.
@@ -77,12 +85,17 @@ def memory_order(node: fx.Node, hint: Callable[[Dim], int]) -> list[int] | None:
         The permutation that makes the tensor contiguous; None if none does.
     """
     shape, strides = shape_of(node), strides_of(node)
-    order = sorted(range(len(shape)), key=lambda d: (not is_one(shape[d]), -hint(strides[d])))
+
+    def place(d: int) -> tuple[bool, int, bool]:
+        return not is_one(shape[d]), -hint(strides[d]), is_zero(shape[d])
+
+    order = sorted(range(len(shape)), key=place)
     expected: Dim = 1
     for d in reversed(order):
         if not is_one(shape[d]) and not equal(strides[d], expected):
             return None
-        expected = numel((expected, shape[d]))
+        if not is_zero(shape[d]):  # the strides of an empty tensor are those of one with a 1 there
+            expected = numel((expected, shape[d]))
     return order
 
 
