@@ -14,6 +14,7 @@ from runlora_fx.passes.algebra.polynomials import (
     IDENTITY,
     ONE,
     Factor,
+    NotInNormalForm,
     Polynomial,
     Scalar,
     Word,
@@ -148,6 +149,15 @@ def test_diagonal_parts_of_a_product_are_those_of_its_mirror_image(
     assert (p @ q).diag_part.unmirrored == (q.T @ p.T).diag_part.unmirrored
     assert (p @ q).diag_part == (p @ q).diag_part.T
     assert normalise((p @ q).diag_part).transposed is False
+
+
+def test_a_diagonal_part_is_multiplied_by_the_identity_alone() -> None:
+    vector = (leaf(0) @ leaf(1)).diag_part
+    assert IDENTITY @ vector == vector
+    assert vector @ IDENTITY.scaled(Scalar(2.0)) == vector.scaled(Scalar(2.0))
+    for left, right in ((leaf(0), vector), (vector, leaf(0)), (vector, vector)):
+        with pytest.raises(NotInNormalForm):
+            left @ right
 
 
 @often

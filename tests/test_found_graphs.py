@@ -71,6 +71,36 @@ def test_a_batch_of_numbers_is_transposed_as_it_is_written() -> None:
     _check_joint(_gram_of_one_row, [(2, 1, 8)])
 
 
+# -- tensors without elements ------------------------------------------------------------------
+
+
+def _rank_zero(x: Tensor, w: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    return F.linear(x, w) + x @ a @ b @ c
+
+
+def test_an_empty_gradient_has_its_strides() -> None:
+    _check_joint(_rank_zero, [(2, 5, 8), (0, 8), (8, 0), (0, 3), (3, 0)])
+
+
+# -- vectors -----------------------------------------------------------------------------------
+
+
+def _gram_of_rows(g: Tensor, x: Tensor) -> Tensor:
+    y = g[:, None] * x
+    return (y @ y.T) * g
+
+
+def _gram_of_columns(g: Tensor, x: Tensor) -> Tensor:
+    y = x.T * g
+    return (y.T @ y) * g[:, None]
+
+
+@pytest.mark.parametrize("fn", [_gram_of_rows, _gram_of_columns])
+def test_a_vector_is_added_to_the_diagonal_of_a_product(fn: Callable[..., Any]) -> None:
+    """The gradient of ``g``: dot products, and a row or a column that another sum made."""
+    _check_joint(fn, [(3,), (3, 8)])
+
+
 # -- activations whose rows are not flattened ---------------------------------------------------
 
 

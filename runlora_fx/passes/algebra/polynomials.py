@@ -49,7 +49,10 @@ Factors = tuple[Factor, ...]
 
 
 class NotInNormalForm(ValueError):
-    """No polynomial says what is asked for: a scattered word is scattered, picked or squared."""
+    """No polynomial says what is asked for.
+
+    A scattered word is scattered, picked or squared, or a diagonal part is multiplied by a matrix.
+    """
 
 
 class Word(NamedTuple):
@@ -86,13 +89,22 @@ class Word(NamedTuple):
         """The two words behind one another; the leaves of a scattered word's partner are picked.
 
         Raises:
-            NotInNormalForm: If both are scattered.
+            NotInNormalForm: If both are scattered, or one is a vector and the other a matrix.
         """
+        if self.diag_part or other.diag_part:
+            return self._times_identity(other)
         factors = _joined(self.factors, other.factors)
         scattered = self.scattered or other.scattered
         if self.scattered and other.scattered:
             raise NotInNormalForm("two scattered words have no product in normal form")
         return Word(factors, _merge(self.scalars, other.scalars), scattered=scattered)
+
+    def _times_identity(self, other: Word) -> Word:
+        """A diagonal part, which is no matrix, behind or in front of the identity."""
+        vector, matrix = (self, other) if self.diag_part else (other, self)
+        if matrix.factors or matrix.diag_part:
+            raise NotInNormalForm("a diagonal part is multiplied by no matrix")
+        return vector._replace(scalars=_merge(self.scalars, other.scalars))
 
     @property
     def without_diagonals(self) -> Factors:

@@ -20,7 +20,7 @@ from runlora_fx.passes.emit.scope import Scope, dtype_of, flattened
 from runlora_fx.passes.emit.values import Values
 from runlora_fx.passes.emit.writer import EmissionError
 from runlora_fx.passes.levels.forms import Identity
-from runlora_fx.passes.levels.sizes import same_shape, shape_of
+from runlora_fx.passes.levels.sizes import numel, same_shape, shape_of
 
 _ORDER = {"vector": 0, "leaf": 1, "product": 2, "identity": 3}
 
@@ -47,6 +47,8 @@ class Sums:
         one ``addmm``. A root's other addends stay plain additions: they fuse with its readers.
         """
         kinds = [self._kind(part, backward) for part in parts]
+        # A leaf that is added to a diagonal part is a row or a column; it is added as a vector.
+        makes_vector = any(part.core.is_diag_part for part in parts)
         total: fx.Node | None = None
         takes_product = False
         lacks = Lacks()
@@ -67,7 +69,10 @@ class Sums:
             fused = kind == "product" and (total is None or takes_product)
             added = self._fused(total, value, turned, scalar) if fused else None
             if added is None:
-                added = self.add(total, self._values.matrix(value, turned), scalar)
+                node = self._values.matrix(value, turned)
+                if makes_vector:
+                    node = self._scope.writer.reshape(node, (numel(shape_of(node)),))
+                added = self.add(total, node, scalar)
             total = added
             takes_product = not is_root
             lacks = NOTHING

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from runlora_fx.passes.algebra.addends import Addends, total
-from runlora_fx.passes.algebra.polynomials import Polynomial, of_factors
+from runlora_fx.passes.algebra.polynomials import NotInNormalForm, Polynomial, of_factors
 from runlora_fx.passes.emit.layout import is_relied_on
 from runlora_fx.passes.levels.cuts import Cut
 from runlora_fx.passes.levels.sizes import (
@@ -63,7 +63,7 @@ def verify(reader: GraphReader, emitted: fx.Node, root: fx.Node, expected: Polyn
         )
     try:
         found = total(_ReadBack(reader, expected).operand(emitted, reader.cuts[root]))
-    except _Unreadable as error:
+    except (_Unreadable, NotInNormalForm) as error:
         raise VerificationError(f"{root.name}: cannot read {error} back") from error
     if not found.unmirrored.close_to(expected.unmirrored):
         raise VerificationError(f"{root.name}: emitted {found}, expected {expected}")
