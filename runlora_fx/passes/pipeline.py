@@ -62,9 +62,16 @@ def rewrite_graph(
         Exception: Under ``strict``, whatever fails; the graph is then as it came.
     """
     known = Machine(use_stored=options.tune != "off") if machine is None else machine
-    context = Context(graph, level, options, known, may_guard, tuple(parameters))
+    with _collection_paused():
+        # All that the passes made is gone once this returns: nothing is left to look through.
+        return _rewritten(Context(graph, level, options, known, may_guard, tuple(parameters)))
+
+
+def _rewritten(context: Context) -> Report:
+    """Run the passes on the graph of a context, and report on them."""
+    graph = context.graph
     came = list(graph.nodes)
-    with _collection_paused(), transaction(graph):
+    with transaction(graph):
         outcomes = []
         for run in PASSES:
             with attempt(context, "this graph"):
@@ -73,7 +80,7 @@ def rewrite_graph(
             return _report(context, came, outcomes)
         except Exception as error:
             _undescribed(context, error)
-            return Report(graph=level.graph)
+            return Report(graph=context.level.graph)
 
 
 @contextmanager

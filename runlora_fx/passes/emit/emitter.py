@@ -11,6 +11,8 @@ them.
 
 from __future__ import annotations
 
+from weakref import proxy
+
 from torch import fx
 
 import runlora_fx.passes.emit.implementations  # noqa: F401  what it registers writes the steps
@@ -42,9 +44,12 @@ class Emitter:
         """Prepare to emit; nothing is written yet."""
         self._scope = Scope(task, writer)
         self._task = task
-        products, broadcasts = Products(self._scope, self), Broadcasts(self._scope, self)
-        self._sums = Sums(self._scope, self, products, broadcasts)
-        self._emission = Emission(self._scope, self, products, self._sums, broadcasts)
+        # They ask for values while the emitter lives, and do not keep it: of objects in a circle
+        # Python keeps all, until it looks for garbage.
+        values = proxy(self)
+        products, broadcasts = Products(self._scope, values), Broadcasts(self._scope, values)
+        self._sums = Sums(self._scope, values, products, broadcasts)
+        self._emission = Emission(self._scope, values, products, self._sums, broadcasts)
         self._made: dict[Value, Laid] = {}
         self._of_values: set[fx.Node] = set()
         self.recomputed: list[fx.Node] = []

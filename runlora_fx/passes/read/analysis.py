@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
+from typing import Any
 
 import sympy
 from torch import fx
@@ -48,7 +50,9 @@ class Analysis:
         self.effects = Effects(graph)
         self.reader = GraphReader(graph, dialect, self.effects, casts=casts)
         self.phases = Phases(graph, self.effects)
-        self.regions = Regions(self.reader, self.phases, self.hint)
+        # No method of this object: of objects in a circle Python keeps all, until it looks for
+        # garbage.
+        self.regions = Regions(self.reader, self.phases, partial(_hint, mode=self._mode))
         self.failures: list[tuple[Region, Exception]] = []
         self.posed = self._posed()
 
@@ -65,9 +69,7 @@ class Analysis:
 
     def hint(self, size: Dim) -> int:
         """The size that a dimension had when the graph was traced."""
-        if isinstance(size, int):
-            return size
-        return size_hint(sympy.sympify(size), self._mode, UNKNOWN_SIZE)
+        return _hint(size, self._mode)
 
     def leaves_of(self, region: int, nodes: Collection[fx.Node]) -> frozenset[int]:
         """The leaves of a region's problem that are some nodes, each one matrix."""
@@ -83,3 +85,8 @@ class Analysis:
         matrices, own = self.reader.leaves.matrices, self.posed[region].matrices
         nodes = (matrices[own[leaf]].node for leaf in leaves)
         return [node for node in nodes if node is not None]
+
+
+def _hint(size: Dim, mode: Any) -> int:
+    """The size that a dimension had when the graph was traced in a fake mode."""
+    return size if isinstance(size, int) else size_hint(sympy.sympify(size), mode, UNKNOWN_SIZE)

@@ -31,7 +31,7 @@ from runlora_fx.passes.read.effects import Effects
 from runlora_fx.passes.read.gradients import gradient_nodes
 from runlora_fx.passes.read.leaves import Leaves
 from runlora_fx.passes.read.linear import Linear, LinearFinder
-from runlora_fx.passes.read.polynomial_reader import PolynomialReader
+from runlora_fx.passes.read.polynomial_reader import PolynomialReader, Tables
 from runlora_fx.passes.read.roots import find_roots, sums_below
 from runlora_fx.passes.read.value_numbers import ValueNumbers
 
@@ -137,8 +137,11 @@ class GraphReader(PolynomialReader):
         """The linear nodes and the roots, with what is known so far."""
         self.forms = {}
         rules = CastRules(self._dialect, self.casts)
+        # Tables of its own, not this reader: of objects in a circle Python keeps all, until it looks
+        # for garbage.
+        tables = Tables(self.values, self.leaves, self.forms)
         self._finder = LinearFinder(
-            self._dialect, rules, self, self._gradients, self._unread, self._diagonals
+            self._dialect, rules, tables, self._gradients, self._unread, self._diagonals
         )
         self.linear = self._finder.find(self._nodes)
         self.roots = find_roots(self.linear)
