@@ -23,11 +23,7 @@ from torch._dynamo.eval_frame import skip_code
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor import config as inductor_config
-from torch._subclasses.fake_tensor import (
-    FakeTensor,
-    FakeTensorMode,
-    in_kernel_invocation_manager,
-)
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import proxy as _proxy
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._python_dispatch import _disable_current_modes
@@ -129,30 +125,31 @@ def is_plain_fake(value: object, mode: FakeTensorMode | None) -> bool:
 
 
 def fake_like(
-    mode: FakeTensorMode,
-    shape: tuple[int, ...],
-    strides: tuple[int, ...],
-    offset: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    base: torch.Tensor | None,
+    known: FakeTensor, shape: tuple[int, ...], strides: tuple[int, ...], base: torch.Tensor | None
 ) -> FakeTensor:
-    """A fake tensor of a layout: of memory of its own, or a view of another fake tensor.
+    """A fake tensor of the dtype, device and mode of another one, with memory of its own.
+
+    The constructor of fake tensors checks its arguments at length. All that it sets is copied here.
 
     Args:
-        mode: The fake mode that it lives in.
-        shape: Its sizes [elements].
+        known: A fake tensor of known sizes that no operator has asked for more than its layout.
+        shape: The sizes of the new one [elements].
         strides: Its strides [elements].
-        offset: Where in its memory it begins [elements].
-        dtype: Its dtype.
-        device: Where it pretends to be.
-        base: What it shares memory with, if anything.
+        base: What it is a view of instead, at the same offset as ``known`` is.
     """
-    with in_kernel_invocation_manager(mode):
-        made = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+    with torch._C._DisableTorchDispatch():
+        made = torch.empty_strided(shape, strides, dtype=known.dtype, device="meta")
         if base is not None:
-            made.set_(base.untyped_storage(), offset, shape, strides)
-    return FakeTensor(mode, made, device)
+            made.set_(base.untyped_storage(), known.storage_offset(), shape, strides)
+        fake = torch.Tensor._make_subclass(
+            FakeTensor, made, False, dispatch_device=True, device_for_backend_keys=known.fake_device
+        )
+    if known.fake_mode._allow_unsafe_data_ptr_access:
+        torch._C._set_warn_deprecated_on_mutable_data_ptr(fake)
+    else:
+        torch._C._set_throw_on_mutable_data_ptr(fake)
+    fake.__dict__.update(known.__dict__)
+    return cast(FakeTensor, fake)
 
 
 @contextmanager

@@ -32,9 +32,11 @@ class _Layout(NamedTuple):
 
 
 class _Known(NamedTuple):
-    """What a call returns: a layout, and the position of the argument that it is a view of."""
+    """What a call returned once, and the position of the argument that it is a view of."""
 
-    layout: _Layout
+    value: Any
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
     view_of: int | None
 
 
@@ -58,13 +60,14 @@ class ExampleResults:
             return self._called(target, args, kwargs)
         if known is not None:
             base = None if known.view_of is None else tensors[known.view_of]
-            return fake_like(self._mode, *known.layout, base)
+            return fake_like(known.value, known.shape, known.strides, base)
         value = self._called(target, args, kwargs)
         if is_plain_fake(value, self._mode):
             storages = [storage_of(tensor) for tensor in tensors]
             bases = [i for i, storage in enumerate(storages) if storage == storage_of(value)]
             if len(bases) < 2:  # of two that share memory, the next call may read two that do not
-                self._known[key] = _Known(_layout(value), bases[0] if bases else None)
+                view_of = bases[0] if bases else None
+                self._known[key] = _Known(value, tuple(value.shape), value.stride(), view_of)
         return value
 
     def _called(
