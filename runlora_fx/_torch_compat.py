@@ -149,7 +149,7 @@ def fake_like(
     else:
         torch._C._set_throw_on_mutable_data_ptr(fake)
     fake.__dict__.update(known.__dict__)
-    return cast(FakeTensor, fake)
+    return fake
 
 
 @contextmanager

@@ -32,7 +32,7 @@ def _dequantised(user_tag: Any) -> list[Any]:
     calls = [node for node in gm.graph.nodes if node.op == "call_function"]
     if user_tag is not None:
         calls[1].meta["recompute"] = user_tag
-    recompute_dequantised(calls[-1], Effects(gm.graph))
+    recompute_dequantised(calls[-1:], Effects(gm.graph))
     return [node.meta.get("recompute") for node in calls]
 
 

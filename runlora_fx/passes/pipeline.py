@@ -1,4 +1,4 @@
-"""The pipeline: the passes in order, each a transaction, and the report at the end.
+"""The pipeline: the pass over a graph, and the report on it.
 
     rewrite_graph(graph, level, options)    changes the graph in place, returns the report
 
@@ -18,8 +18,8 @@ from torch import fx
 
 from runlora_fx.cost_model.devices.machine import Machine
 from runlora_fx.options import Options
-from runlora_fx.passes.context import Context, Outcome, Pass
-from runlora_fx.passes.emit.transaction import attempt, transaction
+from runlora_fx.passes.context import Context, Outcome
+from runlora_fx.passes.emit.transaction import Snapshot, note_failure
 from runlora_fx.passes.levels.level import Dialect
 from runlora_fx.passes.planning import PlannedRegion, plan_linear_algebra
 from runlora_fx.report.data import Refusal, Report, Site
@@ -27,9 +27,6 @@ from runlora_fx.report.describe import Known, describe
 from runlora_fx.report.origin import unmatched
 
 _log = logging.getLogger("runlora_fx")
-
-#: In the order in which they run.
-PASSES: tuple[Pass, ...] = (plan_linear_algebra,)
 
 #: In the place of the description of a finding, where making it failed.
 _FAILED = object()
@@ -68,19 +65,25 @@ def rewrite_graph(
 
 
 def _rewritten(context: Context) -> Report:
-    """Run the passes on the graph of a context, and report on them."""
-    graph = context.graph
-    came = list(graph.nodes)
-    with transaction(graph):
-        outcomes = []
-        for run in PASSES:
-            with attempt(context, "this graph"):
-                outcomes.append(run(context))
+    """Run the pass on the graph of a context, and report on it."""
+    came = Snapshot(context.graph)
+    try:
+        outcome: Outcome | None = None
         try:
-            return _report(context, came, outcomes)
+            outcome = plan_linear_algebra(context)
+        except Exception as error:
+            if context.options.strict:
+                raise
+            came.restore()
+            note_failure(context, ("this graph",), error)
+        try:
+            return _report(context, came.nodes, outcome)
         except Exception as error:
             _undescribed(context, error)
             return Report(graph=context.level.graph)
+    except BaseException:
+        came.restore()
+        raise
 
 
 @contextmanager
@@ -99,11 +102,10 @@ def _collection_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _report(context: Context, came: Sequence[fx.Node], outcomes: Sequence[Outcome]) -> Report:
+def _report(context: Context, came: Sequence[fx.Node], outcome: Outcome | None) -> Report:
     """The report on what was done; its failure costs nothing but the report."""
-    is_joint = any(outcome.is_joint for outcome in outcomes)
-    graph = "joint" if is_joint else context.level.graph
-    findings = [finding for outcome in outcomes for finding in outcome.findings]
+    graph = "joint" if outcome is not None and outcome.is_joint else context.level.graph
+    findings: Sequence[PlannedRegion] = () if outcome is None else outcome.findings
     failed = [
         Refusal(f"could not be rewritten ({type(f.error).__name__}: {f.error})", f.nodes)
         for f in context.failures
@@ -112,7 +114,7 @@ def _report(context: Context, came: Sequence[fx.Node], outcomes: Sequence[Outcom
     described = [_described(context, finding, known) for finding in findings]
     sites = tuple(site for site in described if isinstance(site, Site))
     missed: list[Refusal] = []
-    if len(outcomes) == len(PASSES) and _FAILED not in described:
+    if outcome is not None and _FAILED not in described:
         missed = _missed(context, came, sites)
     if missed and not sites and not failed:
         _log.warning(
@@ -130,20 +132,14 @@ def _report(context: Context, came: Sequence[fx.Node], outcomes: Sequence[Outcom
     )
 
 
-def _described(context: Context, finding: object, known: Known) -> Site | object | None:
+def _described(context: Context, finding: PlannedRegion, known: Known) -> Site | object | None:
     """What was found, as a site; what cannot be described is missing from the report."""
     try:
-        return _site(finding, known)
+        region, posed, decision = finding.region, finding.posed, finding.decision
+        return describe(region, posed, decision, finding.changed, finding.objective, known)
     except Exception as error:
         _undescribed(context, error)
         return _FAILED
-
-
-def _site(finding: object, known: Known) -> Site | None:
-    match finding:
-        case PlannedRegion(region, posed, decision, changed, objective):
-            return describe(region, posed, decision, changed, objective, known)
-    raise TypeError(f"a pass found {finding!r}, which no report describes")
 
 
 def _missed(context: Context, came: Sequence[fx.Node], sites: Sequence[Site]) -> list[Refusal]:
@@ -166,11 +162,8 @@ def _undescribed(context: Context, error: Exception) -> None:
     )
 
 
-def _flops(finding: object) -> tuple[int, int]:
-    """FLOPs before and after, of what no other finding counts [FLOP]."""
-    match finding:
-        case PlannedRegion(decision=decision, changed=changed):
-            return int(decision.before.flops), int(
-                (decision.after if changed else decision.before).flops
-            )
-    return 0, 0
+def _flops(finding: PlannedRegion) -> tuple[int, int]:
+    """FLOPs before and after [FLOP]."""
+    decision = finding.decision
+    after = decision.after if finding.changed else decision.before
+    return int(decision.before.flops), int(after.flops)

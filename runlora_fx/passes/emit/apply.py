@@ -69,8 +69,8 @@ def apply(
     if analysis.phases.is_joint:
         matrices = analysis.reader.leaves.matrices
         leaves = (matrices[leaf] for i in plans for leaf in analysis.posed[i].matrices)
-        for node in dict.fromkeys(leaf.node for leaf in leaves if leaf.node is not None):
-            recompute_dequantised(node, analysis.effects)
+        nodes = dict.fromkeys(leaf.node for leaf in leaves if leaf.node is not None)
+        recompute_dequantised(nodes, analysis.effects)
     if analysis.dialect.calls.merged_weight is not None:
         stop_keeping_what_escapes(analysis.graph, analysis.dialect.calls.addmm)
 

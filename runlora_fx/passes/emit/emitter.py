@@ -44,8 +44,7 @@ class Emitter:
         """Prepare to emit; nothing is written yet."""
         self._scope = Scope(task, writer)
         self._task = task
-        # They ask for values while the emitter lives, and do not keep it: of objects in a circle
-        # Python keeps all, until it looks for garbage.
+        # A proxy: Python keeps objects that refer to each other until it looks for garbage.
         values = proxy(self)
         products, broadcasts = Products(self._scope, values), Broadcasts(self._scope, values)
         self._sums = Sums(self._scope, values, products, broadcasts)

@@ -78,28 +78,36 @@ def recompute_dropout_masks(graph: fx.Graph) -> int:
     return found
 
 
-def recompute_dequantised(weight: fx.Node, effects: Effects) -> None:
-    """Have the backward make a weight again, if it was dequantised.
+def recompute_dequantised(weights: Iterable[fx.Node], effects: Effects) -> None:
+    """Have the backward make those weights again that were dequantised.
 
-    That is a tensor which few simple operations make from inputs that are smaller than it is, and
-    that nothing modifies.
+    Such a weight is a tensor which few simple operations make from inputs that are smaller than it
+    is, and that nothing modifies.
     """
-    recompute(_chain(weight, effects))
+    costly: set[fx.Node] = set()
+    for weight in weights:
+        recompute(_chain(weight, effects, costly))
 
 
-def _chain(weight: fx.Node, effects: Effects) -> list[fx.Node]:
-    """What makes a tensor from inputs of the graph; nothing if that is not cheap to do again."""
+def _chain(weight: fx.Node, effects: Effects, costly: set[fx.Node]) -> list[fx.Node]:
+    """What makes a tensor from inputs of the graph; nothing if that is not cheap to do again.
+
+    Args:
+        weight: The tensor.
+        effects: What the nodes do besides computing a value.
+        costly: Tensors that are not cheap to make again; more are added.
+    """
     pending, chain, inputs = [weight], dict[fx.Node, None](), dict[fx.Node, None]()
     while pending:
         node = pending.pop()
-        if effects.is_overwritten(node):
+        is_input = node.op == "placeholder"
+        if effects.is_overwritten(node) or (not is_input and not _is_simple(node, effects)):
+            costly.add(node)
+        if node in costly or len(chain) >= _MAX_NODES:
+            costly.add(weight)
             return []
-        if node.op == "placeholder":
+        if is_input:
             inputs[node] = None
-        elif (
-            node.op != "call_function" or not _is_simple(node, effects) or len(chain) >= _MAX_NODES
-        ):
-            return []
         elif node not in chain:
             chain[node] = None
             pending.extend(node.all_input_nodes)
@@ -109,8 +117,9 @@ def _chain(weight: fx.Node, effects: Effects) -> list[fx.Node]:
 
 
 def _is_simple(node: fx.Node, effects: Effects) -> bool:
-    acts = effects.is_random(node) or effects.writes(node)
-    return name_of(node.target) not in _PRODUCTS and not acts
+    if node.op != "call_function" or name_of(node.target) in _PRODUCTS:
+        return False
+    return not (effects.is_random(node) or effects.writes(node))
 
 
 def _bytes(node: fx.Node) -> int | None:

@@ -25,34 +25,33 @@ _log = logging.getLogger("runlora_fx")
 
 
 class _Record(NamedTuple):
-    """A node as it was."""
+    """A node as it was; what else it is, it remains, even where it is erased."""
 
     node: fx.Node
-    op: str
-    target: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     name: str
-    type_expr: Any
     meta: dict[str, Any]
 
 
-class _Snapshot:
-    """The nodes of a graph at one moment: what they compute, in which order, and their metadata."""
+class Snapshot:
+    """The nodes of a graph at one moment: what they compute, in which order, and their metadata.
+
+    Attributes:
+        nodes: The nodes, in order.
+    """
 
     def __init__(self, graph: fx.Graph) -> None:
+        """Take note of a graph."""
         self._graph = graph
-        self._records = [
-            _Record(n, n.op, n.target, n.args, dict(n.kwargs), n.name, n.type, dict(n.meta))
-            for n in graph.nodes
-        ]
+        self.nodes = tuple(graph.nodes)
+        self._records = [_Record(n, n.args, n.kwargs, n.name, n.meta.copy()) for n in self.nodes]
 
     def has_changed(self) -> bool:
         """Whether some node is new, gone, or reads something else."""
-        nodes = list(self._graph.nodes)
-        return len(nodes) != len(self._records) or any(
-            node is not was.node
-            or (node.args is not was.args and _read(node.args) != _read(was.args))
+        nodes = tuple(self._graph.nodes)
+        return nodes != self.nodes or any(
+            node.args is not was.args and _read(node.args) != _read(was.args)
             for node, was in zip(nodes, self._records, strict=True)
         )
 
@@ -82,9 +81,8 @@ class _Snapshot:
         """A node that was erased; it reads nothing yet."""
         at = self._graph.inserting_before(next(iter(self._graph.nodes)))
         with at if before is None else self._graph.inserting_after(before):
-            return self._graph.create_node(
-                was.op, was.target, name=was.name, type_expr=was.type_expr
-            )
+            gone = was.node
+            return self._graph.create_node(gone.op, gone.target, name=was.name, type_expr=gone.type)
 
 
 def _read(args: Any) -> list[fx.Node]:
@@ -92,28 +90,6 @@ def _read(args: Any) -> list[fx.Node]:
     found: list[fx.Node] = []
     fx.node.map_arg(args, found.append)
     return found
-
-
-@contextmanager
-def attempt(context: Context, *names: str) -> Iterator[None]:
-    """A transaction whose failure costs only what is changed in it.
-
-    Without the option ``strict`` an exception is logged and added to the context's failures.
-
-    Args:
-        context: The graph.
-        *names: What is left as it came if something is raised.
-
-    Raises:
-        Exception: Under ``strict``, whatever is raised inside.
-    """
-    try:
-        with transaction(context.graph):
-            yield
-    except Exception as error:
-        if context.options.strict:
-            raise
-        note_failure(context, names, error)
 
 
 def note_failure(context: Context, names: Sequence[str], error: Exception) -> None:
@@ -137,7 +113,7 @@ def transaction(graph: fx.Graph) -> Iterator[None]:
         Exception: Whatever is raised inside, and what ``graph.lint()`` finds at the end; the graph
             is then as it was.
     """
-    snapshot = _Snapshot(graph)
+    snapshot = Snapshot(graph)
     try:
         yield
         if snapshot.has_changed():

@@ -50,7 +50,7 @@ class Analysis:
         self.effects = Effects(graph)
         self.reader = GraphReader(graph, dialect, self.effects, casts=casts)
         self.phases = Phases(graph, self.effects)
-        # No method of this object: of objects in a circle Python keeps all, until it looks for
+        # No method of this object: Python keeps objects that refer to each other until it looks for
         # garbage.
         self.regions = Regions(self.reader, self.phases, partial(_hint, mode=self._mode))
         self.failures: list[tuple[Region, Exception]] = []

@@ -137,8 +137,7 @@ class GraphReader(PolynomialReader):
         """The linear nodes and the roots, with what is known so far."""
         self.forms = {}
         rules = CastRules(self._dialect, self.casts)
-        # Tables of its own, not this reader: of objects in a circle Python keeps all, until it looks
-        # for garbage.
+        # Not this reader: Python keeps objects that refer to each other until it looks for garbage.
         tables = Tables(self.values, self.leaves, self.forms)
         self._finder = LinearFinder(
             self._dialect, rules, tables, self._gradients, self._unread, self._diagonals
