@@ -29,7 +29,7 @@ from runlora_fx.passes.algebra.polynomials import (
 from runlora_fx.passes.algebra.problem import LeafSpec, Problem, Value
 from runlora_fx.passes.algebra.steps import Keep, Product, Step, Sum, product_step, sum_step
 from runlora_fx.passes.search import frontiers
-from runlora_fx.passes.search.decide import decide
+from runlora_fx.passes.search.decide import alternatives, decide
 from runlora_fx.passes.search.frontiers import cheapest, search
 from runlora_fx.passes.search.ways import Ways
 
@@ -459,6 +459,19 @@ def test_the_alternatives_are_ranked_and_begin_with_the_choice() -> None:
     assert len(prices) > 1
     assert decision.plan is not None
     assert prices[0] == FLOPS.total(decision.plan.operations(problem))
+
+
+def test_the_alternatives_together_are_searched_as_long_as_one_problem(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is left out is what promised least: the choice is still among them."""
+    whole = decide(lora_layer((511, 256, 256, 8)), FLOPS)
+    monkeypatch.setattr(frontiers, "_EFFORT", 20)
+    monkeypatch.setattr(frontiers, "_EFFORT_PER_STEP", 0)
+    problem = lora_layer((512, 256, 256, 8))
+    few = alternatives(problem, FLOPS)
+    assert 1 <= len(few) < len(whole.alternatives)
+    assert few[0].step == whole.alternatives[0].step
 
 
 def test_formulas_agree_with_the_numbers_of_the_search() -> None:

@@ -14,7 +14,7 @@ from runlora_fx.passes.algebra.plan import Plan, incoming_operations, total_cost
 from runlora_fx.passes.algebra.problem import Problem
 from runlora_fx.passes.algebra.steps import Step
 from runlora_fx.passes.search.assigned import refusal
-from runlora_fx.passes.search.frontiers import Proof, first_steps, search
+from runlora_fx.passes.search.frontiers import Proof, effort_limit, first_steps, search
 
 #: How wide an alternative is searched: they are mostly to be shown.
 _WIDTHS = (16,)
@@ -126,11 +126,22 @@ def judge(
 
 @lru_cache(maxsize=4096)
 def alternatives(problem: Problem, objective: Objective) -> tuple[Alternative, ...]:
-    """The first demand's possible first steps, each with the cheapest plan that takes it."""
+    """The first demand's possible first steps, each with the cheapest plan that takes it.
+
+    All of them together take about as much work as the decision itself. Where that is not enough,
+    the less promising steps are left out.
+    """
     steps = first_steps(problem, objective)
     if len(steps) < 2:
         return ()
-    plans = [(step, search(problem, objective, step, _WIDTHS).plan) for step in steps]
+    left = effort_limit(problem)
+    plans: list[tuple[Step, Plan]] = []
+    for step in steps:
+        if left <= 0:
+            break
+        found = search(problem, objective, step, _WIDTHS)
+        left -= found.effort
+        plans.append((step, found.plan))
     plans.sort(key=lambda pair: objective.total(pair[1].operations(problem)))
     return tuple(Alternative(step, plan, plan.cost(problem)) for step, plan in plans)
 

@@ -121,7 +121,7 @@ def search(
         forced = tuple(c for c in space.choices[demand] if space.steps[demand][c[0]] == first)
         stages = [(*ways[:demand], forced, *ways[demand + 1 :]) for ways in stages]
     best, effort, is_exact = _Sweep(), 0, False
-    limit = _EFFORT + _EFFORT_PER_STEP * len(problem.incoming)
+    limit = effort_limit(problem)
     for choices in stages:
         per_width = 0.0
         for width in widths:
@@ -145,12 +145,23 @@ def search(
     return Found(plan, "exact" if is_exact else "best found", effort)
 
 
+def effort_limit(problem: Problem) -> int:
+    """How many ways may be tried for a problem before no wider search is begun."""
+    return _EFFORT + _EFFORT_PER_STEP * len(problem.incoming)
+
+
 def first_steps(problem: Problem, objective: Objective) -> tuple[Step, ...]:
-    """The steps that the first demand can take; none if it needs no step."""
+    """The steps that the first demand can take, most promising first; none if it needs no step."""
     space = space_of(problem, objective)
     if problem.demands[0] not in space.values:
         return ()
-    return space.steps[space.values.index(problem.demands[0])]
+    demand = space.values.index(problem.demands[0])
+
+    def promise(choice: Choice) -> float:
+        _, price, read = choice
+        return float(price) + sum(space.least[i] for i in members(read))
+
+    return tuple(space.steps[demand][way] for way, *_ in sorted(space.choices[demand], key=promise))
 
 
 def _steps(space: Space, path: _Path) -> dict[Value, Step]:
