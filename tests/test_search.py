@@ -466,7 +466,7 @@ def test_the_alternatives_together_are_searched_as_long_as_one_problem(
 ) -> None:
     """What is left out is what promised least: the choice is still among them."""
     whole = decide(lora_layer((511, 256, 256, 8)), FLOPS)
-    monkeypatch.setattr(frontiers, "_EFFORT", 20)
+    monkeypatch.setattr(frontiers, "_EFFORT", 1)
     monkeypatch.setattr(frontiers, "_EFFORT_PER_STEP", 0)
     problem = lora_layer((512, 256, 256, 8))
     few = alternatives(problem, FLOPS)
