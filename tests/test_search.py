@@ -468,7 +468,7 @@ def test_the_alternatives_together_are_searched_as_long_as_one_problem(
     whole = decide(lora_layer((511, 256, 256, 8)), FLOPS)
     monkeypatch.setattr(frontiers, "_EFFORT", 1)
     monkeypatch.setattr(frontiers, "_EFFORT_PER_STEP", 0)
-    problem = lora_layer((512, 256, 256, 8))
+    problem = lora_layer((513, 256, 256, 8))
     few = alternatives(problem, FLOPS)
     assert 1 <= len(few) < len(whole.alternatives)
     assert few[0].step == whole.alternatives[0].step
