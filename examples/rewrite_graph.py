@@ -1,4 +1,4 @@
-"""Rewrite one graph by hand: a LoRA layer that no library made.
+"""Rewrite one graph: a LoRA layer that is written without a library.
 
 Run it with ``python examples/rewrite_graph.py``.
 """
@@ -10,7 +10,7 @@ import runlora_fx
 
 
 class LoraLinear(nn.Module):
-    """``Y = X W' + s (X A') B'``, written down as it stands."""
+    """``Y = X W' + s (X A') B'``, written literally."""
 
     def __init__(self, features_in: int, features_out: int, rank: int, scaling: float) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ def main() -> None:
     layer = LoraLinear(256, 256, rank=16, scaling=2.0)
     x = torch.randn(4, 128, 256)
 
-    # The forward alone: 512 tokens are more than 256 * 256 / (256 + 256), so the weight is merged.
+    # The forward alone. 512 tokens are more than 256 * 256 / (256 + 256), so the weight is merged.
     traced = torch.fx.symbolic_trace(layer)
     rewritten = runlora_fx.rewrite(traced, (x,))
     print(rewritten.code)

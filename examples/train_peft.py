@@ -23,8 +23,8 @@ def main(backend: str = "runlora", steps: int = 3) -> list[float]:
     adapters = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
     model = get_peft_model(LlamaForCausalLM(config), adapters)
 
-    # `model.compile(...)` compiles in place, which keeps the names in the state dict;
-    # `model = torch.compile(model, backend=...)` does as well.
+    # In place, which keeps the names in the state dict. `torch.compile(model, backend=backend)`
+    # works as well, and returns a wrapper.
     model.compile(backend=backend)
 
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)

@@ -1,7 +1,7 @@
 """runlora-fx: LoRA training and inference in the cheapest contraction order.
 
 ``torch.compile(model, backend="runlora")`` needs no import of this package. The functions here
-rewrite single graphs and tell what the backend does:
+rewrite single graphs and explain what the backend does:
 
     gm = runlora_fx.rewrite(gm, example_inputs)
     print(runlora_fx.explain(model, *inputs))

@@ -1,4 +1,11 @@
-"""What differs between torch 2.11 and 2.13, or may change with the next, in one place."""
+"""Everything that differs between versions of torch, and the private names that we use.
+
+``free_unbacked_symbols``, ``_TorchCompileInductorWrapper``, ``env.optimization_hint`` -> functions
+with names and docstrings of ours.
+
+Invariant: a new version of torch breaks this module, if any; ``tests/test_layering.py`` lists the
+four other modules that import private names.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +35,7 @@ from torch.fx import proxy as _proxy
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._python_dispatch import _disable_current_modes
 
-#: Metadata that fx itself copies when a node is made in the place of another.
+#: Metadata that fx copies from a node to the node that replaces it.
 COPIED_META: tuple[str, ...] = tuple(
     dict.fromkeys(
         [
@@ -48,15 +55,15 @@ COPIED_META: tuple[str, ...] = tuple(
     )
 )
 
-#: Arguments of ``torch.compile`` for a look at a model: nothing of it counts against the recompile
-#: limit of the user's own compilations (torch 2.13).
+#: Arguments of ``torch.compile`` for :func:`explain`: from torch 2.13 on, its compilations do not
+#: count against the recompile limit of the user's own.
 APART: dict[str, Any] = (
     {"isolate_recompiles": True}
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters
     else {}
 )
 
-#: The settings of Inductor that hold passes of others.
+#: The settings of Inductor that hold custom passes.
 _CUSTOM_PASSES = tuple(
     name
     for name in (
@@ -69,12 +76,11 @@ _CUSTOM_PASSES = tuple(
 
 @contextmanager
 def without_a_trace() -> Iterator[None]:
-    """Compile models inside, and leave Dynamo as if they had not been compiled.
+    """Compile models inside the block, and restore Dynamo's state afterwards.
 
-    Sizes that were seen are forgotten, and they do not meet those that were seen before: no size
-    becomes symbolic. Statistics are those of before. Code that was compiled for the first time is
-    thrown away; other code keeps what was compiled of it before (:data:`APART` keeps it out of what
-    the user compiles).
+    Dynamo forgets the sizes that it saw inside, and does not compare them with those it saw before,
+    so that no size becomes symbolic. Counters are restored. Compiled code is dropped, except for
+    functions that were compiled before as well (for those :data:`APART` separates the two).
     """
     kept_sizes, pgo._CODE_STATE = pgo._CODE_STATE, defaultdict(pgo.CodeState)
     kept_counters = {name: counter.copy() for name, counter in dynamo_utils.counters.items()}
@@ -100,7 +106,7 @@ def without_a_trace() -> Iterator[None]:
 
 
 def fake_mode_of(values: Iterable[object]) -> FakeTensorMode | None:
-    """The fake mode that example tensors live in."""
+    """The fake mode of the first fake tensor; None if there is none."""
     for value in values:
         if isinstance(value, FakeTensor):
             return value.fake_mode
@@ -108,12 +114,12 @@ def fake_mode_of(values: Iterable[object]) -> FakeTensorMode | None:
 
 
 def in_fake_mode(mode: FakeTensorMode | None) -> AbstractContextManager[Any]:
-    """A context in which operators on example tensors compute example tensors."""
+    """A context in which operators on fake tensors of a mode return fake tensors."""
     return nullcontext() if mode is None else mode
 
 
 def is_plain_fake(value: object, mode: FakeTensorMode | None) -> bool:
-    """Whether a value is a strided fake tensor of a mode, of known sizes, and nothing else."""
+    """Whether a value is a plain strided fake tensor of a mode, with sizes that are numbers."""
     return (
         type(value) is FakeTensor
         and value.fake_mode is mode
@@ -154,13 +160,13 @@ def fake_like(
 
 @contextmanager
 def outside_all_modes() -> Iterator[None]:
-    """A context in which operators run on real tensors although a graph is being traced."""
+    """A context in which operators run on real tensors while a graph is being traced."""
     with _disable_current_modes(), torch._C._DisablePythonDispatcher():
         yield
 
 
 def size_hint(expr: sympy.Expr, mode: FakeTensorMode | None, fallback: int) -> int:
-    """The size that a symbolic dimension had when the graph was traced."""
+    """The size that a symbolic dimension had during tracing [elements]; ``fallback`` if unknown."""
     env = None if mode is None else mode.shape_env
     if env is None:
         return fallback
@@ -172,10 +178,10 @@ def size_hint(expr: sympy.Expr, mode: FakeTensorMode | None, fallback: int) -> i
 
 
 def guard_range(size: sympy.Expr, low: int, high: int | None, mode: FakeTensorMode | None) -> bool:
-    """Make the code that is being compiled hold for ``low <= size < high`` only.
+    """Add a guard: the code that is being compiled is valid for ``low <= size < high`` only.
 
     Returns:
-        Whether a guard could be made: not of sizes that only the run knows.
+        Whether the guard was added. Sizes that are only known at run time cannot be guarded.
     """
     env = None if mode is None else mode.shape_env
     if env is None or free_unbacked_symbols(size):
@@ -188,7 +194,7 @@ def guard_range(size: sympy.Expr, low: int, high: int | None, mode: FakeTensorMo
 
 
 def is_current(size: sympy.Expr, mode: FakeTensorMode | None) -> bool:
-    """Whether a symbolic size is still what it was: guards may have put a number in its place."""
+    """Whether a symbolic size is still symbolic; a guard may have turned it into a number."""
     env = None if mode is None else mode.shape_env
     return env is None or bool(env.replace(size) == size)
 
@@ -201,20 +207,20 @@ def draws_from_seeds() -> bool:
 def partitioned(
     joint: fx.GraphModule, inputs: list[Any], forward_outputs: int
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """A joint graph cut into forward and backward, as Inductor cuts it."""
+    """The forward and the backward of a joint graph, as Inductor partitions it."""
     return min_cut_rematerialization_partition(joint, inputs, num_fwd_outputs=forward_outputs)
 
 
 def compile_graph(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-    """A graph of ATen operators, compiled by Inductor without the passes of the user or ours."""
+    """Compile a graph of ATen operators with Inductor, without any custom pass."""
     compiled = torch._inductor.compile(gm, inputs, options=dict.fromkeys(_CUSTOM_PASSES))
     return cast(Callable[..., Any], compiled)
 
 
 def compiler_settings() -> str:
-    """A digest of the settings of Inductor that the code it makes depends on, in this context.
+    """A digest of the settings of Inductor that affect its code, in this context.
 
-    They are those that Inductor's own caches are keyed by, without its functions and passes.
+    Inductor's own caches use the same settings, and functions and passes besides.
     """
     settings = inductor_config.save_config_portable()
     plain = json.dumps(settings, sort_keys=True, default=lambda value: type(value).__qualname__)
@@ -223,8 +229,8 @@ def compiler_settings() -> str:
 
 @cache
 def never_overwrite(operator: torch._ops.OpOverload) -> None:
-    """Have Inductor call an operator as it is, and never reuse the memory of its result."""
-    # Imported late: it takes seconds.
+    """Make Inductor call an operator unchanged, and never reuse the memory of its result."""
+    # Imported here because the import takes seconds.
     from torch._inductor.lowering import fallback_handler, register_lowering
     from torch._inductor.virtualized import V
 
@@ -239,7 +245,7 @@ def never_overwrite(operator: torch._ops.OpOverload) -> None:
 
 
 def inductor_compiler(mode: str | None, options: Mapping[str, Any]) -> Any:
-    """What ``torch.compile(backend="inductor", mode=..., options=...)`` makes: validated options.
+    """The backend that ``torch.compile(backend="inductor", mode=..., options=...)`` uses.
 
     Raises:
         RuntimeError: If an option is unknown or its value is not valid.
@@ -258,43 +264,39 @@ def must_run_backward(node: fx.Node) -> bool:
 
 
 def is_composite(operator: torch._ops.OpOverload) -> bool:
-    """Whether an operator is composed of others, also where gradients are recorded."""
+    """Whether an operator is composed of others, in training as well as in inference."""
     key = torch._C.DispatchKey.CompositeImplicitAutograd
     return bool(operator.has_kernel_for_dispatch_key(key))
 
 
 def storage_of(tensor: torch.Tensor) -> object:
-    """What two tensors have in common exactly if they share memory, as far as torch tells."""
+    """A key that tensors have in common if they share a storage, as far as torch tells."""
     try:
         return tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):
         return id(tensor)
 
 
-#: Inductor's setting for passes over joint and inference graphs; torch 2.11 takes one, later ones
-#: also a list.
+#: Inductor's setting for passes over joint and inference graphs. torch 2.11 takes one pass, later
+#: versions also take a list.
 JOINT_PASSES = "joint_custom_pre_pass"
 
 
-def as_passes(setting: Any) -> tuple[Any, ...]:
-    """The joint passes that a value of Inductor's setting stands for, in the order they run."""
+def joint_passes(backend: Callable[..., Any]) -> tuple[Any, ...]:
+    """The custom joint passes of a backend, in the order they run; none if it is not Inductor."""
+    if not isinstance(backend, torch._TorchCompileInductorWrapper):
+        return ()
+    setting = backend.config.get(JOINT_PASSES, getattr(inductor_config, JOINT_PASSES))
     if setting is None:
         return ()
     return tuple(setting) if isinstance(setting, list | tuple) else (setting,)
 
 
-def joint_passes(backend: Callable[..., Any]) -> tuple[Any, ...]:
-    """The custom passes that Inductor runs on joint graphs for a backend; none if it is another."""
-    if not isinstance(backend, torch._TorchCompileInductorWrapper):
-        return ()
-    return as_passes(backend.config.get(JOINT_PASSES, getattr(inductor_config, JOINT_PASSES)))
-
-
 def active_backend() -> Callable[..., Any] | None:
-    """The backend that Dynamo compiles for in this thread, without what torch wraps it in.
+    """The backend that Dynamo compiles for in this thread, without torch's wrappers; or None.
 
-    While Dynamo traces, it is the one that the graph is for; while compiled code runs, the one that
-    Dynamo would compile further frames for; else None.
+    While Dynamo traces, that is the backend of the graph. While compiled code runs, it is the one
+    that further frames would be compiled for.
     """
     backend: Any
     try:
@@ -307,12 +309,12 @@ def active_backend() -> Callable[..., Any] | None:
 
 
 def never_compile_alone(code: CodeType) -> None:
-    """Have Dynamo run a function as it is where it is not part of a traced caller."""
+    """Make Dynamo trace a function inside its callers only, and never as a frame of its own."""
     skip_code(code)
 
 
 def _wrapped_backend(backend: Any) -> Any | None:
-    """What a wrapper of torch (for debugging, options, DDP) or a ``partial`` calls."""
+    """The backend inside one of torch's wrappers (debugging, options, DDP) or a ``partial``."""
     if isinstance(backend, MethodType):
         return backend.__self__
     names = ("_torchdynamo_orig_backend", "compiler_fn", "backend_compile_fn", "func")

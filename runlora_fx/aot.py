@@ -1,7 +1,9 @@
-"""AOTAutograd with our pass on its graphs, and no compiler behind it.
+"""A backend of AOTAutograd and our pass, without a compiler.
 
-Joint graph of forward and backward -> the rewritten one, cut in two by torch's partitioner; both
-parts run operator by operator.
+Joint graph of forward and backward -> the rewritten joint graph, cut into forward and backward by
+torch's partitioner.
+
+Invariant: both parts run operator by operator, so that they can be debugged.
 """
 
 from __future__ import annotations
@@ -28,26 +30,27 @@ def aot_backend(
     """A backend that rewrites graphs and runs them operator by operator.
 
     Args:
-        options: What is asked of the pass.
+        options: The options of the pass.
         see: Called with every rewritten joint or inference graph.
-        parameters: Which of the graph's inputs are parameters; used by the option ``reuse``.
+        parameters: Positions of the inputs that are parameters; used by the option ``reuse``.
     """
 
+    def rewrite(gm: fx.GraphModule) -> None:
+        run(gm.graph, ATEN, options, may_guard=True, parameters=parameters)
+        gm.recompile()
+        see(gm)
+
     def partition(joint: fx.GraphModule, inputs: Any, **kwargs: Any) -> Any:
-        run(joint.graph, ATEN, options, may_guard=True, parameters=parameters)
-        joint.recompile()
-        see(joint)
+        rewrite(joint)
         return min_cut_rematerialization_partition(joint, inputs, **kwargs)
 
-    def inference(graph_module: fx.GraphModule, _: Any) -> Callable[..., Any]:
-        run(graph_module.graph, ATEN, options, may_guard=True, parameters=parameters)
-        graph_module.recompile()
-        see(graph_module)
-        return _as_it_is(graph_module, _)
+    def inference(gm: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        rewrite(gm)
+        return _uncompiled(gm, inputs)
 
     backend = aot_autograd(
-        fw_compiler=_as_it_is,
-        bw_compiler=_as_it_is,
+        fw_compiler=_uncompiled,
+        bw_compiler=_uncompiled,
         inference_compiler=inference,
         partition_fn=partition,
         keep_inference_input_mutations=True,
@@ -56,9 +59,9 @@ def aot_backend(
 
 
 def parameter_inputs(example_inputs: Sequence[Any]) -> list[int]:
-    """Which inputs of a graph are parameters; Dynamo passes them as such."""
+    """The positions of the inputs that are parameters."""
     return [i for i, x in enumerate(example_inputs) if isinstance(x, nn.Parameter)]
 
 
-def _as_it_is(gm: fx.GraphModule, _: Any) -> Callable[..., Any]:
+def _uncompiled(gm: fx.GraphModule, _: Any) -> Callable[..., Any]:
     return cast(Callable[..., Any], make_boxed_func(gm))

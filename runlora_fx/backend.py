@@ -1,4 +1,9 @@
-"""The ``torch.compile`` backends, found by name through entry points."""
+"""The ``torch.compile`` backends, which torch finds by name through entry points.
+
+``torch.compile(model, backend="runlora")`` -> Inductor, with our pass on every joint graph.
+
+Invariant: a graph in which nothing is changed compiles as under ``backend="inductor"``.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +25,7 @@ from runlora_fx.report.data import Report
 
 _log = logging.getLogger("runlora_fx")
 
-#: Inductor's setting that turns the hook off, as mode="lite" does.
+#: Inductor's setting that switches its joint passes off; mode="lite" does so.
 _SWITCH = "use_joint_graph_passes"
 
 
@@ -38,7 +43,7 @@ def runlora(
     Args:
         gm: The graph that Dynamo traced.
         example_inputs: Its example inputs.
-        mode: As for ``backend="inductor"``.
+        mode: The same as for ``backend="inductor"``.
         options: Inductor's options, and ours as ``runlora.NAME`` (:class:`~runlora_fx.Options`).
 
     Raises:
@@ -47,7 +52,7 @@ def runlora(
     """
     ours, inductors = split_options(options)
     inductor = inductor_compiler(mode, inductors)
-    # Not a patch of the global config: passes set there by the user run first, then ours.
+    # The global config stays untouched. Passes that the user set there run before ours.
     before = [p for p in joint_passes(inductor) if not isinstance(p, RunloraPass)]
     own_pass = RunloraPass(ours, before, parameter_inputs(example_inputs))
     inductor.config[JOINT_PASSES] = own_pass
@@ -72,7 +77,7 @@ def runlora_eager(
     Args:
         gm: The graph that Dynamo traced.
         example_inputs: Its example inputs.
-        options: Ours only, as ``runlora.NAME``.
+        options: Our options as ``runlora.NAME``, and no others.
 
     Raises:
         ValueError: If an option is unknown or not valid.
@@ -88,7 +93,7 @@ def runlora_eager(
 
 
 def _reset() -> None:
-    """What ``torch._dynamo.reset()`` expects of a backend; the same as Inductor's."""
+    """Reset Inductor's state; ``torch._dynamo.reset()`` calls this on a backend."""
     inductor_compiler(None, {}).reset()
 
 
@@ -96,5 +101,5 @@ runlora.reset = _reset  # type: ignore[attr-defined]
 own_backend(runlora)
 own_backend(runlora_eager)
 
-# A backend's module is loaded when `torch.compile` is called, before anything is traced.
+# `torch.compile` loads this module before it traces anything.
 make_traceable()

@@ -1,6 +1,9 @@
-"""The reports of this process: the last one, and those made inside a block.
+"""The reports of this process: the latest one, and those made inside a block.
 
-One report for each graph -> :func:`last_report` is that of the latest compilation, with all graphs.
+A compilation makes one report for each of its graphs -> :func:`last_report` returns one report with
+all of them.
+
+Invariant: threads that compile at the same time do not mix their reports.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ _open: list[list[Report]] = []
 
 
 class _Thread(threading.local):
-    """Reports of the compilation that this thread is in; None outside."""
+    """The reports of the compilation that runs in this thread; None if none runs."""
 
     pending: list[Report] | None = None
 
@@ -26,7 +29,7 @@ _thread = _Thread()
 
 
 def record(report: Report) -> None:
-    """Make a report the last one; inside :func:`as_one`, a part of it."""
+    """Make a report the latest one, or a part of it inside :func:`as_one`."""
     global _last
     if _thread.pending is not None:
         _thread.pending.append(report)
@@ -44,7 +47,7 @@ def last_report() -> Report | None:
 
 @contextmanager
 def as_one() -> Iterator[None]:
-    """Record what is reported inside the block as one report: nested regions are graphs too."""
+    """Join all reports that are made inside the block into one."""
     outer, parts = _thread.pending, list[Report]()
     _thread.pending = parts
     try:
@@ -65,5 +68,5 @@ def collecting() -> Iterator[list[Report]]:
         yield collected
     finally:
         with _lock:
-            # By identity: two open lists may be equal.
+            # Compared by identity, because two open lists may be equal.
             _open[:] = [other for other in _open if other is not collected]

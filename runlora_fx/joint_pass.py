@@ -1,4 +1,9 @@
-"""The pass as Inductor's ``joint_custom_pre_pass``: it never breaks a compilation."""
+"""The pass as Inductor's ``joint_custom_pre_pass``.
+
+Joint graph of a model with LoRA layers -> the same graph, rewritten in place, and a report.
+
+Invariant: a failure of the pass never breaks a compilation, unless ``strict`` is set.
+"""
 
 from __future__ import annotations
 
@@ -37,15 +42,15 @@ def run(
     may_guard: bool = False,
     parameters: Sequence[int] = (),
 ) -> Report:
-    """Rewrite a graph in place and record the report; on failure the graph stays as it came.
+    """Rewrite a graph in place and record the report; a failure leaves the graph unchanged.
 
     Args:
         graph: The graph.
-        dialect: Its level.
-        options: What is asked of the pass.
-        machine: What is known about the devices; what is stored about them, if None.
-        may_guard: Whether the graph is being compiled for Dynamo, which checks guards on sizes.
-        parameters: Which of the graph's inputs are parameters, the same tensors in every call.
+        dialect: How its operators are read.
+        options: The options of the pass.
+        machine: The profiles of the devices; those that are stored, if None.
+        may_guard: True if Dynamo compiles the graph, and will check guards on sizes.
+        parameters: Positions of the inputs that are parameters, the same tensors in every call.
 
     Raises:
         Exception: Under ``strict``, whatever went wrong.
@@ -71,23 +76,23 @@ def run(
 
 
 def _is_seen(graph: fx.Graph) -> bool:
-    """Whether the pass has seen all operators of a graph, or of one that it was cut from.
+    """Whether the pass has seen every operator of a graph.
 
-    Inductor calls the pass again for the forward and for the backward of a nested compile region,
-    after their joint graph; and the pass may stand in a list twice.
+    Inductor calls the pass on the joint graph of a nested compile region, and then again on its
+    forward and on its backward. A list of passes may also contain the pass twice.
     """
     operators = [node for node in graph.nodes if node.op == "call_function"]
     return bool(operators) and all(_SEEN in node.meta for node in operators)
 
 
 class RunloraPass(CustomGraphPass):
-    """The rewrite for Inductor; also usable as ``torch._inductor.config.joint_custom_pre_pass``.
+    """The rewrite for Inductor, usable as ``torch._inductor.config.joint_custom_pre_pass``.
 
-    A graph is rewritten once, however often the pass is called with it or with parts of it. Under
-    ``backend="runlora"`` the backend's own pass and options take the place of this one.
+    A graph is rewritten once, however often the pass is called on it or on parts of it. Under
+    ``backend="runlora"`` the backend's own pass and options replace this one.
 
     Attributes:
-        ran: Whether it was called: it is not when compiled code comes from a cache.
+        ran: Whether it was called. It is not where compiled code comes from a cache.
     """
 
     def __init__(
@@ -99,17 +104,17 @@ class RunloraPass(CustomGraphPass):
         """Prepare the pass.
 
         Args:
-            options: What is asked of the pass.
+            options: The options of the pass.
             before: The user's own joint passes, run first.
-            parameters: Which of the graph's inputs are parameters; used by the option ``reuse``.
+            parameters: Positions of the inputs that are parameters; used by the option ``reuse``.
         """
         self._options = Options() if options is None else options
         self._before = tuple(before)
         self._parameters = tuple(parameters)
         if self._options.reuse:
-            # Compiled code must not put another value where a kept weight lies.
+            # Compiled code must not reuse the memory of a kept weight.
             never_overwrite(torch.ops.runlora.merged_weight.default)
-        # A snapshot: the plan and the identity speak of the same numbers.
+        # A snapshot, so that the plan and the cache key are made from the same numbers.
         self._machine = Machine(use_stored=self._options.tune != "off")
         self.ran = False
 
@@ -125,11 +130,11 @@ class RunloraPass(CustomGraphPass):
             node.meta[_SEEN] = True
 
     def uuid(self) -> Any | None:
-        """What a compiled graph depends on; None (no caching) if a user's pass has no identity."""
+        """The key of the pass in Inductor's caches; None (no caching) if a user's pass has none."""
         others = [getattr(user_pass, "uuid", lambda: None)() for user_pass in self._before]
         if not all(others):
             return None
-        # Counting FLOPs needs no machine.
+        # FLOPs do not depend on the machine.
         machine = self._machine.identity() if self._options.objective == "time" else None
         settings = (astuple(self._options), self._parameters)
         return ("runlora", __version__, _source_hash(), settings, machine, tuple(others))
@@ -137,6 +142,6 @@ class RunloraPass(CustomGraphPass):
 
 @cache
 def _source_hash() -> bytes:
-    """A hash of our own source: another version must not be served our compiled graphs."""
+    """A hash of our source, so that no version uses compiled graphs of another."""
     files = sorted(Path(__file__).parent.rglob("*.py"))
     return get_hash_for_files(tuple(map(str, files)))

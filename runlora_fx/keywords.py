@@ -1,8 +1,8 @@
-"""Keywords of ``explain``: which are arguments of the model, and which are options of ours.
+"""The keywords of ``explain``: some are arguments of the model, the others are our options.
 
 ``explain(model, x=x, memory="low")`` -> ``model(x=x)`` with ``Options(memory="low")``.
 
-Invariant: no misspelt option is passed to a model that would ignore it.
+Invariant: a misspelt option raises an error; it is never passed on to the model.
 """
 
 from __future__ import annotations
@@ -49,16 +49,15 @@ def split_keywords(
 
 
 def _is_misspelt(name: str, value: object) -> bool:
-    """Whether a keyword that a model takes unnamed looks like one of our options."""
+    """Whether a keyword that only ``**kwargs`` of a model takes resembles one of our options."""
     is_simple = value is None or isinstance(value, str | bool | int | float)
     return is_simple and bool(get_close_matches(name, _NAMES, 1))
 
 
 def _parameters(model: Callable[..., Any]) -> tuple[set[str], bool]:
-    """The parameters that a model names, and whether it takes others as well.
+    """The names of a model's parameters, and whether it also takes ``**kwargs``.
 
-    A wrapper such as PEFT's takes ``**kwargs`` and passes them on, so that the parameters of the
-    modules inside count too.
+    Wrappers such as PEFT's pass ``**kwargs`` on, so the parameters of all inner modules count.
     """
     named: set[str] = set()
     takes_any = False

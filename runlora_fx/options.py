@@ -1,4 +1,9 @@
-"""The options of the pass, validated once."""
+"""The options of the pass, validated when they are made.
+
+``{"runlora.memory": "low"}`` -> ``Options(memory="low")``.
+
+Invariant: an :class:`Options` object is valid.
+"""
 
 from __future__ import annotations
 
@@ -27,25 +32,25 @@ PREFIX = "runlora."
 
 @dataclass(frozen=True)
 class Options:
-    """What can be asked of the pass; as ``torch.compile`` options the keys are ``runlora.NAME``.
+    """The options of the pass; ``torch.compile`` takes them as ``runlora.NAME``.
 
     Attributes:
-        strict: Raise where the pass would otherwise warn and leave the graph as it came.
+        strict: Raise an error where the pass would otherwise warn and leave the graph unchanged.
         objective: ``"time"`` minimises the time predicted for the machine; ``"flops"`` the FLOPs
             of matrix products, ties broken by bytes moved.
-        margin: The share of a region's price that a plan has to save to be taken, in [0, 1).
-        tune: What the times are predicted from: ``"off"`` the device's properties; ``"profile"``
-            what was measured before, where something was; ``"shapes"`` the products of this model,
-            measured now where they were not before; ``"plans"`` also the best few plans of each
-            region, compiled and timed with the pointwise operations around them.
-        memory: ``"balanced"`` never holds more for the backward than Inductor would; ``"low"``
-            holds less where it is cheap to compute again: ``X A'`` and the masks of dropout;
-            ``"fast"`` may hold merged weights.
-        reuse: Whether ``"fast"`` may keep merged weights from call to call, until a weight changes.
-        numerics: ``"default"`` reassociates products and sums; ``"strict"`` adds no rounding that
-            the model does not have, in dtypes of less than 32 bits; ``"relaxed"`` also crosses
-            casts between floats.
-        memory_budget: What ``"fast"`` may hold in one graph [B].
+        margin: The share of a region's price that a plan must save to replace it, in [0, 1).
+        tune: The source of predicted times. ``"off"``: the device's properties. ``"profile"``:
+            earlier measurements, where there are any. ``"shapes"``: also the products of this
+            model, measured while compiling. ``"plans"``: also the best few plans of each region,
+            compiled and timed together with the pointwise operations around them.
+        memory: ``"balanced"`` never saves more for the backward than Inductor would. ``"low"``
+            saves less, and recomputes what is cheap: ``X A'`` and the masks of dropout.
+            ``"fast"`` may save merged weights.
+        reuse: Whether ``"fast"`` may keep merged weights between calls until a weight changes.
+        numerics: ``"default"`` reassociates products and sums. ``"strict"`` adds no rounding to
+            that of the model in dtypes of less than 32 bits. ``"relaxed"`` also reorders across
+            casts between floating-point dtypes.
+        memory_budget: What ``"fast"`` may save in one graph beyond ``"balanced"`` [B].
     """
 
     strict: bool = False
@@ -61,7 +66,7 @@ class Options:
         """Check every value.
 
         Raises:
-            ValueError: If one is not valid; the message lists what is.
+            ValueError: If one is not valid. The message says which values are.
         """
         for name in ("strict", "reuse"):
             if not isinstance(getattr(self, name), bool):
@@ -81,14 +86,11 @@ class Options:
             )
         if (self.memory == "fast") != (budget > 0):
             raise ValueError(
-                "runlora.memory_budget must be given with runlora.memory='fast', and only then; "
-                f"got memory={self.memory!r} and not {budget!r}"
+                "runlora.memory='fast' and a positive runlora.memory_budget need each other; "
+                f"got memory={self.memory!r} and memory_budget={budget!r}"
             )
         if self.reuse and self.memory != "fast":
-            raise ValueError(
-                "runlora.reuse must be given with runlora.memory='fast'; "
-                f"got memory={self.memory!r} and not 'fast'"
-            )
+            raise ValueError(f"runlora.reuse=True needs runlora.memory='fast', not {self.memory!r}")
         number = isinstance(self.margin, int | float) and not isinstance(self.margin, bool)
         if not number or not 0 <= self.margin < 1:
             raise ValueError(f"runlora.margin must be a number in [0, 1), not {self.margin!r}")
@@ -98,7 +100,7 @@ class Options:
         """Options from a mapping of names to values.
 
         Raises:
-            ValueError: If a name is unknown or a value is not valid; the message lists what is.
+            ValueError: If a name is unknown or a value is not valid. The message says which are.
         """
         names = [field.name for field in fields(cls)]
         for key in given:
@@ -111,7 +113,7 @@ class Options:
 
 
 def split_options(options: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
-    """Our options and the others among those given to ``torch.compile``.
+    """Split the options of ``torch.compile`` into ours and the others.
 
     Raises:
         ValueError: If a ``runlora.`` key is unknown or its value is not valid.

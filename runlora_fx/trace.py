@@ -1,4 +1,9 @@
-"""The public functions: rewrite a graph, look at a joint graph, explain a model."""
+"""The public functions: rewrite a graph, show a joint graph, explain a model.
+
+``rewrite(gm, inputs)`` -> a copy of the graph that computes the same for fewer operations.
+
+Invariant: the arguments are not changed, and nothing of ours stays in Dynamo's state.
+"""
 
 from __future__ import annotations
 
@@ -27,18 +32,18 @@ def rewrite(
 ) -> fx.GraphModule:
     """Rewrite the linear algebra of a graph into its cheapest plan.
 
-    Works at whichever level the graph is: torch functions and modules (``symbolic_trace``, Dynamo)
+    The graph may hold torch functions and modules (``symbolic_trace``, Dynamo)
     or ATen operators (``make_fx``, ``torch.export(...).module()``, AOTAutograd).
 
     Args:
-        gm: The graph; left untouched.
+        gm: The graph; it is not changed.
         example_inputs: Inputs of the shapes to plan for. Not needed where the nodes carry example
             values (``meta["val"]`` or ``meta["example_value"]``).
         **options: See :class:`~runlora_fx.Options`.
 
     Returns:
-        A rewritten copy that shares the parameters; :func:`~runlora_fx.last_report` tells what was
-        done.
+        A rewritten copy that shares the parameters. :func:`~runlora_fx.last_report` then returns
+        its report.
 
     Raises:
         ValueError: If an option is not valid, or if there are neither metadata nor example inputs.
@@ -83,11 +88,11 @@ def joint_graph(
 
 
 def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
-    """What the backend would do with a model: run it once and report on every graph.
+    """Run a model once, without Inductor, and report what the backend would do with its graphs.
 
-    Later compilations of the model are as if it had not been looked at: no size has been seen to
-    vary, and nothing counts against the recompile limit (before torch 2.13: unless the model had
-    been compiled before).
+    Later compilations of the model do not depend on this call: it marks no size as dynamic, and it
+    does not count against the recompile limit (before torch 2.13 it does where the model was
+    compiled before).
 
     Args:
         model: A module or function. Runs forward once, without Inductor.
@@ -106,7 +111,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     backend = aot_backend(options)
     make_traceable()
     with history.collecting() as reports, without_a_trace():
-        # A function of its own: Dynamo keeps compiled code by backend.
+        # A new function for every call, because Dynamo keeps compiled code by backend.
         look = torch.compile(model, backend=own_backend(lambda *graph: backend(*graph)), **APART)
         look(*args, **inputs)
     report = combined(reports)
@@ -115,7 +120,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy with a graph of its own; parameters are shared."""
+    """A copy that has its own graph and shares the parameters."""
     graph = fx.Graph()
     copied = graph.graph_copy(gm.graph, {}, return_output_node=True)
     assert isinstance(copied, tuple)

@@ -498,7 +498,7 @@ dB = A' sum_k(X' dY)"""
     assert (
         algebra(problem, names, scalars, cheapest(problem, FLOPS))
         == """\
-Z = X A[k]   (made again in the backward)
+Z = X A[k]   (recomputed in the backward)
 Y = X W[k] + 2 Z B[k]
 dB = sum_k(Z' dY)"""
     )

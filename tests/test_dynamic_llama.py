@@ -167,7 +167,7 @@ def test_the_report_says_from_how_many_tokens_on_it_merges(
     for sites in first.sites:
         for _, _, _, said in sites:
             assert re.fullmatch(
-                rf"merge ({condition}|in the forward {condition}, in the backward {condition})",
+                rf"({condition}|in the forward {condition}, in the backward {condition})",
                 said,
             ), said
 

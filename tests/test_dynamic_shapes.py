@@ -162,7 +162,7 @@ def test_the_plan_changes_at_the_break_even_and_the_report_says_where(first: int
         assert [forms[site.after.split(" + b")[0]] for site in seen.sites] == [merged] * 2
         for site in seen.sites:
             tokens = re.escape(dict(pair.split("=") for pair in site.shapes.split(", "))["N"])
-            assert re.fullmatch(rf"merge when {tokens} > {BATCH * last}", site.break_even)
+            assert re.fullmatch(rf"when {tokens} > {BATCH * last}", site.break_even)
             assert re.search(rf"{tokens} (<|>=) {BATCH * last + 1}\b", site.reason)
             assert site.break_even in " ".join(str(seen).split())
 

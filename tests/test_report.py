@@ -1,5 +1,6 @@
 """The report: whatever was changed is in it, in words that are true."""
 
+import copy
 from typing import Any
 
 import peft
@@ -95,3 +96,49 @@ def test_a_break_even_is_said_where_it_takes_little_work(
     report = runlora_fx.last_report()
     assert report is not None
     assert [bool(site.break_even) for site in report.sites] == [most > 0]
+
+
+def test_two_base_weights_in_a_row_are_no_adapter() -> None:
+    """``X W1 W2`` has three factors, but only those of the low rank between are called A and B."""
+
+    def chain(x: Tensor, w: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        y = x @ w + x @ a @ b
+        return y @ v
+
+    shapes = ((TOKENS, 48), (48, 48), (48, 48), (48, 4), (4, 48))
+    inputs = [torch.randn(size) for size in shapes]
+    runlora_fx.rewrite(fx.symbolic_trace(chain), inputs, objective="flops", strict=True)
+    report = runlora_fx.last_report()
+    assert report is not None
+    (site,) = report.sites
+    assert not set("AB") & set(site.before.replace("Y", ""))
+
+
+def test_equal_layers_are_one_section_with_their_numbers_gathered() -> None:
+    model, x = adapted(peft.LoraConfig(r=4, target_modules=["0", "2"])), torch.randn(TOKENS, IN)
+    layers = nn.ModuleList([copy.deepcopy(model.base_model.model[0]) for _ in range(3)])
+
+    def run(x: Tensor) -> Tensor:
+        return layers[0](x).sum() + layers[1](x.sin()).sum() + layers[2](x.cos()).sum()
+
+    with torch.no_grad():
+        text = str(runlora_fx.explain(run, x, objective="flops", strict=True))
+    assert text.startswith("runlora: inference graph, matrix products ")
+    assert "\n3 x " in text
+    assert text.count("before: ") == text.count("after: ") == 1
+    assert text.endswith("k the experts of the tokens.\n")
+
+
+def test_first_steps_that_differ_read_differently() -> None:
+    """A sum of two sums shows which addends belong together."""
+
+    def layer(x: Tensor, w: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+        return x @ w + x @ a @ b + x @ c @ d
+
+    sizes = ((TOKENS, IN), (IN, OUT), (IN, 4), (4, OUT), (IN, 6), (6, OUT))
+    inputs = [torch.randn(size) for size in sizes]
+    runlora_fx.rewrite(fx.symbolic_trace(layer), inputs, objective="flops", strict=True)
+    report = runlora_fx.last_report()
+    assert report is not None
+    forms = [candidate.form for candidate in report.sites[0].considered]
+    assert len(set(forms)) == len(forms) > 2

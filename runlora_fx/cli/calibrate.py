@@ -1,13 +1,12 @@
 """Calibration of the machine profile: `python -m runlora_fx calibrate`.
 
-It times products of LoRA layers and sums of matrices, fits the time of one unit of every term that
-their costs mention, stores them, and shows how well they predict products in between::
+It times products of LoRA layers and sums of matrices, fits the time of one unit of every cost term,
+and stores it. Then it shows how well the fit predicts other products::
 
     (640, 1536) @ (1536, 1536)   nt   71   42431 us   41012 us   -3%
     float32: flops.nn 72 GFLOP/s, ..., launches 2.1 us each; median error 4%.
 
-Invariant: what is stored was fitted to at least half of the products. Products that are shown were
-not fitted to.
+Invariant: a stored profile was fitted to at least half of the products, and to none that is shown.
 """
 
 from __future__ import annotations
@@ -39,21 +38,21 @@ from runlora_fx.cost_model.ops import Add, GemmShape, Operation
 from runlora_fx.cost_model.profile import MachineProfile
 from runlora_fx.cost_model.store import Record
 
-SUMMARY = "Measure what this machine can do, so that plans are chosen by its own times."
+SUMMARY = "Measure this machine, so that plans are chosen by its own times."
 
-#: Sizes of LoRA layers to fit to, and others in between to check the fit on: tokens, width, rank.
+#: Sizes of the LoRA layers to fit to, and of others to check the fit on: tokens, width, rank.
 _FITTED = ((16, 128, 1024), (256, 1024, 3072), (8, 64))
 _CHECKED = ((48, 512), (640, 1536), (16,))
 
-#: Products of more FLOPs are left out: they run at the rate of smaller ones [FLOP].
+#: The largest product that is measured; larger ones run at the same rate [FLOP].
 _MAX_FLOPS = 8e9
 
-#: One measurement takes about so many runs. A product whose runs take more than its share of the
-#: time is the largest that is measured.
+#: About how many runs one measurement takes. The first product that takes more than its share of
+#: the time is the largest that is measured.
 _SHARE = 8
 
-#: Every product is measured this often, in rounds. The least time counts: a machine is not equally
-#: fast at every moment.
+#: How often all products are measured, in turn. The least time of each counts, because other work
+#: on the machine only makes a measurement longer.
 _ROUNDS = 3
 
 _ADDED = ((256, 256), (1024, 1024), (2048, 4096))
@@ -78,19 +77,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--matmul-precision",
         default="highest",
         choices=["highest", "high", "medium"],
-        help="how float32 may be rounded (torch.set_float32_matmul_precision): what is measured "
-        "holds for programs that set the same",
+        help="setting of torch.set_float32_matmul_precision that the profile is for",
     )
     parser.add_argument(
-        "--seconds", type=float, default=45.0, help="stop measuring after this time"
+        "--seconds", type=float, default=45.0, help="the time after which measuring stops"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure, store, and show how well the profile predicts products it was not fitted to.
+    """Measure, store, and show how well the profile predicts products that it was not fitted to.
 
     Returns:
-        The exit status: 0, or 1 if there was no time to measure enough, or nowhere to keep it.
+        The exit status: 0, or 1 if the time was too short or the profile could not be stored.
 
     Raises:
         ValueError: If the device or the time is not valid.
@@ -118,9 +116,11 @@ def _run(arguments: argparse.Namespace, device: torch.device) -> int:
         ]
     for dtype, checked in zip(arguments.dtype, results, strict=True):
         if checked is None:
-            console.print(f"{dtype}: too little time, nothing stored; give more --seconds.")
+            console.print(
+                f"{dtype}: nothing stored, the time was too short. Try a larger --seconds."
+            )
         elif not store.load(key_of(device, dtype)).seconds_per:
-            console.print(f"{dtype}: {store.folder()} cannot be written to, nothing stored.")
+            console.print(f"{dtype}: nothing stored, {store.folder()} cannot be written to.")
             checked.clear()
         else:
             _show(console, device, dtype, checked)
@@ -153,7 +153,7 @@ def _calibrate(
     end = time.monotonic() + budget_s
     kind = getattr(torch, dtype)
     fitted, checked = _shapes(_FITTED), _shapes(_CHECKED)
-    # Small ones first: where they take long already, large ones are left out.
+    # Small products come first. If they take long already, large ones are left out.
     shapes = sorted([*checked, *fitted], key=lambda shape: shape.m * shape.k * shape.n)
     longest = budget_s / (_SHARE * _ROUNDS * len(shapes))
     too_large: dict[str, float] = {}
@@ -188,7 +188,7 @@ def _shapes(grid: tuple[tuple[int, ...], ...]) -> list[GemmShape]:
 
 
 def _layer(n: int, w: int, r: int) -> Iterator[GemmShape]:
-    """The products of a LoRA layer and its gradients, whichever way they are computed."""
+    """The products of a LoRA layer and its gradients, in all orders of evaluation."""
     for inner, columns in ((w, w), (w, r), (r, w)):
         yield GemmShape(1, n, inner, columns, False, True)  # X W', X A', (X A') B'
         yield GemmShape(1, n, inner, columns, False, False)  # dY W, dY B, (dY B) A
@@ -224,7 +224,7 @@ def _show(
 
 
 def _units(profile: MachineProfile) -> str:
-    """How much of each term the machine does in a second, or how long one unit takes."""
+    """The rate of each cost term, or the time of one unit."""
     shown = {"flops": "FLOP/s", "bytes": "B/s"}
     units = []
     for name, term in TERMS.items():

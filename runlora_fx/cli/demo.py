@@ -15,7 +15,7 @@ from runlora_fx.report.data import combined
 
 SUMMARY = "Fine-tune a small LoRA model three ways and compare losses, time, memory and plans."
 
-# Rounding differs between the orders of evaluation, and training carries it on.
+# Relative. Orders of evaluation round differently, and training amplifies it.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
 
 
@@ -31,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, default=default.rank, help="rank of the adapters")
     parser.add_argument("--batch", type=int, default=default.batch, help="sequences in a batch")
     parser.add_argument("--seq", type=int, default=default.seq, help="tokens in a sequence")
-    parser.add_argument("--dtype", choices=TOLERANCE, default=default.dtype, help="of the products")
+    parser.add_argument(
+        "--dtype", choices=TOLERANCE, default=default.dtype, help="of the weights and products"
+    )
     parser.add_argument("--dropout", type=float, default=default.dropout, help="of the adapters")
     parser.add_argument("--steps", type=int, default=default.steps, help="steps of each variant")
 
@@ -45,10 +47,10 @@ def run(settings: Settings) -> int:
     Returns:
         The exit status: 0, or 1 if the loss curves differ by more than rounding.
     """
-    # Dynamo reads every attribute of a model, deprecated ones too.
+    # Dynamo reads every attribute of a model, including deprecated ones.
     warnings.simplefilter("ignore", FutureWarning)
     warnings.filterwarnings("ignore", "dynamo_pgo force disabled")
-    # A cached graph is not planned again, and there would be no plan to show.
+    # Without caches, so that every graph is planned and there is a plan to show.
     torch.compiler.config.force_disable_caches = True
     console = Console(highlight=False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -59,10 +61,10 @@ def run(settings: Settings) -> int:
     with history.collecting() as reports:
         train(variants, tokens, settings, device, console)
 
-    # Inductor draws dropout masks of its own, so with dropout eager is no reference.
+    # Inductor draws other dropout masks than eager mode, which is then no reference.
     reference = variants[0] if settings.dropout == 0 else variants[1]
     tolerance = TOLERANCE[settings.dtype]
     equal = output.print_losses(console, variants, reference, tolerance)
     output.print_costs(console, variants)
-    output.print_plans(console, combined(reports))
+    console.print(f"\n{combined(reports)}", markup=False, soft_wrap=True)
     return 0 if equal else 1

@@ -1,4 +1,4 @@
-"""What the demo trains on: text that every Python ships, as bytes or as a tokenizer's tokens."""
+"""The training data of the demo: text that comes with Python, as bytes or as tokens."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def batches(tokens: Tensor, batch: int, seq: int, *, seed: int) -> Iterator[Tens
         tokens: The corpus, shape [length].
         batch: Windows in a batch.
         seq: Tokens in a window.
-        seed: Seed of the choice.
+        seed: Seed of the random choice.
 
     Yields:
         Token numbers, shape [batch, seq].

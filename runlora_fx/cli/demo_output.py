@@ -1,20 +1,17 @@
-"""What the demo prints: loss curves, costs, and the plan of every kind of layer."""
+"""What the demo prints: loss curves, times and memory."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from statistics import mean, median
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
 from runlora_fx.cli.demo_training import Settings, Variant
-from runlora_fx.report.data import Report, Site
 
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -39,14 +36,14 @@ def print_losses(
     Args:
         console: Where to.
         variants: With the losses of all steps.
-        reference: The variant that the others are held against.
+        reference: The variant that the others are compared with.
         tolerance: Largest relative difference that counts as equal.
 
     Returns:
         Whether every variant but eager follows the reference.
     """
     table = Table(title=f"Loss of {len(reference.losses)} steps")
-    for name in ("", "first", "curve", "last", f"off {reference.name} by"):
+    for name in ("", "first", "curve", "last", f"difference to {reference.name}"):
         table.add_column(name, justify="right" if name in ("first", "last") else "left")
     lowest = min(min(variant.losses) for variant in variants)
     highest = max(max(variant.losses) for variant in variants)
@@ -65,7 +62,7 @@ def print_losses(
         )
     console.print(table)
     if reference.name != "eager":
-        console.print("With dropout, eager draws other masks than compiled code does.")
+        console.print("With dropout, eager mode and compiled code draw different masks.")
     equal = worst <= tolerance
     verdict = "The curves are equal" if equal else "[bold red]The curves differ[/]: not"
     console.print(f"{verdict} within {tolerance:g}.\n")
@@ -73,14 +70,14 @@ def print_losses(
 
 
 def print_costs(console: Console, variants: Sequence[Variant]) -> None:
-    """Print time per step, ratios of times, and the memory kept for the backward.
+    """Print time per step, ratios of times, and the memory saved for the backward.
 
-    A ratio is the median over the ratios within single steps, which a machine that is busy for a
-    while disturbs less than a ratio of medians.
+    A ratio is the median of the ratios of single steps. Other work on the machine disturbs it less
+    than a ratio of medians.
     """
     named = {variant.name: variant for variant in variants}
     table = Table(title=f"Cost of a training step, median of {len(variants[0].seconds)}")
-    for name in ("", "time", "/ eager", "/ inductor", "kept for backward", "first step"):
+    for name in ("", "time", "/ eager", "/ inductor", "saved for backward", "first step"):
         table.add_column(name, justify="right" if name else "left")
     for variant in variants:
         table.add_row(
@@ -100,40 +97,6 @@ def _time_ratio(variant: Variant, other: Variant) -> float:
     return median(mine / theirs for mine, theirs in pairs)
 
 
-def print_plans(console: Console, report: Report) -> None:
-    """Print the algebra of every kind of layer, before and after; equal layers print once."""
-    if not report.sites:
-        console.print(f"\n{report}", markup=False)
-        return
-    kinds: dict[tuple[object, ...], list[Site]] = {}
-    for site in report.sites:
-        key = (site.shapes, site.before, site.after, site.changed, site.reason)
-        kinds.setdefault(key, []).append(site)
-    console.print("\n[bold]Plans[/]")
-    for sites in kinds.values():
-        site = sites[0]
-        names = ranges(name for site in sites for name in site.modules)
-        console.print(f"\n[bold]{escape(', '.join(names))}[/]  {escape(site.shapes)}")
-        _print_algebra(console, "before", site.before, site.flops_before)
-        if site.changed:
-            _print_algebra(console, "after", site.after, site.flops_after)
-        console.print(f"  why: {escape(site.reason)}")
-    for refusal in report.refusals:
-        where = ", ".join(ranges(refusal.nodes))
-        console.print(f"\nleft alone: {escape(where)}: {escape(refusal.reason)}")
-    console.print(
-        f"\nAll matrix products of a step: {report.flops_before / 1e9:.2f} GFLOP before, "
-        f"{report.flops_after / 1e9:.2f} GFLOP after."
-    )
-
-
-def _print_algebra(console: Console, label: str, algebra: str, flops: int) -> None:
-    """Print the label with the FLOPs, then a value a line."""
-    console.print(f"  {label}: {flops / 1e6:,.1f} MFLOP")
-    for line in algebra.splitlines():
-        console.print(f"    [cyan]{escape(line)}[/]")
-
-
 def sparkline(values: Sequence[float], lowest: float, highest: float, width: int = 20) -> str:
     """A curve in one line of text.
 
@@ -151,30 +114,3 @@ def sparkline(values: Sequence[float], lowest: float, highest: float, width: int
     means = [mean(values[a:b]) for a, b in pairwise(edges)]
     unit = (highest - lowest) / (len(BARS) - 1) or 1.0
     return "".join(BARS[round((value - lowest) / unit)] for value in means)
-
-
-def ranges(names: Iterable[str]) -> list[str]:
-    """Dotted names with their first numbers gathered.
-
-    Example:
-        `["layers.0.q", "layers.1.q", "layers.3.q"]` gives `["layers.{0-1,3}.q"]`.
-    """
-    gathered: dict[tuple[str, str], list[int]] = {}
-    for name in names:
-        head, number, tail = [*re.split(r"(\d+)", name, maxsplit=1), "", ""][:3]
-        numbers = gathered.setdefault((head, tail), [])
-        if number:
-            numbers.append(int(number))
-    return [f"{head}{_runs(numbers)}{tail}" for (head, tail), numbers in gathered.items()]
-
-
-def _runs(numbers: Iterable[int]) -> str:
-    """Whole numbers as runs: `""` for none, `"2"`, `"{0-3,5}"`."""
-    runs: list[list[int]] = []
-    for number in sorted(set(numbers)):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    text = ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
-    return text if text.isdigit() or not text else f"{{{text}}}"

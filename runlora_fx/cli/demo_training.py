@@ -1,7 +1,7 @@
-"""What the demo runs: the same fine-tuning in eager PEFT, under Inductor and under runlora.
+"""The training of the demo: eager PEFT, Inductor and runlora fine-tune the same model.
 
-The three variants start from identical weights and see identical batches. They take their steps in
-turn, in one process, so that whatever else the machine does disturbs them alike.
+Invariant: the variants start from identical weights and see identical batches. They take their
+steps in turn in one process, so that other work on the machine affects all of them.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def train(
         task = progress.add_task("", total=settings.steps * len(variants))
         for step in range(settings.steps):
             batch = next(data).to(device)
-            # Another variant goes first each time: none always runs in the wake of the same one.
+            # Each step begins with another variant, so that none always follows the same one.
             for offset in range(len(variants)):
                 variant = variants[(step + offset) % len(variants)]
                 doing = "training" if step else f"first step, {variant.name}"
@@ -186,10 +186,10 @@ def _step(variant: Variant, batch: Tensor, step: int, dtype: str) -> None:
 
 @contextmanager
 def _count_saved(variant: Variant, batch: Tensor) -> Iterator[None]:
-    """Count what autograd saves inside the context, eager or compiled.
+    """Count the bytes that autograd saves inside the context, in eager or compiled code.
 
-    A storage counts once and in full, however many views of it are saved: that is what stays
-    allocated. Parameters, buffers and inputs do not count: they live anyway.
+    A storage counts once and in full: it stays allocated while any view of it is saved.
+    Parameters, buffers and inputs do not count, because they stay allocated without autograd.
     """
     lasting = [*variant.model.parameters(), *variant.model.buffers(), batch]
     known = {tensor.untyped_storage().data_ptr() for tensor in lasting}

@@ -1,1 +1,1 @@
-"""Integrations: functions of other libraries, as Dynamo can trace them."""
+"""Integrations: substitutes for functions of other libraries that Dynamo cannot trace."""

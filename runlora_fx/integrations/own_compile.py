@@ -1,10 +1,10 @@
-"""Whose compilation it is: substitutes of functions act in our own compilations only.
+"""Which backend is compiling: substitutes act only in compilations for our backends.
 
 ``torch.compile(model, backend="aot_eager")`` -> False while the model is traced and run;
 ``torch.compile(model, backend="runlora")`` -> True.
 
-Invariant: what Dynamo traces for other backends does not depend on this package. Dynamo keeps
-compiled code by backend, so the answer needs no guard.
+Invariant: what Dynamo traces for other backends does not depend on this package. The answer needs
+no guard, because Dynamo keeps the compiled code of each backend apart.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _Backend = TypeVar("_Backend", bound=Callable[..., Any])
 
 
 def own_backend(backend: _Backend) -> _Backend:
-    """Mark a backend as ours."""
+    """Mark a backend as ours, and return it."""
     setattr(backend, _MARK, True)
     return backend
 
@@ -36,8 +36,8 @@ def own_backend(backend: _Backend) -> _Backend:
 def is_own_compilation() -> bool:
     """Whether the caller is traced, or runs between compiled parts, for a backend of ours.
 
-    Inductor with our pass is one of them. Dynamo calls this function while it traces, and takes the
-    result for a constant.
+    Inductor with our pass counts as one. Dynamo calls this function while it traces, and treats the
+    result as a constant.
     """
     if os.environ.get(VARIABLE, "1") == "0":
         return False

@@ -4,13 +4,12 @@ PEFT registers a parametrization in every forward and removes it afterwards, whi
 module's class and breaks the graph several times a layer -> the merged weight is passed to the
 layer: ``functional_call(layer, {"down_proj": W + s L R}, x)``.
 
-Invariant: the same is computed; in eager mode PEFT's method runs, and other backends trace it as
-they would.
+Invariant: both compute the same. Eager mode runs PEFT's own method, and other backends trace it.
 """
 
 from __future__ import annotations
 
-from functools import cache, wraps
+from functools import wraps
 from types import ModuleType
 from typing import Any
 
@@ -18,20 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from runlora_fx._torch_compat import never_compile_alone
-from runlora_fx.integrations.after_import import after_import
 from runlora_fx.integrations.own_compile import is_own_compilation
 
-_PEFT = "peft.tuners.lora.layer"
 _WRAPPER = "ParamWrapper"
 
 
-@cache
-def make_experts_traceable() -> None:
-    """Substitute the method, as soon as PEFT is imported."""
-    after_import(_PEFT, _substitute)
-
-
-def _substitute(module: ModuleType) -> None:
+def substitute(module: ModuleType) -> None:
+    """Substitute the forward of a class of ``peft.tuners.lora.layer``."""
     wrapper: Any = getattr(module, _WRAPPER, None)
     if not hasattr(wrapper, "get_delta_factors"):
         return
@@ -42,13 +34,13 @@ def _substitute(module: ModuleType) -> None:
             return _with_merged_weight(self, wrapper, x, *args, **kwargs)
         return original(self, x, *args, **kwargs)
 
-    # Other backends then meet the frames that they would meet without this function.
+    # For other backends this function adds no frame that Dynamo compiles.
     never_compile_alone(forward.__code__)
     wrapper.forward = wraps(original)(forward)
 
 
 def _with_merged_weight(layer: Any, wrapper: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """What the forward of an adapted layer computes, without a parametrization."""
+    """Compute the forward of an adapted layer without a parametrization."""
     layer._check_forward_args(x, *args, **kwargs)
     name, base = layer.parameter_name, layer.base_layer
     while isinstance(base, wrapper):  # another parameter of the same layer
@@ -57,14 +49,14 @@ def _with_merged_weight(layer: Any, wrapper: Any, x: Tensor, *args: Any, **kwarg
 
 
 def _is_plain(layer: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether the adapters of a layer are added to its weight, and the weight can be added to."""
+    """Whether adapters are active, not merged, and can be added to the weight in its dtype."""
     param: nn.Parameter = layer.get_param()
     is_active = not (layer.disable_adapters or layer.merged) and "adapter_names" not in kwargs
     return is_active and param.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _merged(layer: Any) -> Tensor:
-    """The weight with the active adapters, in its own dtype."""
+    """The weight plus the updates of its active adapters, in its own dtype."""
     param: Tensor = layer.get_param()
     adapters = [name for name in layer.active_adapters if name in layer.lora_A]
     with torch.autocast(param.device.type, enabled=False):

@@ -1,1 +1,1 @@
-"""Report: what the pass saw, what it did and why, as data and as text."""
+"""Reports: what the pass found, what it changed and why, as data and as text."""

@@ -1,6 +1,8 @@
-"""The report: what the pass saw, what it did, and why.
+"""The report: what the pass found, what it changed, and why.
 
-One graph -> one :class:`Report`; ``print(report)`` shows a table, its attributes are data.
+One graph -> one :class:`Report`. ``print(report)`` shows it as text, and its attributes are data.
+
+Invariant: the FLOPs of a report are those of all matrix products, also outside of its sites.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ class Report:
         graph: The kind of graph: ``"joint"``, ``"inference"``, ``"torch"``, or several.
         sites: Where low-rank algebra was found or something was changed, in graph order.
         refusals: What was left alone although it looks like LoRA.
-        flops_before: FLOPs of all matrix products of the graph as it came [FLOP].
-        flops_after: FLOPs of all matrix products that will run [FLOP].
+        flops_before: All matrix products of the graph as it came [FLOP].
+        flops_after: All matrix products that will run [FLOP].
         from_cache: Whether the compiled code came from a cache, so that no graph was seen.
     """
 
@@ -35,14 +37,14 @@ class Report:
     from_cache: bool = False
 
     def __str__(self) -> str:
-        """A table with a row for each kind of site, and what follows from it."""
+        """Totals, a section for each kind of site, and what was left alone."""
         if self.from_cache:
             return FROM_CACHE
         return lines(self.graph, self.sites, self.refusals, self.flops_before, self.flops_after)
 
 
 def combined(reports: Iterable[Report]) -> Report:
-    """One report for several graphs."""
+    """One report for several graphs; FLOPs are added."""
     parts = list(reports)
     return Report(
         graph=" + ".join(dict.fromkeys(part.graph for part in parts)) or "no",

@@ -1,10 +1,11 @@
-"""Description: a region and what was decided about it, for the report.
+"""Description: a region and its decision become a site of the report.
 
-``X W' + s (X A') B'`` and the plan ``X (W + s B A)'`` -> a :class:`Site`: two texts, FLOPs, reason.
+``X W' + s (X A') B'`` and the plan ``X (W + s B A)'`` -> a :class:`Site` with both as text, their
+FLOPs and the reason.
 
-Invariant: a region that was changed is a site. One that was left alone is a site if some word has
-three factors or more, so that it can be evaluated in more than one order; plain linear layers are
-not.
+Invariant: every region that was changed is a site. A region that was left alone is a site if some
+word has three factors or more, so that there is more than one order to evaluate it in. Plain linear
+layers are no sites.
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ from runlora_fx.passes.search.decide import Decision
 from runlora_fx.passes.search.ranges import break_even
 from runlora_fx.passes.search.varying import Varying
 from runlora_fx.report.data import Candidate, Site
-from runlora_fx.report.notation import Names, algebra
+from runlora_fx.report.notation import Names, algebra, first_step
 from runlora_fx.report.origin import modules_of
 
-#: Sites that are in words already, by all that they say but their modules; beside each the decision
-#: by whose identity it is known, so that no other takes its place in memory.
+#: Sites that are described already, by everything but their modules. The identity of a decision is
+#: part of the key, so the decision is kept too: no other object can take its address.
 Known: TypeAlias = dict[Hashable, tuple[Decision, Site]]
 
-#: The break-even takes a search at every size that is compared, each about as much work as the one
-#: that chose the plan. It is said where that one tried no more ways than this.
+#: The largest effort of the search for which a site gets a break-even. The break-even takes a
+#: search at every size that is compared, each about as much work as the one that chose the plan.
 MOST_EFFORT = 20_000
 
 
@@ -48,15 +49,15 @@ def describe(
     objective: Objective,
     known: Known,
 ) -> Site | None:
-    """A region as a site; None where it was left alone and there is nothing low-rank about it.
+    """A region as a site; None if it was left alone and has no low-rank word.
 
     Args:
         region: The region.
         posed: Its problem.
-        decision: What was decided.
-        changed: Whether the plan was written.
-        objective: How plans were ranked.
-        known: What is described already; equal layers are put in words once.
+        decision: Its decision.
+        changed: Whether the plan was emitted.
+        objective: The objective that ranked plans.
+        known: The sites that are described already. Equal layers are described once.
     """
     if not changed and not _has_products_of_products(posed.problem):
         return None
@@ -80,10 +81,10 @@ def _site(
 
     Args:
         posed: The region's problem.
-        scalars: By demand, what it is scaled by in the graph.
-        decision: What was decided.
-        changed: Whether the plan was written.
-        objective: How plans were ranked.
+        scalars: The scalar of each demand in the graph.
+        decision: Its decision.
+        changed: Whether the plan was emitted.
+        objective: The objective that ranked plans.
     """
     problem = posed.problem
     names = Names(problem)
@@ -92,7 +93,7 @@ def _site(
     symbols = names.symbols
     is_easy = decision.effort <= MOST_EFFORT
     failed = decision.changed and not changed
-    reason = "left alone: the plan could not be written" if failed else decision.reason
+    reason = "left alone: the plan could not be applied; see the log" if failed else decision.reason
     cost_before = incoming_cost(problem, symbols).flops
     cost_after = cost_before if plan is None else plan.cost(problem, symbols).flops
     return Site(
@@ -111,7 +112,7 @@ def _site(
         break_even=_break_even(posed, names, objective) if is_easy else "",
         reason=reason,
         considered=tuple(
-            Candidate(names.step(problem.demands[0], a.step), int(a.cost.flops))
+            Candidate(first_step(problem, names, problem.demands[0], a.step), int(a.cost.flops))
             for a in decision.alternatives
         ),
     )
@@ -126,7 +127,7 @@ def _has_products_of_products(problem: Problem) -> bool:
 
 
 def _break_even(posed: PosedProblem, names: Names, objective: Objective) -> str:
-    """When merging pays, in the graph's own symbols where the number of tokens is one."""
+    """For which sizes merging pays, in the graph's own symbol if the number of tokens has one."""
     index = names.tokens
     if index is None:
         return ""
@@ -139,7 +140,7 @@ def _break_even(posed: PosedProblem, names: Names, objective: Objective) -> str:
 
 @lru_cache(maxsize=4096)
 def _border(problem: Problem, dims: frozenset[int], objective: Objective, symbol: str) -> str:
-    """The break-even of a problem; equal layers have the same."""
+    """The break-even of a problem; equal layers share it."""
     return break_even(Varying.of(problem, dims, objective), symbol)
 
 

@@ -1,9 +1,18 @@
-"""Notation: a problem's matrices by the field's names, and a plan as algebra a person can read."""
+"""Notation: a problem's matrices by the field's names, and a plan as algebra a person can read.
+
+The plan that merges one adapter -> ::
+
+    M = W + 2 B A
+    Y = X M'
+
+Invariant: every value that is used more than once has a line, and every demand has one.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from itertools import pairwise
 
 import sympy
@@ -33,14 +42,14 @@ from runlora_fx.passes.algebra.steps import (
 class Names:
     """Names of a problem's leaves and dimensions, in the field's own letters.
 
-    ``X`` is the activation that the base weight ``W`` and the adapter ``A`` (down), ``B`` (up) act
-    on, ``b`` a bias, ``dY`` the gradient of the result; ``N`` tokens, ``i`` in, ``o`` out, ``r``
-    rank, ``E`` experts. ``W[k]`` are the weights that tokens have by the assignment ``k``, and
-    ``sum_k(P)`` the sums over the tokens of each expert.
+    ``X`` is the input of the base weight ``W`` and of the adapter ``A`` (down), ``B`` (up). A bias
+    is ``b``, the gradient of the result ``dY``. Dimensions are ``N`` tokens, ``i`` inputs, ``o``
+    outputs, ``r`` rank and ``E`` experts. ``W[k]`` are the weights of each token's expert, and
+    ``sum_k(P)`` are the sums over the tokens of each expert.
     """
 
     def __init__(self, problem: Problem) -> None:
-        """Name the leaves by the roles that they have in the demands."""
+        """Name the leaves by their roles in the demands."""
         self._problem = problem
         self.leaves: dict[int, str] = {}
         self._dims: dict[int, str] = {}
@@ -49,7 +58,7 @@ class Names:
             self._dim(assignment.tokens, "N")
             self._dim(assignment.experts, "E")
         forward = [demand.core for demand in problem.demands if not demand.backward]
-        # The whole layer tells most about the roles; a norm of the merged weight may come before.
+        # The whole layer shows the roles best. The norm of a merged weight may come before it.
         for core in sorted(forward, key=_longest, reverse=True):
             self._name_forward(core)
         for i, spec in enumerate(problem.leaves):
@@ -74,7 +83,7 @@ class Names:
         return next((d for d, name in self._dims.items() if name == "N"), None)
 
     def _is_one_row(self, dim: int) -> bool:
-        """Whether a dimension is the one row of a bias, or that a token has among its expert's."""
+        """Whether a dimension is the row of a bias, or the one row of a token at its expert."""
         if any(leaf.kind == "ones" and leaf.cols == dim for leaf in self._problem.leaves):
             return True
         tokens = [assignment.tokens for assignment in self._problem.assignments]
@@ -83,7 +92,7 @@ class Names:
         return is_side and self._problem.dims[dim] == 1
 
     def _name_forward(self, core: Polynomial) -> None:
-        """``X W' + s (X A') B'``: the words of a forward demand, whichever way round it stands."""
+        """Name the leaves of ``X W' + s (X A') B'``, or of its transpose."""
         turned = next((f.transposed for f in core.terms[-1][0].without_diagonals), False)
         words = [word.without_diagonals for word in (core.T if turned else core).words]
         for factors in sorted(words, key=len):
@@ -91,7 +100,7 @@ class Names:
                 self._name_bias(factors)
                 continue
             roles = {2: ("X", "W"), 3: ("X", "A", "B")}.get(len(factors))
-            if roles is None:
+            if roles is None or (len(roles) == 3 and not self._is_adapter(factors, words)):
                 continue
             for factor, role in zip(factors, roles, strict=True):
                 self._name(factor.leaf, role)
@@ -102,23 +111,28 @@ class Names:
             if len(factors) == 3:
                 self._dim(self._problem.extent(factors[1])[1], "r")
 
+    def _is_adapter(self, factors: tuple[Factor, ...], words: list[tuple[Factor, ...]]) -> bool:
+        """Whether ``X A' B'`` stands beside a base weight, or its inner dimension is the least."""
+        sizes = [self._problem.dims[self._problem.extent(f)[1]] for f in factors]
+        return min(map(len, words)) == 2 or sizes[1] < min(sizes[0], sizes[2])
+
     def _name_bias(self, factors: tuple[Factor, ...]) -> None:
-        """``1 b'``: the vectors that the column of ones repeats."""
+        """Name the bias of ``1 b'``, a vector that the column of ones repeats."""
         for left, right in pairwise(factors):
             vector = right if self.is_ones(left) else left if self.is_ones(right) else None
             if vector is not None and 1 in self._sizes(vector):
                 self._name(vector.leaf, "b")
 
     def _sizes(self, factor: Factor) -> tuple[int, ...]:
-        """The sizes of a leaf as the problem was traced."""
+        """The sizes of a leaf during tracing."""
         return tuple(self._problem.dims[d] for d in self._problem.extent(factor))
 
     def is_ones(self, factor: Factor) -> bool:
-        """Whether a factor is the column of ones that repeats a row, or its transpose."""
+        """Whether a factor is the column of ones, which repeats a row, or its transpose."""
         return self._problem.leaves[factor.leaf].kind == "ones"
 
     def without_repeats(self, factors: tuple[Factor, ...]) -> tuple[Factor, ...]:
-        """The factors of a word but for the ones that broadcast it: ``1 b`` is written ``b``."""
+        """The factors of a word without the ones that broadcast it: ``1 b`` is written ``b``."""
         if len(factors) > 1 and self.is_ones(factors[0]) and not factors[0].transposed:
             factors = factors[1:]
         if len(factors) > 1 and self.is_ones(factors[-1]) and factors[-1].transposed:
@@ -149,23 +163,8 @@ class Names:
             return f"diag({name})"
         return f"{name}'" if factor.transposed else name
 
-    def step(self, value: Value, step: Step) -> str:
-        """The first step towards a value, its operands in normal form."""
-        if isinstance(step, Keep):
-            return "kept from the forward"
-        if isinstance(step, Product):
-            shown = self.without_ones(step.left, _second(value, step))
-            operands = [f"({p})" if " " in p else p for p in map(self.polynomial, shown)]
-            return (
-                f"rowsum({' * '.join(operands)})" if value.core.is_diag_part else " ".join(operands)
-            )
-        if not isinstance(step, Sum):
-            operands = [f"({p})" if " " in p else p for p in map(self.polynomial, step.operands)]
-            return by_expert(step, operands)
-        return _added(f"({self.polynomial(p)})" for p in step.operands)
-
     def without_ones(self, left: Polynomial, right: Polynomial) -> tuple[Polynomial, ...]:
-        """The operands of a product but for the ones that broadcast the other."""
+        """The operands of a product without the ones that broadcast the other."""
         if left.leaf is not None and self.is_ones(left.leaf) and not left.leaf.transposed:
             return (right,)
         if right.leaf is not None and self.is_ones(right.leaf) and right.leaf.transposed:
@@ -182,13 +181,17 @@ class Names:
             return f"sum_{_assignment(word.scattered[0])}({text})"
         return f"diagonal({text})" if word.diag_part else text
 
+    def is_of_weights(self, core: Polynomial) -> bool:
+        """Whether a value is computed from weights alone, without an activation or a gradient."""
+        return all(self.leaves[i][0] in "WABbg1" for i in core.leaves)
+
     def demand(self, value: Value) -> tuple[str, bool]:
-        """What a demand is called, and whether it is shown transposed."""
+        """The name of a demand, and whether it is shown transposed."""
         _, rows, cols = self._problem.shape(value.core)
         if value.core.is_diag_part:
             return "dg", False
         if not value.backward:
-            return "Y", self._dims[cols] == "N"
+            return "M" if self.is_of_weights(value.core) else "Y", self._dims[cols] == "N"
         for i, spec in enumerate(self._problem.leaves):
             if not spec.backward and spec.kind == "matrix" and spec.picked is None:
                 if (spec.rows, spec.cols) == (rows, cols):
@@ -198,6 +201,12 @@ class Names:
         return "G", False
 
 
+def first_step(problem: Problem, names: Names, value: Value, step: Step) -> str:
+    """The step that makes a value, its operands in normal form: ``X (W' + s A' B')``."""
+    alone = _Printer(replace(problem, demands=()), names, {}, {value: step})
+    return alone.made(value, names.demand(value)[1])
+
+
 def algebra(
     problem: Problem, names: Names, scalars: Mapping[Polynomial, Scalar], plan: Plan
 ) -> str:
@@ -205,15 +214,15 @@ def algebra(
 
     Args:
         problem: What the plan computes.
-        names: Of its leaves and dimensions.
-        scalars: By demand, what it is scaled by in the graph.
+        names: The names of its leaves and dimensions.
+        scalars: The scalar of each demand in the graph.
         plan: A step for every value.
     """
     return _Printer(problem, names, scalars, plan.steps).lines()
 
 
 def by_expert(step: Step, operands: list[str]) -> str:
-    """A step that depends on the experts of tokens, its operands in brackets where they must be."""
+    """A step that depends on the experts of tokens, with brackets where they are needed."""
     match step:
         case Pick(_, k):
             return f"{operands[0]}[{_assignment(k)}]"
@@ -233,17 +242,17 @@ def _assignment(k: int) -> str:
 
 
 def _longest(core: Polynomial) -> int:
-    """Factors of the longest word."""
+    """The number of factors of the longest word."""
     return max(len(word.without_diagonals) for word in core.words)
 
 
 def _second(value: Value, step: Product) -> Polynomial:
-    """The right operand of a product as it is shown: row-wise dot products take its rows."""
+    """The right operand of a product as it is shown; row-wise dot products show its rows."""
     return step.right.T if value.core.is_diag_part else step.right
 
 
 def scalar(s: Scalar) -> str:
-    """A scalar in front of a word; nothing if it is 1. The graph's own symbols are s0, s1, ..."""
+    """A scalar in front of a word; nothing if it is 1. Scalars of the graph are s, s_2, ..."""
     number = {1.0: "", -1.0: "-"}.get(s.number, f"{s.number:.6g} ")
     return number + "".join(f"s_{i + 1} " if i else "s " for i in s.leaves)
 
@@ -288,17 +297,16 @@ class _Printer:
         return "\n".join(self._lines)
 
     def _demand(self, value: Value) -> None:
-        """The line of a demand; one that other values read stands without its scalar."""
+        """Write the line of a demand, after one without its scalar if other values read that."""
         name, turned = self._names.demand(value)
         front = scalar(self._scalars[value.core])
         if front and self._uses[value.core]:
             self._label(value, turned)
         right, is_sum = self._labels.get(value.core, ("", False))[0], False
         if not right:
-            right = self._making(value, turned)
+            right = self.made(value, turned)
             is_sum = isinstance(self._step(value), Sum)
-        self._taken[name] += 1
-        name = name if self._taken[name] == 1 else f"{name}{self._taken[name]}"
+        name = self._new_name(name)
         self._labels.setdefault(value.core, (name, turned))
         self._lines.append(
             f"{name} = {front}({right})" if front and is_sum else f"{name} = {front}{right}"
@@ -308,7 +316,8 @@ class _Printer:
         step = self._plan.get(value) or self._plan.get(Value(value.core, False))
         return self._plan.get(Value(value.core, False)) if isinstance(step, Keep) else step
 
-    def _making(self, value: Value, turned: bool) -> str:
+    def made(self, value: Value, turned: bool) -> str:
+        """How a value is made, or its transpose; without a step, its normal form."""
         step = self._step(value)
         if step is None or isinstance(step, Keep):
             return self._names.polynomial(value.core.T if turned else value.core)
@@ -330,7 +339,7 @@ class _Printer:
         return _added(self._operand(p, value.backward, inner=False) for p in operands)
 
     def _operand(self, p: Polynomial, backward: bool, *, inner: bool) -> str:
-        """An operand: a leaf, a label, or how it is made; in brackets where it must be."""
+        """An operand: a leaf, a label, or how it is made; with brackets where they are needed."""
         s, transposed, core = normalise(p)
         front, text = scalar(s), ""
         if core.leaf is not None:
@@ -339,7 +348,7 @@ class _Printer:
             text = "I"
         if text:
             return f"({front}{text})" if front and inner else front + text
-        value = Value(core, backward or self._tangent(core))
+        value = Value(core, backward or self._is_gradient(core))
         if core not in self._labels:
             if any(core == demand.core for demand in self._problem.demands):
                 self._demand(value)
@@ -349,23 +358,28 @@ class _Printer:
             name, turned = self._labels[core]
             text = name if turned == transposed else f"{name}'"
             return f"({front}{text})" if front and inner else front + text
-        text = self._making(value, transposed)
+        text = self.made(value, transposed)
         if isinstance(self._step(value), Pick | Scatter | GroupedOuter):  # brackets of its own
             return f"({front}{text})" if front and inner else front + text
-        return f"{front}({text})" if inner or (front and _is_sum(text)) else front + text
+        # The normal form of a sum stands for one value: its addends are not added one by one.
+        is_one = _is_sum(text) and (bool(front) or self._step(value) is None)
+        return f"{front}({text})" if inner or is_one else front + text
 
     def _label(self, value: Value, turned: bool) -> None:
-        right = self._making(value, turned)
-        stem = "M" if len(value.core) > 1 else "Z"
-        n = sum(name.startswith(stem) for name, _ in self._labels.values())
-        name = stem if n == 0 else f"{stem}{n + 1}"
+        right = self.made(value, turned)
+        name = self._new_name("M" if self._names.is_of_weights(value.core) else "Z")
         self._labels[value.core] = (name, turned)
         again = not value.backward and isinstance(
             self._plan.get(Value(value.core, True)), Product | Sum | GroupedProduct
         )
         self._lines.append(
-            f"{name} = {right}" + ("   (made again in the backward)" if again else "")
+            f"{name} = {right}" + ("   (recomputed in the backward)" if again else "")
         )
 
-    def _tangent(self, core: Polynomial) -> bool:
+    def _new_name(self, stem: str) -> str:
+        """``Z`` for the first value of a kind, ``Z2`` for the second."""
+        self._taken[stem] += 1
+        return stem if self._taken[stem] == 1 else f"{stem}{self._taken[stem]}"
+
+    def _is_gradient(self, core: Polynomial) -> bool:
         return any(self._problem.leaves[i].backward for i in core.leaves)

@@ -1,4 +1,9 @@
-"""Origin: the modules of the model that nodes and regions come from."""
+"""Origin: the modules of the model that nodes and regions come from.
+
+A node of ``model.layers.0.q_proj.lora_A.default`` -> ``model.layers.0.q_proj``.
+
+Invariant: adapters are named by the layer that they adapt.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +17,7 @@ from torch import fx
 from runlora_fx.passes.read.regions import Region
 from runlora_fx.report.data import Refusal, Site
 
-#: Parts of a module path that belong to an adapter's inside.
+#: Names of modules inside of an adapted layer.
 _ADAPTER_PARTS = re.compile(r"^(lora_.*|base_layer)$")
 
 #: The name of the compiled module itself.
@@ -42,7 +47,7 @@ def modules_of_nodes(nodes: Iterable[fx.Node]) -> tuple[str, ...]:
 
 
 def unmatched(nodes: Iterable[fx.Node], sites: Iterable[Site]) -> Iterator[Refusal]:
-    """Adapter modules that no site covers, of the nodes of a graph as it came."""
+    """The adapted layers of a graph that no site covers, with the operators that they run."""
     covered = {name for site in sites for name in site.modules}
     missed: dict[str, set[str]] = {}
     for node in nodes:
@@ -74,10 +79,10 @@ def _path(node: fx.Node) -> str:
 
 @lru_cache(maxsize=1 << 14)
 def _named(path: str) -> str:
-    """The dotted name that an entry of a module stack means."""
+    """The dotted name in an entry of a module stack."""
     parts = re.sub(r"\['?([^'\]]*)'?\]", r".\1", path).split(".")
-    # What Dynamo calls the compiled module or function itself is not part of the path; where its
-    # forward was wrapped (accelerate, autocast), it is the first of the wrapper's arguments.
+    # Dynamo's name of the compiled module or function is not part of the path. If its forward is
+    # wrapped (accelerate, autocast), the module is the first of the wrapper's arguments.
     if parts[:3] == ["L", "args", "0"]:
         del parts[:3]
     while parts and parts[0] in ("", "L", "self", "L__self__", "fn"):

@@ -1,6 +1,8 @@
 """What the pass found at one place of a graph: a site, or a refusal.
 
-Invariant: plain data, so that a program can read it as well as a person.
+A LoRA layer -> ``Site(("q_proj",), "N=1024, i=384, o=384, r=32", "Y = X W' + (X A') B'", ...)``
+
+Invariant: sites and refusals are plain data, which programs can read.
 """
 
 from __future__ import annotations
@@ -12,11 +14,11 @@ import sympy
 
 @dataclass(frozen=True)
 class Candidate:
-    """A plan that was considered.
+    """The cheapest plan that begins with a given step.
 
     Attributes:
-        form: How it begins, in algebra.
-        flops: FLOPs of its matrix products [FLOP].
+        form: The step that computes the first value, such as ``X (W' + A' B')``.
+        flops: The matrix products of the whole plan [FLOP].
     """
 
     form: str
@@ -25,22 +27,22 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Site:
-    """One place where low-rank algebra was found, or where matrix products were changed.
+    """A place where low-rank algebra was found, or where matrix products were changed.
 
     Attributes:
-        modules: Dotted names of the modules it comes from.
+        modules: Dotted names of the modules that it comes from.
         shapes: The sizes of its dimensions, ``N`` tokens, ``i`` in, ``o`` out, ``r`` rank.
-        before: The algebra as it came, a line for every value.
-        after: The algebra as it will run; equal to ``before`` where nothing was changed.
-        flops_before: FLOPs of the matrix products that came [FLOP].
-        flops_after: FLOPs of the matrix products that will run [FLOP].
-        flops_before_expr: The same as an expression in the site's dimensions.
-        flops_after_expr: The same as an expression in the site's dimensions.
+        before: How the graph computed it, a line for every value.
+        after: How it will be computed; equal to ``before`` if nothing was changed.
+        flops_before: The matrix products of the graph as it came [FLOP].
+        flops_after: The matrix products that will run [FLOP].
+        flops_before_expr: ``flops_before`` as an expression in the site's dimensions.
+        flops_after_expr: ``flops_after`` as an expression in the site's dimensions.
         changed: Whether the graph was changed here.
         reason: Why it was changed or left alone.
-        considered: The alternatives, cheapest first.
-        break_even: For how many tokens it pays to merge the adapter into the base weight.
-        is_exact: Whether no plan is cheaper than the best one that was found.
+        considered: The cheapest plan for every first step, cheapest first.
+        break_even: The numbers of tokens for which merging pays: ``"when N > 682"``, ``"never"``.
+        is_exact: Whether all plans were compared, so that no cheaper one exists.
     """
 
     modules: tuple[str, ...]

@@ -1,1 +1,1 @@
-"""Runtime: what compiled code calls while it runs."""
+"""Runtime: operators that compiled code calls."""

@@ -1,9 +1,12 @@
-"""Reuse: merged weights kept from call to call, for as long as nothing they are made of changes.
+"""Merged weights that are kept between calls until one of their weights changes.
 
-An operator of our own makes the merged weight and remembers it. Autograd's version counters and the
-identity of the memory say whether a weight has changed, and any step of a torch optimizer counts as
-a change of all: fused ones do not count versions. Edits through ``.data`` do neither, and need
-:func:`forget_merged_weights`.
+Two calls of ``runlora.merged_weight(W, B, A, s)`` -> one computation of ``W + s B A``.
+
+A weight has changed if autograd's version counter or its memory has. A step of any torch optimizer
+counts as a change of all weights, because fused optimizers do not count versions.
+
+Invariant: the result is that of the current weights, unless one was edited through ``.data``. Call
+:func:`forget_merged_weights` after such an edit.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 class _Identity(NamedTuple):
-    """Which memory a tensor shows, and in what state."""
+    """The memory of a tensor, its layout, and its version."""
 
     storage: StorageWeakRef
     place: tuple[Any, ...]
@@ -47,14 +50,19 @@ register_optimizer_step_post_hook(_count_step)
 
 @torch.library.custom_op("runlora::merged_weight", mutates_args=())
 def merged_weight(base: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
-    """``base + alpha * (left @ right)``, the one made before if nothing has changed since.
+    """``base + alpha * (left @ right)``; the kept tensor if no weight has changed.
 
-    The result must not be written to. One is kept for every base, so that switching adapters
-    replaces it.
+    The result must not be written to. One result is kept for every base.
+
+    Args:
+        base: The base weight, shape (m, n).
+        left: Shape (m, r).
+        right: Shape (r, n).
+        alpha: The scaling.
     """
     try:
         made_of = tuple(map(_identity, (base, left, right)))
-    except RuntimeError:  # tensors of inference mode count no versions
+    except RuntimeError:  # tensors made in inference mode have no version counter
         return _merge(base, left, right, alpha)
     with _lock:
         steps = _optimizer_steps
@@ -65,7 +73,7 @@ def merged_weight(base: Tensor, left: Tensor, right: Tensor, alpha: float) -> Te
     with _lock:
         for storage in [storage for storage in _kept if storage.expired()]:  # type: ignore[no-untyped-call]
             del _kept[storage]
-        # One for each base: another adapter takes the place of this one.
+        # One for each base, so that another adapter replaces this one.
         _kept[made_of[0].storage] = _Entry(made_of, alpha, steps, result)
     return result
 
@@ -80,13 +88,13 @@ def _merge(base: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
 
 
 def forget_merged_weights() -> int:
-    """Drop all merged weights that are kept from call to call (option ``reuse``).
+    """Drop all merged weights that are kept between calls (option ``reuse``).
 
-    Needed after weights were edited through ``.data``, which no version counter sees; it also frees
-    the memory.
+    Call it after weights were edited through ``.data``, which does not change their versions. It
+    also frees the memory.
 
     Returns:
-        What was held [B].
+        The memory that was freed [B].
     """
     with _lock:
         held = sum(entry.weight.nbytes for entry in _kept.values())

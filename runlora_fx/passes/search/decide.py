@@ -156,7 +156,7 @@ def saving(objective: Objective, problem: Problem, plan: Plan) -> str:
     cost, new_cost = total_cost(before), total_cost(after)
     saved.append(_change(cost.flops, new_cost.flops, "FLOPs"))
     if cost.saved != new_cost.saved:
-        saved.append(_change(cost.saved, new_cost.saved, "kept bytes"))
+        saved.append(_change(cost.saved, new_cost.saved, "bytes saved for the backward"))
     if problem.lasting:
         saved.append("merged weights are kept from call to call")
     return ", ".join(saved)
@@ -166,10 +166,10 @@ def _change(before: Amount | float, after: Amount | float, of: str) -> str:
     before, after = float(before), float(after)
     if not before:
         return f"{after:.4g} {of}"
-    less = "fewer" if of.endswith("s") else "less"
+    much, less = ("much", "less") if of == "time" else ("many", "fewer")
     share = abs(1 - after / before)
     if share < _TIE:
-        return f"as {'many' if of.endswith('s') else 'much'} {of}"
+        return f"as {much} {of}"
     digits = f"{share:.1%}" if share >= 0.0005 else f"{100 * share:.1g}%"
     return f"{digits} {less if after < before else 'more'} {of}"
 

@@ -109,8 +109,8 @@ def break_even(varying: Varying, name: str) -> str:
         when = _when(lambda size, merges=merges: merges[known.choice(size)], name, as_guard)  # type: ignore[misc]
         said.setdefault(when, []).append(phase)
     if len(said) == 1:
-        return f"merge {next(iter(said))}"
-    return "merge " + ", ".join(f"in {' and '.join(where)} {when}" for when, where in said.items())
+        return next(iter(said))
+    return ", ".join(f"in {' and '.join(where)} {when}" for when, where in said.items())
 
 
 class _Table:

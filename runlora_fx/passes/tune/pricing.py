@@ -1,10 +1,10 @@
-"""Pricing: the objective for each dtype of a graph, from what is known about its device.
+"""Pricing: the objective for each dtype of a graph, from the profile of its device.
 
 Example: a graph on a CPU has matrices in float32 and bfloat16. ``pricing.objective("float32")`` has
 the times that a calibration stored for float32. ``pricing.measure(problems)`` adds those of the
 products that a better plan could contain.
 
-Invariant: what is measured is stored, and prices everything that is planned after it.
+Invariant: every measurement is stored, and used for everything that is planned after it.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from runlora_fx.passes.search.frontiers import candidate_products
 
 _log = logging.getLogger("runlora_fx")
 
-#: What ``memory="low"`` may spend to hold a byte less [FLOP/B]. ``X A'`` costs 2 in / itemsize per
-#: byte: it is computed again in layers of up to 16384 inputs in 32 bits, 8192 in 16 bits.
+#: What ``memory="low"`` may spend to save one byte less [FLOP/B]. ``X A'`` costs 2 in / itemsize
+#: per byte, so it is recomputed in layers of up to 16384 inputs in 32 bits, and 8192 in 16 bits.
 _FLOPS_PER_SAVED_BYTE = 8192
 
-#: From so many products on, measuring them takes long enough to show progress.
+#: The number of products from which on measuring them shows its progress.
 _SHOW_PROGRESS = 8
 
-#: All products are measured in turn, this often. The least time counts: a machine is not equally
-#: fast at every moment.
+#: How often all products are measured, in turn. The least time of each counts, because other work
+#: on the machine only makes a measurement longer.
 _ROUNDS = 4
 
-#: What torch raises where memory does not suffice, the device has not the dtype, or is not here.
+#: What torch raises if memory does not suffice, or if the device or its dtype is missing.
 _NOT_MEASURED = (RuntimeError, TypeError, AssertionError)
 
 
@@ -52,11 +52,11 @@ class Pricing:
     """
 
     def __init__(self, options: Options, machine: Machine, device: torch.device) -> None:
-        """Price for a device.
+        """Prepare prices for a device.
 
         Args:
-            options: What is asked of the pass.
-            machine: What is known about the device; measurements are added to it.
+            options: The options of the pass.
+            machine: The profiles of devices. Measurements are added to it.
             device: Where the graph runs.
         """
         self._options = options
@@ -65,7 +65,7 @@ class Pricing:
         self._objectives: dict[str, Objective] = {}
 
     def objective(self, dtype: str) -> Objective:
-        """How plans for matrices of a dtype are ranked."""
+        """The objective that ranks plans for matrices of a dtype."""
         if dtype not in self._objectives:
             profile = DEFAULT_PROFILE
             if self._options.objective == "time" and dtype in DTYPES:
@@ -82,20 +82,20 @@ class Pricing:
 
     @property
     def settings(self) -> str:
-        """The settings that times on the device hold for, whatever the dtypes."""
+        """The settings of the process that times on the device depend on."""
         return settings_of(self.device)
 
     def record(self, dtype: str) -> Record:
-        """What was measured on the device."""
+        """The measurements on the device in a dtype."""
         return self._machine.record(self.device, dtype)
 
     def add(self, dtype: str, newer: Record) -> None:
-        """Add measurements to what is known about the device, and store them."""
+        """Add measurements to those of the device, and store them."""
         self._machine.add(self.device, dtype, newer)
         self._objectives.pop(dtype, None)
 
     def measure(self, problems: Iterable[Problem]) -> None:
-        """Time the products of all plans that may be the best, where they were not timed before."""
+        """Time the products of all plans that may be the cheapest, if they are not timed yet."""
         wanted: dict[str, dict[GemmShape, None]] = {}
         for problem in dict.fromkeys(problems):
             if problem.dtype in DTYPES:
@@ -133,7 +133,7 @@ class Pricing:
 
 
 def may_measure() -> bool:
-    """Whether this process may plan by numbers of its own: ranks of a group have to agree."""
+    """Whether this process may use its own measurements; ranks of a group need equal plans."""
     is_group = torch.distributed.is_available() and torch.distributed.is_initialized()
     if is_group and torch.distributed.get_world_size() > 1:
         _warn_of_group()

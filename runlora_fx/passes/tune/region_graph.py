@@ -1,15 +1,14 @@
-"""Region graphs: one region, with the pointwise operations around it, as a graph of its own.
+"""Region graphs: one region and the pointwise operations around it, as a separate graph.
 
-A plan is not timed alone, for the compiler fuses what is next to it. In ::
+A plan is timed together with its neighbours, because the compiler fuses them. In ::
 
     h = gelu(z);  y = h @ w.T + 2 * (h @ a.T) @ b.T;  out = relu(y) + r
 
 the region is what computes ``y``. Its graph has the inputs ``z, w, a, b, r`` and the output
 ``relu(y) + r``.
 
-Invariant: from equal inputs the region graph computes what the whole graph computes. Everything
-that its time depends on, shapes and strides of all inputs included, is in
-:attr:`RegionGraph.signature`.
+Invariant: the region graph computes the same as the whole graph from the same inputs. Everything
+that its time depends on is in :attr:`RegionGraph.signature`, the layouts of its inputs included.
 """
 
 from __future__ import annotations
@@ -27,18 +26,18 @@ from runlora_fx.passes.read.phases import Phases
 from runlora_fx.passes.read.reader import GraphReader
 from runlora_fx.passes.read.regions import Region
 
-#: How many pointwise operations in a row are taken along.
+#: The largest number of pointwise operations in a row that are included.
 _DEPTH = 3
 
 
 @dataclass(frozen=True)
 class RegionGraph:
-    """A region as a graph of its own.
+    """A region as a separate graph.
 
     Attributes:
-        module: Its inputs are the forward's first, then the incoming gradients; its outputs are the
-            forward's first, then the backward's.
-        forward_outputs: How many of the outputs are the forward's.
+        module: The graph. Its inputs are those of the forward, then the incoming gradients. Its
+            outputs are those of the forward, then those of the backward.
+        forward_outputs: The number of outputs of the forward.
         is_joint: Whether there is a backward.
     """
 
@@ -50,9 +49,9 @@ class RegionGraph:
     def signature(self) -> str:
         """What its time depends on: its code, and the dtypes, shapes and strides of its inputs.
 
-        Also inputs that are no leaves of the problem count: a residual that is added behind the
-        region, a mask. Nodes are numbered, so that equal layers have equal signatures, in every
-        process.
+        Inputs that are not leaves of the problem count as well, such as a mask or a residual that
+        is added behind the region. Nodes are numbered, so that equal layers have equal signatures
+        in every process.
         """
         numbers = {node: i for i, node in enumerate(self.module.graph.nodes)}
         lines = []
@@ -68,13 +67,13 @@ class RegionGraph:
 def region_graph(
     graph: fx.Graph, reader: GraphReader, phases: Phases, region: Region
 ) -> RegionGraph:
-    """What computes a region's roots, with the pointwise operations before and after."""
+    """The nodes that compute a region's roots, and the pointwise operations before and after."""
     roots = {root.node for root, _ in region.demands}
     inner = _linear(reader, roots)
     inner |= _virtual(reader, {n for node in inner for n in node.all_input_nodes})
     before = _pointwise({n for node in inner for n in node.all_input_nodes} - inner, upwards=True)
     after = _pointwise({user for root in roots for user in root.users} - inner, upwards=False)
-    # What stands behind a root must not be taken for one of its inputs.
+    # A node behind a root is no input of the region.
     taken = inner | after | {node for node in before if node not in after}
     order = [node for node in graph.nodes if node in taken]
     given = [n for n in graph.nodes if n not in taken and any(u in taken for u in n.users)]
@@ -98,24 +97,24 @@ def region_graph(
 
 
 def _named(target: object) -> str:
-    """An operator's name; no address of a function is in it."""
+    """An operator's name, without the address of a function."""
     if isinstance(target, str | torch._ops.OpOverload):
         return str(target)
     return f"{getattr(target, '__module__', '')}.{getattr(target, '__name__', type(target))}"
 
 
 def _layout(node: fx.Node) -> str:
-    """How an input lies in memory."""
+    """The dtype, shape, strides and device of an input."""
     val = example_of(node)
     if val is None:
         return str(node.meta.get("val"))
-    # As text: to compare symbolic sizes would guard them.
+    # As text, because comparing symbolic sizes would add guards.
     shape, stride = (tuple(map(str, sizes)) for sizes in (val.shape, val.stride()))
     return f"{val.dtype} {shape} {stride} {val.device.type}"
 
 
 def _linear(reader: GraphReader, roots: Iterable[fx.Node]) -> set[fx.Node]:
-    """The linear nodes that make roots, down to leaves and other roots."""
+    """The linear nodes that compute some roots, from leaves and other roots."""
     found = set(roots)
     pending = list(found)
     while pending:
@@ -129,7 +128,7 @@ def _linear(reader: GraphReader, roots: Iterable[fx.Node]) -> set[fx.Node]:
 
 
 def _virtual(reader: GraphReader, nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """The nodes that compute virtual leaves: as inputs they would be leaves of their own."""
+    """The nodes that compute virtual leaves; as inputs they would be leaves instead."""
     origins = [leaf.origin for leaf in reader.leaves.matrices if isinstance(leaf.origin, Computed)]
     numbers = {part.key(reader.values) for origin in origins for part in origin.parts}
     found: set[fx.Node] = set()
@@ -143,7 +142,7 @@ def _virtual(reader: GraphReader, nodes: Iterable[fx.Node]) -> set[fx.Node]:
 
 
 def _pointwise(around: set[fx.Node], *, upwards: bool) -> set[fx.Node]:
-    """The pointwise operations that the compiler may fuse with what is next to them."""
+    """The pointwise operations next to some nodes, which the compiler may fuse."""
     found: set[fx.Node] = set()
     for _ in range(_DEPTH):
         around = {node for node in around if _is_fusible(node)} - found
@@ -153,7 +152,7 @@ def _pointwise(around: set[fx.Node], *, upwards: bool) -> set[fx.Node]:
 
 
 def _is_fusible(node: fx.Node) -> bool:
-    """Whether a node computes a tensor elementwise, and the same one every time."""
+    """Whether a node computes a tensor elementwise and without effects."""
     if not isinstance(node.target, torch._ops.OpOverload) or example_of(node) is None:
         return False
     is_pointwise = torch.Tag.pointwise in node.target.tags

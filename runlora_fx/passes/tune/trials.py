@@ -1,11 +1,13 @@
-"""Trials: the best few plans of a region, compiled with what is around them, run and timed.
+"""Trials: compile the best few plans of a region with what surrounds them, and time them.
 
-Example: a LoRA layer with a GELU behind it, at 256 tokens, comes with two paths. The plan that
-merges the weights is tried beside it: ``"changed: 12.4% less time measured (810 us -> 710 us)"``.
+Example: a graph computes a LoRA layer and a GELU for 256 tokens, base and adapter separately. The
+plan that merges the weights is tried as well::
 
-Invariant: a time is only used again for the same problem in the same region graph, compiled with
-the same settings of the compiler, on a device of the same model under the same settings. A trial
-that fails keeps the predicted decision.
+    changed: 12.4% less time measured (810 us -> 710 us)
+
+Invariant: a stored time is used for the same problem in the same region graph, under the same
+settings of the compiler, on a device of the same model with the same settings, and for nothing
+else. A trial that fails keeps the predicted decision.
 """
 
 from __future__ import annotations
@@ -39,14 +41,14 @@ from runlora_fx.passes.tune.region_graph import RegionGraph, region_graph
 
 _log = logging.getLogger("runlora_fx")
 
-#: At most so many plans of a region are tried, the graph as it came among them.
+#: The largest number of plans that are tried for a region, the graph as it came included.
 _MAX_PLANS = 4
 
-#: All plans of a region are timed in turn, this often. The least time counts: a machine is not
-#: equally fast at every moment.
+#: How often all plans of a region are timed, in turn. The least time of each counts, because other
+#: work on the machine only makes a measurement longer.
 _ROUNDS = 3
 
-#: The share of time that a plan has to save: less cannot be told from noise.
+#: The share of time that a plan must save. A smaller one could be noise.
 _NOISE = 0.01
 
 _AS_IT_CAME = "as it came"
@@ -55,7 +57,7 @@ _AS_IT_CAME = "as it came"
 def try_out(analysis: Analysis, pricing: Pricing, decisions: Sequence[Decision]) -> list[Decision]:
     """The decisions after trials.
 
-    Equal regions are tried once. Times that are stored are not taken again. A region with symbolic
+    Equal regions are tried once, and stored times are not measured again. A region with symbolic
     sizes, or one that cannot be compiled, keeps its decision.
     """
     settled: dict[tuple[Problem, str], Decision] = {}
@@ -79,9 +81,9 @@ def try_out(analysis: Analysis, pricing: Pricing, decisions: Sequence[Decision])
 
 
 def _is_timed(posed: PosedProblem) -> bool:
-    """Whether trials say what a region takes: its sizes are known, and random data will do.
+    """Whether a region can be timed: its sizes are numbers, and random inputs are valid.
 
-    Offsets of experts' rows have to ascend, and times depend on them.
+    Offsets of grouped products must ascend, and the time depends on them.
     """
     kinds = {assignment.kind for assignment in posed.problem.assignments}
     return not posed.is_symbolic and "grouped" not in kinds
@@ -90,7 +92,7 @@ def _is_timed(posed: PosedProblem) -> bool:
 def _candidates(
     problem: Problem, objective: Objective, decision: Decision
 ) -> dict[str, Plan | None]:
-    """The graph as it came (None) and the best few plans, by their digests."""
+    """By digest, the best few plans; None stands for the graph as it came."""
     if decision.plan is None:
         return {}
     others = sorted(
@@ -113,8 +115,8 @@ def _tried(
     plans: dict[str, Plan | None],
     tried: RegionGraph,
 ) -> Decision:
-    """The decision for the plan that runs in the least time."""
-    # Sets have no order that holds from process to process.
+    """The decision for the plan that was measured to be the fastest."""
+    # The order of sets differs between processes.
     key = _digest(
         [
             replace(problem, kept=frozenset()),
@@ -128,7 +130,7 @@ def _tried(
     if times.keys() != plans.keys():
         try:
             times = _times(analysis, problem, plans, tried, pricing.device)
-        except Exception as error:  # whatever fails in a trial must not fail the compilation
+        except Exception as error:  # a trial that fails must not break the compilation
             _log.info("runlora could not try the plans of a region: %r", error)
             return decision
         pricing.add(problem.dtype, Record(plans={key: times}))
@@ -173,8 +175,8 @@ def _times(
             ]
         return {name: min(times[name] for times in rounds) for name in runs}
 
-    # What a compilation keeps in thread-local state is not for the compilations in here. The
-    # settings of Inductor are: they lie in context variables from torch 2.13 on.
+    # Another thread, because the outer compilation has thread-local state. Its context is copied,
+    # because context variables hold the settings of Inductor from torch 2.13 on.
     with ThreadPoolExecutor(1) as executor:
         return executor.submit(copy_context().run, measure).result()
 
@@ -182,7 +184,7 @@ def _times(
 def _planned(
     analysis: Analysis, problem: Problem, plan: Plan | None, tried: RegionGraph
 ) -> fx.GraphModule:
-    """A copy of a region graph, computed by a plan."""
+    """A copy of a region graph that computes the region by a plan."""
     copied = fx.Graph()
     output = copied.graph_copy(tried.module.graph, {})
     copied.output(output)
@@ -199,7 +201,7 @@ def _planned(
 
 
 def _compiled(module: fx.GraphModule, tried: RegionGraph) -> list[Callable[[], object]]:
-    """Calls that run the forward and, if there is one, the backward on random data."""
+    """Functions that run the forward and the backward, if there is one, on random data."""
     inputs = {n.name: _random(n) for n in module.graph.nodes if n.op == "placeholder"}
     if not tried.is_joint:
         forward, given = compile_graph(module, list(inputs.values())), list(inputs.values())
@@ -226,7 +228,7 @@ def _call(compiled: Callable[..., object], given: list[Any]) -> Callable[[], obj
 
 
 def _random(node: fx.Node) -> Any:
-    """Random data like a node's example value: strides too, also those of an expanded tensor."""
+    """Random data with the dtype, shape and strides of a node; expanded tensors stay expanded."""
     val = example_of(node)
     if val is None:
         return node.meta.get("val")
