@@ -1,4 +1,4 @@
-"""What the tests look at: values and gradients of a step, and what its compiled graphs cost.
+"""Helpers that compare values and gradients of a step, and count what its compiled graphs cost.
 
 Costs are counted, never timed: matmul FLOPs in the graphs that Inductor is about to generate code
 for, and the bytes a compiled forward keeps for its backward.
@@ -35,7 +35,7 @@ MATMULS = {
     "mkl._mkl_linear": 0,
 }
 
-#: Inductor takes a list of joint passes; in torch 2.11 one only.
+#: Whether Inductor takes a list of joint passes. torch 2.11 takes a single pass.
 TAKES_LISTS = not torch.__version__.startswith("2.11.")
 
 P = ParamSpec("P")
@@ -52,12 +52,12 @@ def scalar_kernels(fn: Callable[P, T]) -> Callable[P, T]:
 
 
 def ours(**options: object) -> Any:
-    """Options of ours, as `torch.compile` takes them; strict."""
+    """Our options as `torch.compile` takes them, with `strict`."""
     return {f"runlora.{name}": value for name, value in {"strict": True, **options}.items()}
 
 
 def compile_whole(model: nn.Module, backend: str) -> nn.Module:
-    """Compile anew, into one graph: a graph break is an error, and so is a failing rewrite."""
+    """Compile again, into one graph: graph breaks and failures of the pass raise errors."""
     torch._dynamo.reset()
     options: Any = None if backend == INDUCTOR else {"runlora.strict": True}
     compiled = torch.compile(model, backend=backend, fullgraph=True, options=options)
@@ -86,7 +86,7 @@ def run_inference(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """||found - wanted|| / ||wanted|| in double precision; absolute where `wanted` is zero."""
+    """||found - wanted|| / ||wanted|| in double precision; absolute if `wanted` is zero."""
     scale = wanted.double().norm().item()
     return float((found.double() - wanted.double()).norm().item() / (scale or 1.0))
 
@@ -94,7 +94,7 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
 def assert_same_values(
     found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], rtol: float
 ) -> None:
-    """Require the same names, and for each the same dtype and a relative error up to `rtol`."""
+    """Require equal names, equal dtypes and relative errors of at most `rtol`."""
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         assert found[name].dtype == value.dtype, f"{name}: {found[name].dtype} for {value.dtype}"
@@ -106,7 +106,7 @@ def assert_same_values(
 def assert_same_outputs_and_grads(
     fn: Callable[..., Any], rewritten: Callable[..., Any], inputs: Sequence[Any], rtol: float
 ) -> None:
-    """Require of both equal outputs, and equal gradients of `inputs` and of a module's parameters.
+    """Require equal outputs, and equal gradients of `inputs` and of a module's parameters.
 
     The gradients are those of sum_i <c_i, output_i> with fixed random c_i; an input takes part if
     it requires a gradient.
@@ -176,17 +176,17 @@ def counting() -> Iterator[list[int]]:
 
 
 def saved_bytes(forward: Callable[[], Any], given: Sequence[Tensor]) -> int:
-    """Bytes that `forward` keeps for its backward, parameters and inputs apart [B].
+    """Bytes that `forward` saves for its backward, without parameters and inputs [B].
 
-    Whole storages, each counted once; a view of a weight costs nothing. On a compiled forward this
-    is what the partitioner chose to save; compile it before.
+    A storage counts once and in full, and a view of a weight costs nothing. For a compiled forward
+    this is what the partitioner chose to save. Compile it before the call.
 
     Args:
         forward: Runs the forward pass.
-        given: Tensors that live anyway: parameters, buffers and inputs.
+        given: Tensors that do not count: parameters, buffers and inputs.
     """
     known = {x.untyped_storage().data_ptr() for x in inner_tensors(given)}
-    saved: dict[int, Tensor] = {}  # holds the tensors, or a freed address could come again
+    saved: dict[int, Tensor] = {}  # holds the tensors, because a freed address could be used again
 
     def keep(x: Tensor) -> Tensor:
         saved[x.untyped_storage().data_ptr()] = x
@@ -200,7 +200,7 @@ def saved_bytes(forward: Callable[[], Any], given: Sequence[Tensor]) -> int:
 
 
 def inner_tensors(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The plain tensors, and those that tensor subclasses (quantised weights) are made of."""
+    """The plain tensors, and the plain tensors inside tensor subclasses (quantised weights)."""
     for tensor in tensors:
         if is_traceable_wrapper_subclass(tensor):
             names, _ = tensor.__tensor_flatten__()
@@ -216,8 +216,8 @@ class Training:
     Attributes:
         values: Loss, logits and gradients, as `run_training` returns them.
         flops: Matmul FLOPs of forward and backward after Inductor's passes [FLOP].
-        saved: Bytes kept from forward to backward [B].
-        report: What the rewriting decided; None under plain Inductor.
+        saved: Bytes saved for the backward [B].
+        report: The report of the pass; None under plain Inductor.
     """
 
     values: dict[str, Tensor] = field(repr=False)

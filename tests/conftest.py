@@ -1,7 +1,7 @@
-"""The machine that the tests plan for: one that is bound by FLOPs, and the same everywhere.
+"""The machine that the tests plan for: it is bound by FLOPs, and the same everywhere.
 
-Plans depend on what the machine can do. The tests count FLOPs, so they run with a stored profile in
-which bytes and launches cost next to nothing: enough to break ties, too little to matter.
+Plans depend on the profile of the machine. The tests count FLOPs, so they store a profile in which
+bytes and launches cost just enough to break ties.
 """
 
 import os
@@ -20,15 +20,15 @@ FLOPS_BOUND = {
     **dict.fromkeys(("read", "written", "elementwise", "launches"), 1e-25),
 }
 
-# Profiles are kept by thread count: the processes that tests start have to use as many. Tests run
-# side by side, and are small: one thread each.
+# Profiles are stored by thread count, so processes that tests start must use as many threads. Tests
+# are small and run side by side, so each uses one thread.
 os.environ["OMP_NUM_THREADS"] = os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the option that writes `tests/goldens/` anew."""
-    parser.addoption("--update-goldens", action="store_true", help="write tests/goldens/ anew")
+    """Add the option that rewrites `tests/goldens/`."""
+    parser.addoption("--update-goldens", action="store_true", help="rewrite tests/goldens/")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -44,6 +44,6 @@ def _flops_bound_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
 
 @pytest.fixture
 def no_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of its own for what a test measures; empty at first."""
+    """An empty folder for the profiles that a test measures."""
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     return tmp_path

@@ -1,8 +1,8 @@
-"""Graphs as text that stays the same when nodes are renamed or numbered anew.
+"""Graphs as text that does not depend on the names and numbers of nodes.
 
     mm_7 = aten.mm.default(view_3, primals_2) -> v2 = mm(v1, in1)   [40, 96]
 
-Inputs and values are numbered in order, symbols of sizes too; what nothing reads is left out.
+Inputs, values and symbols of sizes are numbered in order. Values without a reader are left out.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""The recipes of `docs/integrations.md`, run as they stand there, and what they made Dynamo do.
+"""The recipes of `docs/integrations.md`, run literally, and what Dynamo did for them.
 
 A recipe runs three times: eagerly, under Inductor and under runlora. Its code is that of the
 documentation; only the name of the backend differs, and eagerly nothing is compiled at all.
@@ -123,7 +123,7 @@ def train(model: nn.Module, batch: Mapping[str, Tensor], steps: int = 2) -> dict
 
 @dataclass(frozen=True)
 class Work:
-    """What Dynamo did, whatever the backend.
+    """What Dynamo did, independent of the backend.
 
     Attributes:
         graphs: Graphs handed to the backend.
@@ -137,7 +137,7 @@ class Work:
 
 
 class Watch:
-    """Forgets what was compiled, and counts from then on."""
+    """Resets Dynamo, and counts its work from then on."""
 
     def __init__(self) -> None:
         torch._dynamo.reset()
@@ -163,7 +163,7 @@ class Outcome:
         values: What the run returned.
         work: What Dynamo did.
         flops: Matmul FLOPs of all graphs compiled [FLOP].
-        reports: What the rewriting decided, a report for every graph.
+        reports: The reports of the pass, one for every graph.
     """
 
     values: dict[str, Tensor] = field(repr=False)
@@ -201,10 +201,10 @@ def check(
 
     Args:
         run: Runs something with a given backend, from the same state every time.
-        rtol: Relative error allowed. Adam divides gradients by their own size: where one is
-            nearly zero, its rounding shows in the parameters.
+        rtol: Relative error allowed. Adam divides gradients by their size, so the rounding of a
+            gradient near zero shows in the parameters.
         backends: Ours and what it is compared with: `REAL` or, without code generation, `FAST`.
-        reference: Whose values are wanted; not eager's where random numbers differ.
+        reference: The backend with the right values; not eager mode where random numbers differ.
 
     Returns:
         Ours and the other's.
@@ -222,7 +222,7 @@ def check(
 
 
 def assert_all_found(found: Outcome, model: nn.Module) -> None:
-    """Require every adapted layer to be named by some site, whatever of its path is compiled."""
+    """Require a site for every adapted layer, whichever part of its path is compiled."""
     named = {"." + name for name in found.modules}
     missed = {
         layer

@@ -63,13 +63,13 @@ class Flavour:
     """A way to fine-tune with low-rank adapters, on a tiny model.
 
     Attributes:
-        source: The library that it comes from, or the paper with what is implemented of it.
+        source: The library that it comes from, or the paper and the part that is implemented.
         build: Makes the model, in training mode, from torch's global seed.
         batch: Makes the batch: arguments of the model, and a "target" for `loss`.
-        expects: "gain": the matrix products must get fewer FLOPs. "bytes": as many, but less must
-            be held for the backward. "alone": there is nothing to gain. "breaks": it does not
-            compile under Inductor either.
-        why: The reason, where it is not "gain"; under "bytes", what is held in the stead of what.
+        expects: "gain": the matrix products must have fewer FLOPs. "bytes": as many FLOPs, and
+            fewer bytes saved for the backward. "alone": there is nothing to gain. "breaks": it
+            does not compile under Inductor either.
+        why: The reason if it is not "gain". For "bytes": what is saved instead of what.
         loss: The loss of the model's output.
         optimizer: Makes the optimizer; None where `after` updates the weights.
         before: Called with model and step before the forward.
@@ -80,10 +80,10 @@ class Flavour:
         dynamo: Settings of `torch._dynamo.config`.
         rtol: Largest relative error against eager mode, of outputs, gradients and parameters.
         compared: What is compared of the model's state, by name.
-        kernels: Whether the test that generates kernels takes it.
+        kernels: Whether the test that generates kernels includes it.
         substituted: Whether our own compilations trace a substitute for a function of PEFT. Under
             Inductor that function breaks the graph, and parts of the model run outside of graphs.
-        needs: Packages that not everyone has.
+        needs: Optional packages that it imports.
     """
 
     source: str
@@ -106,7 +106,7 @@ class Flavour:
     needs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Require a reason where nothing is gained."""
+        """Require a reason if nothing is gained."""
         assert (self.expects == "gain") != bool(self.why)
 
     def model(self) -> nn.Module:
@@ -126,8 +126,8 @@ class Trained:
         products: FLOPs of the matrix products that compiled graphs ran in all steps; in eager mode
             those of the model. Under Inductor it is the latter for a flavour that is
             :attr:`~Flavour.substituted`: Inductor reorders none of them [FLOP].
-        saved: Bytes kept from forward to backward [B].
-        reports: What was decided for each graph; empty but for our backends.
+        saved: Bytes saved for the backward [B].
+        reports: The report of each graph; empty unless the backend is ours.
     """
 
     values: list[dict[str, Tensor]] = field(repr=False)

@@ -22,8 +22,7 @@ from runlora_fx.cost_model.objective import Objective
 from runlora_fx.passes.algebra.plan import Plan, incoming_cost
 from runlora_fx.passes.algebra.polynomials import Polynomial, Scalar, normalise
 from runlora_fx.passes.algebra.posed import PosedProblem
-from runlora_fx.passes.algebra.problem import Problem, Value
-from runlora_fx.passes.algebra.steps import Step
+from runlora_fx.passes.algebra.problem import Problem
 from runlora_fx.passes.read.regions import Region
 from runlora_fx.passes.search.decide import Decision
 from runlora_fx.passes.search.ranges import break_even
@@ -88,7 +87,8 @@ def _site(
     """
     problem = posed.problem
     names = Names(problem)
-    before = algebra(problem, names, scalars, _incoming_plan(problem))
+    incoming = Plan(dict(reversed(problem.incoming)))  # the first step of a value counts
+    before = algebra(problem, names, scalars, incoming)
     plan = decision.plan if changed else None
     symbols = names.symbols
     is_easy = decision.effort <= MOST_EFFORT
@@ -142,13 +142,6 @@ def _break_even(posed: PosedProblem, names: Names, objective: Objective) -> str:
 def _border(problem: Problem, dims: frozenset[int], objective: Objective, symbol: str) -> str:
     """The break-even of a problem; equal layers share it."""
     return break_even(Varying.of(problem, dims, objective), symbol)
-
-
-def _incoming_plan(problem: Problem) -> Plan:
-    steps: dict[Value, Step] = {}
-    for value, step in problem.incoming:
-        steps.setdefault(value, step)
-    return Plan(steps)
 
 
 def _expr(amount: Amount) -> sympy.Expr:

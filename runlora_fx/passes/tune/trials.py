@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -202,13 +203,11 @@ def _planned(
 
 def _compiled(module: fx.GraphModule, tried: RegionGraph) -> list[Callable[[], object]]:
     """Functions that run the forward and the backward, if there is one, on random data."""
-    inputs = {n.name: _random(n) for n in module.graph.nodes if n.op == "placeholder"}
-    if not tried.is_joint:
-        forward, given = compile_graph(module, list(inputs.values())), list(inputs.values())
-        return [lambda: forward(*given)]
-    parts = partitioned(module, list(inputs.values()), tried.forward_outputs)
+    known = {n.name: _random(n) for n in module.graph.nodes if n.op == "placeholder"}
+    parts: tuple[fx.GraphModule, ...] = (module,)
+    if tried.is_joint:
+        parts = partitioned(module, list(known.values()), tried.forward_outputs)
     calls: list[Callable[[], object]] = []
-    known = dict(inputs)
     for part in parts:
         given = [known[node.name] for node in part.graph.nodes if node.op == "placeholder"]
         compiled = compile_graph(part, given)
@@ -219,12 +218,8 @@ def _compiled(module: fx.GraphModule, tried: RegionGraph) -> list[Callable[[], o
             for node, value in zip(output.args[0], results, strict=True)
             if isinstance(node, fx.Node)
         }
-        calls.append(_call(compiled, given))
+        calls.append(partial(compiled, *given))
     return calls
-
-
-def _call(compiled: Callable[..., object], given: list[Any]) -> Callable[[], object]:
-    return lambda: compiled(*given)
 
 
 def _random(node: fx.Node) -> Any:
