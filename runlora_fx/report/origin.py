@@ -62,7 +62,8 @@ def unmatched(nodes: Iterable[fx.Node], sites: Iterable[Site]) -> Iterator[Refus
     by_reason: dict[str, list[str]] = {}
     for name, targets in missed.items():
         reason = (
-            f"no low-rank product of matrices was read (the layer runs {', '.join(sorted(targets))})"
+            "no low-rank product of matrices was read "
+            f"(the layer runs {', '.join(sorted(targets))})"
         )
         by_reason.setdefault(reason, []).append(name)
     return (Refusal(reason, tuple(names)) for reason, names in by_reason.items())
