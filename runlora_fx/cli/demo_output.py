@@ -70,14 +70,14 @@ def print_losses(
 
 
 def print_costs(console: Console, variants: Sequence[Variant]) -> None:
-    """Print time per step, ratios of times, and the memory saved for the backward.
+    """Print time per step, ratios of times, and the activations saved for the backward.
 
     A ratio is the median of the ratios of single steps. Other work on the machine disturbs it less
     than a ratio of medians.
     """
     named = {variant.name: variant for variant in variants}
     table = Table(title=f"Cost of a training step, median of {len(variants[0].seconds)}")
-    for name in ("", "time", "/ eager", "/ inductor", "saved for backward", "first step"):
+    for name in ("", "time", "/ eager", "/ inductor", "activations", "first step"):
         table.add_column(name, justify="right" if name else "left")
     for variant in variants:
         table.add_row(
