@@ -1,4 +1,4 @@
-"""Command line of the package: `python -m runlora_fx <command>`."""
+"""The command line of the package: `python -m runlora_fx <command>`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, command in (("demo", demo), ("calibrate", calibrate)):
-        added = commands.add_parser(name, help=command.SUMMARY, description=command.SUMMARY)
+        added = commands.add_parser(
+            name,
+            help=command.SUMMARY,
+            description=command.SUMMARY,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
         command.add_arguments(added)
     arguments = parser.parse_args(argv)
     try:

@@ -60,11 +60,10 @@ _ADDED = ((256, 256), (1024, 1024), (2048, 4096))
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     parser.add_argument(
         "--device",
         default=fastest().type,
-        help="the device to measure, as torch names it",
+        help="the device to measure, such as cpu or cuda:0",
     )
     parser.add_argument(
         "--dtype",

@@ -22,20 +22,23 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add one option for each of the settings, with their defaults."""
     default = Settings()
-    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     parser.add_argument(
         "--model",
         default=default.model,
         help="path or hub name of a causal language model (None: a small random Llama)",
     )
-    parser.add_argument("--rank", type=int, default=default.rank, help="rank of the adapters")
-    parser.add_argument("--batch", type=int, default=default.batch, help="sequences in a batch")
-    parser.add_argument("--seq", type=int, default=default.seq, help="tokens in a sequence")
     parser.add_argument(
-        "--dtype", choices=TOLERANCE, default=default.dtype, help="of the weights and products"
+        "--dtype", choices=TOLERANCE, default=default.dtype, help="dtype of the weights"
     )
-    parser.add_argument("--dropout", type=float, default=default.dropout, help="of the adapters")
-    parser.add_argument("--steps", type=int, default=default.steps, help="steps of each variant")
+    for name, meaning in (
+        ("rank", "rank of the adapters"),
+        ("batch", "sequences in a batch"),
+        ("seq", "tokens in a sequence"),
+        ("dropout", "dropout of the adapters"),
+        ("steps", "optimizer steps of each variant"),
+    ):
+        value = getattr(default, name)
+        parser.add_argument(f"--{name}", type=type(value), default=value, help=meaning)
 
 
 def run(settings: Settings) -> int:

@@ -14,7 +14,7 @@ Example, for the key and value projections of three layers::
         ...
       changed: 9.0% fewer FLOPs
 
-Invariant: whatever was changed has a section, and the text says nothing that the data do not.
+Invariant: everything that was changed has a section. The text says nothing beyond the data.
 """
 
 from __future__ import annotations
