@@ -246,11 +246,6 @@ def _longest(core: Polynomial) -> int:
     return max(len(word.without_diagonals) for word in core.words)
 
 
-def _second(value: Value, step: Product) -> Polynomial:
-    """The right operand of a product as it is shown; row-wise dot products show its rows."""
-    return step.right.T if value.core.is_diag_part else step.right
-
-
 def scalar(s: Scalar) -> str:
     """A scalar in front of a word; nothing if it is 1. Scalars of the graph are s, s_2, ..."""
     number = {1.0: "", -1.0: "-"}.get(s.number, f"{s.number:.6g} ")
@@ -322,48 +317,50 @@ class _Printer:
         if step is None or isinstance(step, Keep):
             return self._names.polynomial(value.core.T if turned else value.core)
         if value.core.is_diag_part and isinstance(step, Product):
-            rows = (step.left, _second(value, step))
+            rows = (step.left, step.right.T)
             both = " * ".join(self._operand(p, value.backward, inner=True) for p in rows)
             return f"rowsum({both})"
-        operands = [p.T if turned else p for p in step.operands]
-        if not isinstance(step, Sum):
-            step = step.turned if turned else step
-            shown: Iterable[Polynomial] = step.operands
-            is_alone = False
-            if isinstance(step, Product):
-                factors = self._names.without_ones(step.left, step.right)
-                shown, is_alone = factors, len(factors) == 1
-            texts = [self._operand(p, value.backward, inner=not is_alone) for p in shown]
-            return " ".join(texts) if isinstance(step, Product) else by_expert(step, texts)
-        operands.sort(key=lambda p: p.size)
-        return _added(self._operand(p, value.backward, inner=False) for p in operands)
+        step = step.turned if turned else step
+        if isinstance(step, Sum):
+            addends = sorted(step.operands, key=lambda p: p.size)
+            return _added(self._operand(p, value.backward, inner=False) for p in addends)
+        if isinstance(step, Product):
+            factors = self._names.without_ones(step.left, step.right)
+            is_product = len(factors) > 1
+            return " ".join(self._operand(p, value.backward, inner=is_product) for p in factors)
+        return by_expert(
+            step, [self._operand(p, value.backward, inner=True) for p in step.operands]
+        )
 
     def _operand(self, p: Polynomial, backward: bool, *, inner: bool) -> str:
         """An operand: a leaf, a label, or how it is made; with brackets where they are needed."""
         s, transposed, core = normalise(p)
-        front, text = scalar(s), ""
+        front, value = scalar(s), Value(core, backward or self._is_gradient(core))
+        text = self._named(value, transposed)
+        if not text:
+            text = self.made(value, transposed)
+            if not isinstance(self._step(value), Pick | Scatter | GroupedOuter):
+                # The normal form of a sum stands for one value, so it gets brackets.
+                is_one = _is_sum(text) and (bool(front) or self._step(value) is None)
+                return f"{front}({text})" if inner or is_one else front + text
+        return f"({front}{text})" if front and inner else front + text
+
+    def _named(self, value: Value, transposed: bool) -> str:
+        """The name of a leaf, or of a value with a line of its own; nothing for other values."""
+        core = value.core
         if core.leaf is not None:
-            text = self._names.factor(core.leaf.T if transposed else core.leaf)
-        elif core == IDENTITY:
-            text = "I"
-        if text:
-            return f"({front}{text})" if front and inner else front + text
-        value = Value(core, backward or self._is_gradient(core))
+            return self._names.factor(core.leaf.T if transposed else core.leaf)
+        if core == IDENTITY:
+            return "I"
         if core not in self._labels:
             if any(core == demand.core for demand in self._problem.demands):
                 self._demand(value)
             elif self._uses[core] > 1:
                 self._label(value, core.shown[0].transposed)
-        if core in self._labels:
-            name, turned = self._labels[core]
-            text = name if turned == transposed else f"{name}'"
-            return f"({front}{text})" if front and inner else front + text
-        text = self.made(value, transposed)
-        if isinstance(self._step(value), Pick | Scatter | GroupedOuter):  # brackets of its own
-            return f"({front}{text})" if front and inner else front + text
-        # The normal form of a sum stands for one value: its addends are not added one by one.
-        is_one = _is_sum(text) and (bool(front) or self._step(value) is None)
-        return f"{front}({text})" if inner or is_one else front + text
+            else:
+                return ""
+        name, turned = self._labels[core]
+        return name if turned == transposed else f"{name}'"
 
     def _label(self, value: Value, turned: bool) -> None:
         right = self.made(value, turned)
