@@ -13,11 +13,8 @@ from runlora_fx.passes.algebra.factorise import components, factorisations
 from runlora_fx.passes.algebra.polynomials import (
     IDENTITY,
     ONE,
-    Factor,
-    NotInNormalForm,
     Polynomial,
     Scalar,
-    Word,
     divided,
     leaf,
     normalise,
@@ -26,6 +23,7 @@ from runlora_fx.passes.algebra.polynomials import (
     substitute,
     without_scalar,
 )
+from runlora_fx.passes.algebra.words import Factor, NotInNormalForm, Word
 
 LEAVES, SCALARS, SIZE = 5, 2, 3
 #: Leaves that stand for the diagonal matrix of a vector.

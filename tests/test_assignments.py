@@ -21,12 +21,10 @@ from torch import Tensor
 from runlora_fx.cost_model.objective import Objective
 from runlora_fx.passes.algebra.assignments import Assignment, Picked, picking, unpicked
 from runlora_fx.passes.algebra.factorise import factorisations
-from runlora_fx.passes.algebra.plan import Plan, step_operation
+from runlora_fx.passes.algebra.plan import Plan, step_operations
 from runlora_fx.passes.algebra.polynomials import (
-    Factor,
     Polynomial,
     Scalar,
-    Word,
     leaf,
     normalise,
     polynomial,
@@ -44,6 +42,7 @@ from runlora_fx.passes.algebra.steps import (
     Step,
     Sum,
 )
+from runlora_fx.passes.algebra.words import Factor, Word
 from runlora_fx.passes.search.decide import decide
 from runlora_fx.passes.search.frontiers import cheapest
 from runlora_fx.passes.search.ranges import Varying, ranges
@@ -259,7 +258,7 @@ def test_every_step_makes_its_value(kind: str, wanted: tuple[str, ...]) -> None:
     kinds_of_steps = set()
     while pending:
         value = pending.pop()
-        for step, _, operands in ways.of(value):
+        for step, _, _, operands in ways.of(value):
             kinds_of_steps.add(type(step))
             if not isinstance(step, Keep):
                 torch.testing.assert_close(dense.made(step), dense.value(value.core))
@@ -367,8 +366,7 @@ def brute_force(problem: Problem) -> int | None:
                 }
                 if isinstance(step, Keep):
                     below = {Value(value.core, False)}
-                operation = step_operation(problem, value.core, step)
-                price = 0 if operation is None else int(FLOPS.price(operation))
+                price = int(FLOPS.total(step_operations(problem, value.core, step)))
                 known[value].append((price, frozenset(v for v in below if not is_given(v))))
             known[value].sort(key=lambda choice: choice[0])
         return known[value]
@@ -472,8 +470,7 @@ def test_costs_are_those_of_the_tokens() -> None:
     costs = {
         type(step): operation.cost
         for value, step in problem.incoming
-        for operation in [step_operation(problem, value.core, step)]
-        if operation is not None
+        for operation in step_operations(problem, value.core, step)
     }
     product, outer = costs[GroupedProduct], costs[GroupedOuter]
     assert product.flops == outer.flops == 2 * 16 * 64 * 128

@@ -21,7 +21,8 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
-from runlora_fx.passes.algebra.polynomials import Factor, Polynomial, Word
+from runlora_fx.passes.algebra.polynomials import Polynomial
+from runlora_fx.passes.algebra.words import Factor, Word
 from runlora_fx.passes.levels.aten import ATEN
 from runlora_fx.passes.levels.level import Dialect
 from runlora_fx.passes.levels.torch_functions import TORCH

@@ -139,8 +139,9 @@ def serves(work: Work) -> bool:
 
 NARROW = Implementation(
     "narrow",
+    Product,
+    lambda work: (Stretch(*work.extents, work.itemsize),),
     serves,
-    lambda work: Stretch(*work.extents, work.itemsize),
     is_usual=False,
 )
 
@@ -173,7 +174,7 @@ def test_an_implementation(tokens: int, tensors: list[Tensor]) -> None:
 
 def test_an_implementation_that_costs_more_is_not_chosen(tensors: list[Tensor]) -> None:
     few = [tensors[0][:41], *tensors[1:]]
-    dear = replace(NARROW, operation=lambda work: MatMul(9, *work.extents, 8))
+    dear = replace(NARROW, operations=lambda work: (MatMul(9, *work.extents, 8),))
     with registering(dear):
         gm, _ = rewritten(merged_adapter, few, ATEN)
     assert not [n for n in gm.graph.nodes if n.target is torch.ops.aten.linear.default]

@@ -16,6 +16,7 @@ from runlora_fx.passes.algebra.plan import Plan, incoming_cost
 from runlora_fx.passes.algebra.posed import PosedProblem
 from runlora_fx.passes.algebra.problem import Problem, Value
 from runlora_fx.passes.algebra.steps import Step
+from runlora_fx.passes.algebra.sums import accumulated
 from runlora_fx.passes.search.decide import Decision
 from runlora_fx.passes.search.ways import Ways
 from tests.fuzz.generate import random_case
@@ -30,22 +31,23 @@ def random_plan(problem: Problem, objective: Objective, rng: random.Random) -> P
 
     def can_be_made(value: Value) -> bool:
         if value not in possible:
-            possible[value] = any(can_all(operands) for _, _, operands in ways.of(value))
+            possible[value] = any(can_all(way.reads) for way in ways.of(value))
         return possible[value]
 
     def can_all(values: Collection[Value]) -> bool:
         return all(map(can_be_made, values))
 
     steps: dict[Value, Step] = {}
+    names: dict[Value, str] = {}
     pending = {value for value in problem.demands if not ways.is_given(value)}
     while pending:
         value = max(pending, key=ways.rank)
         pending.remove(value)
         drawn = rng.sample(known := ways.of(value), len(known))
-        step, _, operands = next(way for way in drawn if can_all(way[2]))
-        steps[value] = step
-        pending |= operands - steps.keys()
-    return Plan(steps)
+        way = next(way for way in drawn if can_all(way.reads))
+        steps[value], names[value] = way.step, way.implementation
+        pending |= way.reads - steps.keys()
+    return accumulated(problem, Plan(steps, names)) if rng.random() < 0.5 else Plan(steps, names)
 
 
 @pytest.fixture

@@ -16,18 +16,11 @@ from torch import Tensor, nn
 
 import runlora_fx
 from runlora_fx.cost_model.objective import Objective
-from runlora_fx.passes.algebra.plan import incoming_cost, incoming_operations, step_operation
-from runlora_fx.passes.algebra.polynomials import (
-    Factor,
-    Polynomial,
-    Scalar,
-    Word,
-    leaf,
-    normalise,
-    polynomial,
-)
+from runlora_fx.passes.algebra.plan import incoming_cost, incoming_operations, step_operations
+from runlora_fx.passes.algebra.polynomials import Polynomial, Scalar, leaf, normalise, polynomial
 from runlora_fx.passes.algebra.problem import LeafSpec, Problem, Value
 from runlora_fx.passes.algebra.steps import Keep, Product, Step, Sum, product_step, sum_step
+from runlora_fx.passes.algebra.words import Factor, Word
 from runlora_fx.passes.search import frontiers
 from runlora_fx.passes.search.decide import alternatives, decide
 from runlora_fx.passes.search.frontiers import cheapest, search
@@ -102,8 +95,7 @@ def brute_force(problem: Problem) -> int | None:
         made |= {value}
         for step in ways(problem, value):
             below = {v for v in operands(value, step) if not is_given(v)} - made
-            operation = step_operation(problem, value.core, step)
-            price = 0 if operation is None else int(FLOPS.price(operation))
+            price = int(FLOPS.total(step_operations(problem, value.core, step)))
             visit((pending | below) - {value}, made, paid + price)
 
     visit(frozenset(v for v in problem.demands if not is_given(v)), frozenset(), 0)
@@ -510,7 +502,7 @@ def test_the_graph_as_it_came_is_always_a_candidate() -> None:
     assert planned_flops(odd) == 2 * 5 * 6 * 7
     problem = one_word(3, 4, 5, 6, incoming=product_step(leaf(0), leaf(1) @ leaf(2)))
     found = Ways(problem, FLOPS).of(problem.demands[0])
-    assert product_step(leaf(0), leaf(1) @ leaf(2)) == found[0][0]
+    assert product_step(leaf(0), leaf(1) @ leaf(2)) == found[0].step
 
 
 def uses_of_a_layer(times: int, *, shape: Shape = (192, 64, 64, 8)) -> Problem:

@@ -36,7 +36,7 @@ class Term:
         meaning: What one unit of it is.
         like: The term that it takes as long as where a profile says nothing of it; without one it
             takes no time there.
-        is_timed: Whether a unit of it takes time. Held memory does not: the option ``memory`` says
+        is_timed: True if a unit of it takes time. Held memory does not: the option ``memory`` says
             what it is worth.
     """
 

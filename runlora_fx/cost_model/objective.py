@@ -42,7 +42,7 @@ class Objective:
         profile: The machine that ``"time"`` is predicted for.
         flops_per_saved_byte: What it may cost to compute a byte again in the backward rather than
             to hold it from the forward [FLOP/B].
-        adds_rounding: Whether plans for dtypes of less than 32 bits may materialise, and so round,
+        adds_rounding: True if plans for dtypes of less than 32 bits may materialise, and so round,
             values that the graph as it came does not.
     """
 
@@ -82,12 +82,12 @@ class Objective:
         return sum(map(self.price, operations))
 
     def holds_less(self, before: Cost, after: Cost) -> bool:
-        """Whether a plan that ties in FLOPs holds less from the forward to the backward."""
+        """True if a plan that ties in FLOPs holds less from the forward to the backward."""
         is_tie = self.name == "flops" and not self.margin and before.flops == after.flops
         return is_tie and after.saved < before.saved and after.bytes <= before.bytes
 
     def is_less(self, one: Price, other: Price) -> bool:
-        """Whether a price is less than another: the rule for ties, wherever plans are compared.
+        """True if a price is less than another: the rule for ties, wherever plans are compared.
 
         Equal FLOPs are a tie, whatever else differs, and so are times that differ by rounding.
         """
@@ -96,13 +96,13 @@ class Objective:
         return saves(other, one, 0.0)
 
     def worthwhile(self, before: Price, after: Price) -> bool:
-        """Whether a plan saves enough. A tie never justifies a change."""
+        """True if a plan saves enough. A tie never justifies a change."""
         if self.name == "flops":
             before, after = int(before) // _BYTES, int(after) // _BYTES
         return saves(before, after, self.margin)
 
 
 def saves(before: float, after: float, share: float) -> bool:
-    """Whether something saves a share of what it was, and more than rounding: not if they tie."""
+    """True if ``after`` is less than ``before`` by a share of it, and by more than rounding."""
     is_less = after < before if isinstance(after, int) else after < before * (1 - _ROUNDING)
     return is_less and after <= before * (1 - share)

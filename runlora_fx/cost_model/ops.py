@@ -32,8 +32,8 @@ class GemmShape(NamedTuple):
         m: Rows of the result [elements].
         k: Contracted dimension [elements].
         n: Columns of the result [elements].
-        left_turned: Whether the left operand lies transposed in memory.
-        right_turned: Whether the right operand does.
+        left_turned: True if the left operand lies transposed in memory.
+        right_turned: True if the right operand does.
     """
 
     b: int
@@ -67,7 +67,7 @@ class MatMul:
         k: Contracted dimension [elements].
         n: Columns of the result [elements].
         itemsize: Element width [B].
-        turned: Whether the left and the right operand lie transposed in memory.
+        turned: For the left and the right operand, True if it lies transposed in memory.
     """
 
     b: Amount
@@ -205,9 +205,9 @@ class GroupedMatMul:
         rows: Rows of each [elements].
         cols: Columns of each [elements].
         itemsize: Element width [B].
-        is_outer: Whether the matrices are made, each as the sum of a column times a row of its
+        is_outer: True if the matrices are made, each as the sum of a column times a row of its
             tokens; else every token's row is multiplied by one.
-        turned: Whether the matrices lie transposed in memory.
+        turned: True if the matrices lie transposed in memory.
     """
 
     tokens: Amount
@@ -283,6 +283,28 @@ class ScatterAdd:
 
 
 @dataclass(frozen=True)
+class Dequantise:
+    """A matrix (m, n) computed from elements of a few bits each.
+
+    Attributes:
+        m: Rows [elements].
+        n: Columns [elements].
+        bits: Width of a packed element [bit].
+        itemsize: Element width of what is written [B]; 0 where a product unpacks on the way.
+    """
+
+    m: Amount
+    n: Amount
+    bits: int
+    itemsize: int
+
+    @property
+    def cost(self) -> Cost:
+        """Elementwise = m n bits / 8 read and m n itemsize written [B]."""
+        return Cost({"elementwise": self.m * self.n * (self.bits + 8 * self.itemsize) // 8})
+
+
+@dataclass(frozen=True)
 class Hold:
     """A matrix (b, m, n) held from the forward to the backward.
 
@@ -305,5 +327,14 @@ class Hold:
 
 
 Operation: TypeAlias = (
-    MatMul | Add | Stretch | RowDots | Total | GroupedMatMul | Gather | ScatterAdd | Hold
+    MatMul
+    | Add
+    | Stretch
+    | RowDots
+    | Total
+    | GroupedMatMul
+    | Gather
+    | ScatterAdd
+    | Dequantise
+    | Hold
 )

@@ -196,10 +196,9 @@ class _Planner:
             indices = {_name(region): i for i, region in enumerate(analysis.regions.regions)}
             here = {name: indices[name] for name in names if name in indices}
             plans = {i: decisions[i].plan for i in here.values() if _is_chosen(decisions[i])}
-            lasting = [n for i in plans for n in analysis.nodes_of(i, decisions[i].lasting)]
             try:
                 with transaction(self._context.graph):
-                    apply(analysis, _known(plans), lasting, probes=self._options.strict)
+                    apply(analysis, _known(plans), probes=self._options.strict)
                 self._changed |= {name for name, i in here.items() if i in plans}
             except NotAppliedError as failure:
                 mine = self._of_root(analysis, here, failure.root.node)

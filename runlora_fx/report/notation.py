@@ -20,14 +20,14 @@ import sympy
 from runlora_fx.passes.algebra.plan import Plan
 from runlora_fx.passes.algebra.polynomials import (
     IDENTITY,
-    Factor,
     Polynomial,
     Scalar,
-    Word,
     normalise,
+    without_scalar,
 )
 from runlora_fx.passes.algebra.problem import Problem, Value
 from runlora_fx.passes.algebra.steps import (
+    Accumulate,
     GroupedOuter,
     GroupedProduct,
     Keep,
@@ -37,6 +37,7 @@ from runlora_fx.passes.algebra.steps import (
     Step,
     Sum,
 )
+from runlora_fx.passes.algebra.words import Factor, Word
 
 
 class Names:
@@ -300,7 +301,7 @@ class _Printer:
         right, is_sum = self._labels.get(value.core, ("", False))[0], False
         if not right:
             right = self.made(value, turned)
-            is_sum = isinstance(self._step(value), Sum)
+            is_sum = isinstance(self._step(value), Sum | Accumulate)
         name = self._new_name(name)
         self._labels.setdefault(value.core, (name, turned))
         self._lines.append(
@@ -324,6 +325,11 @@ class _Printer:
         if isinstance(step, Sum):
             addends = sorted(step.operands, key=lambda p: p.size)
             return _added(self._operand(p, value.backward, inner=False) for p in addends)
+        if isinstance(step, Accumulate):
+            (s, left), (t, right) = without_scalar(step.left), without_scalar(step.right)
+            texts = [self._operand(p, value.backward, inner=True) for p in (left, right)]
+            addend = self._operand(step.addend, value.backward, inner=False)
+            return _added((addend, f"{scalar(s * t)}{' '.join(texts)}"))
         if isinstance(step, Product):
             factors = self._names.without_ones(step.left, step.right)
             is_product = len(factors) > 1
@@ -367,7 +373,7 @@ class _Printer:
         name = self._new_name("M" if self._names.is_of_weights(value.core) else "Z")
         self._labels[value.core] = (name, turned)
         again = not value.backward and isinstance(
-            self._plan.get(Value(value.core, True)), Product | Sum | GroupedProduct
+            self._plan.get(Value(value.core, True)), Product | Sum | Accumulate | GroupedProduct
         )
         self._lines.append(
             f"{name} = {right}" + ("   (recomputed in the backward)" if again else "")

@@ -56,7 +56,7 @@ class Picked(NamedTuple):
 
 
 class _PickedLeaf(Protocol):
-    """What is asked of a leaf."""
+    """What this module has to know of a leaf."""
 
     @property
     def picked(self) -> Picked | None:

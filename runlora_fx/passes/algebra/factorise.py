@@ -1,4 +1,9 @@
-"""Factorisation: the parts of a sum that share nothing, and every way to write it as a product."""
+"""Factorisation: the parts of a sum that share nothing, and every way to write it as a product.
+
+Before -> after: ``X W' + X A' B'`` -> ``X (W' + A' B')``, its only complete factorisation.
+
+Invariant: the product of both factors is the sum, up to rounding of coefficients.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +12,8 @@ from collections.abc import Iterator
 from itertools import product
 from math import prod
 
-from runlora_fx.passes.algebra.polynomials import (
-    Factor,
-    Polynomial,
-    Word,
-    of_factors,
-    polynomial,
-    without_scalar,
-)
+from runlora_fx.passes.algebra.polynomials import Polynomial, of_factors, polynomial, without_scalar
+from runlora_fx.passes.algebra.words import Factor, Word
 
 #: Ways to cut the words of one sum that :func:`factorisations` tries for each cut of the first.
 _MAX_CHOICES = 64
@@ -85,7 +84,7 @@ def factorisations(p: Polynomial) -> Iterator[tuple[Polynomial, Polynomial]]:
 
 
 def _choices(options: list[list[int]]) -> Iterator[tuple[int, ...]]:
-    """One of each; where that is too many, the first of each and the last of each."""
+    """Every combination of one option each; the first and the last only where they are too many."""
     if not all(options):
         return
     if prod(map(len, options)) <= _MAX_CHOICES:
@@ -96,7 +95,7 @@ def _choices(options: list[list[int]]) -> Iterator[tuple[int, ...]]:
 
 
 def _divided_at(p: Polynomial, cuts: tuple[int, ...]) -> tuple[Polynomial, Polynomial] | None:
-    """(L, R) whose product p is if every word is cut at the given place; None if it is not."""
+    """L and R that result from cutting every word at its place; None if p is not their product."""
     leading, i = p.terms[0][0].factors, cuts[0]
     pieces = [
         (w.factors[:j], w.factors[j:], w.scalars, c)

@@ -1,12 +1,13 @@
 """Implementations: how a step of a plan runs, as data.
 
-An implementation says which steps it serves, what it costs, and as which measurement its time is
-stored. What writes it is registered under the same name in the room ``emit``.
+An implementation says which steps it serves, which of their operands it reads, and which operations
+it runs. The function that writes it is registered under the same name in the room ``emit``.
 
-Example: ``1' X`` is a product with a row of ones; ``"total"`` serves it, a sum over rows.
+Example: ``1' X`` is a product with a row of ones. ``"total"`` serves it by a sum over rows. The
+search prefers it to ``"matmul"``, which serves every product and costs more.
 
 Invariant: every step is served by a usual implementation. The first of them prices the graph that
-takes the step. The search takes the cheapest of all that serve it.
+takes the step. The search chooses among all that serve it.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from functools import cached_property
 from runlora_fx.cost_model.cost import Amount
 from runlora_fx.cost_model.ops import (
     Add,
+    Dequantise,
     Gather,
-    GemmShape,
     GroupedMatMul,
     Hold,
     MatMul,
@@ -34,6 +35,7 @@ from runlora_fx.passes.algebra.orientation import is_turned
 from runlora_fx.passes.algebra.polynomials import Polynomial
 from runlora_fx.passes.algebra.problem import Dims, Problem, is_broadcast
 from runlora_fx.passes.algebra.steps import (
+    Accumulate,
     GroupedOuter,
     GroupedProduct,
     Keep,
@@ -42,6 +44,7 @@ from runlora_fx.passes.algebra.steps import (
     Scatter,
     Step,
     Sum,
+    Unpack,
 )
 
 
@@ -81,13 +84,16 @@ class Work:
     @property
     def inner(self) -> int:
         """The dimension that a product contracts."""
-        assert isinstance(self.step, Product)
+        assert isinstance(self.step, Product | Accumulate)
         return self.problem.shape(self.step.left)[2]
 
 
-def _unmeasured(operation: Operation) -> GemmShape | None:
-    """An operation that is priced by the bytes it moves."""
-    return None
+def _always(work: Work) -> bool:
+    return True
+
+
+def _operands(work: Work) -> tuple[Polynomial, ...]:
+    return work.step.operands
 
 
 @dataclass(frozen=True)
@@ -96,16 +102,19 @@ class Implementation:
 
     Attributes:
         name: What it is registered by, in plans and where it is written.
-        serves: Whether it can do some work.
-        operation: What it runs then; None if nothing. Symbolic where the sizes are.
-        measured_as: The measurement that times an operation of it; None if none is taken.
-        is_usual: Whether a graph that takes the step is taken to run it so.
+        step: The kind of step that it runs.
+        operations: What it runs, given some work; symbolic where the sizes are. Their prices add
+            up, and those that are matrix products take the time that was measured of them.
+        serves: True if it can do some work.
+        reads: What it reads of the step's operands.
+        is_usual: True if a graph that takes the step may run it so.
     """
 
     name: str
-    serves: Callable[[Work], bool]
-    operation: Callable[[Work], Operation | None]
-    measured_as: Callable[[Operation], GemmShape | None] = _unmeasured
+    step: type[Step]
+    operations: Callable[[Work], tuple[Operation, ...]]
+    serves: Callable[[Work], bool] = _always
+    reads: Callable[[Work], tuple[Polynomial, ...]] = _operands
     is_usual: bool = True
 
 
@@ -145,48 +154,73 @@ def named(name: str) -> Implementation:
 
 def serving(work: Work) -> list[Implementation]:
     """All implementations that can do some work, the one that a graph runs first."""
-    found = [one for one in _REGISTERED.values() if one.serves(work)]
+    found = [
+        one for one in _REGISTERED.values() if isinstance(work.step, one.step) and one.serves(work)
+    ]
     return sorted(found, key=lambda one: not one.is_usual) if len(found) > 1 else found
 
 
 def usual(work: Work) -> Implementation:
     """The implementation that a graph that takes the step runs."""
-    return next(one for one in _REGISTERED.values() if one.is_usual and one.serves(work))
-
-
-def operation_of(implementation: Implementation, work: Work) -> Operation | None:
-    """What an implementation runs; nothing where the value is kept from call to call."""
-    return None if work.core.leaves <= work.problem.lasting else implementation.operation(work)
+    return serving(work)[0]
 
 
 # -- sums and what is kept ---------------------------------------------------------------------
 
 
-def _add(work: Work) -> Operation:
-    assert isinstance(work.step, Sum)
-    return Add(*work.extents, len(work.step.parts), work.itemsize)
+def _add(work: Work) -> tuple[Operation, ...]:
+    return (Add(*work.extents, len(work.step.operands), work.itemsize),)
 
 
-_SUM = Implementation("sum", lambda work: isinstance(work.step, Sum), _add)
+_SUM = Implementation("sum", Sum, _add)
 
-_KEEP = Implementation(
-    "keep",
-    lambda work: isinstance(work.step, Keep),
-    lambda work: Hold(*work.extents, work.itemsize),
-)
+_KEEP = Implementation("keep", Keep, lambda work: (Hold(*work.extents, work.itemsize),))
+
+
+def _accumulate(work: Work) -> tuple[Operation, ...]:
+    # Every addition is priced alike: see :class:`Add`.
+    return (_product(work), Add(*work.extents, 2, work.itemsize))
+
+
+_ADDMM = Implementation("addmm", Accumulate, _accumulate)
+
+
+def is_mergeable(problem: Problem, core: Polynomial) -> bool:
+    """True if a value is ``W + s B A + ...`` of leaves that are the same tensors in every call."""
+    lengths = [len(word.factors) for word in core.words]
+    return (
+        core.leaves <= problem.lasting
+        and lengths[0] == 1
+        and core.terms[0][1] == 1.0
+        and all(length == 2 for length in lengths[1:])
+        and not core.scalar_leaves
+        and all(problem.leaves[leaf].kind == "matrix" for leaf in core.leaves)
+    )
+
+
+def _keeps(work: Work) -> bool:
+    step = work.step
+    assert isinstance(step, Accumulate)
+    is_of_leaves = step.left.leaf is not None and step.right.leaf is not None
+    return is_of_leaves and is_mergeable(work.problem, work.core)
+
+
+#: In most calls nothing runs: the weight is the one that an earlier call merged.
+_KEPT = Implementation("kept", Accumulate, lambda work: (), _keeps, is_usual=False)
 
 
 # -- products ----------------------------------------------------------------------------------
 
 
 def _is_diagonal(work: Work) -> bool:
-    return isinstance(work.step, Product) and work.core.is_diag_part
+    return work.core.is_diag_part
 
 
 _DIAGONAL = Implementation(
     "diagonal",
+    Product,
+    lambda work: (RowDots(work.extents[1], work.sizes[work.inner], work.itemsize),),
     _is_diagonal,
-    lambda work: RowDots(work.extents[1], work.sizes[work.inner], work.itemsize),
 )
 
 
@@ -196,7 +230,7 @@ def _repeats(work: Work) -> bool:
 
 
 #: Fused into whatever reads it.
-_REPEAT = Implementation("repeat", _repeats, lambda work: None)
+_REPEAT = Implementation("repeat", Product, lambda work: (), _repeats)
 
 
 def _scales(work: Work) -> bool:
@@ -204,13 +238,13 @@ def _scales(work: Work) -> bool:
     return step is not None and (step.left.is_diagonal or step.right.is_diagonal)
 
 
-def _scale(work: Work) -> Operation | None:
+def _scale(work: Work) -> tuple[Operation, ...]:
     # A demand is read by something elementwise, which scales it on the way.
     is_demand = any(work.core == demand.core for demand in work.problem.demands)
-    return None if is_demand else Stretch(*work.extents, work.itemsize)
+    return () if is_demand else (Stretch(*work.extents, work.itemsize),)
 
 
-_SCALE = Implementation("scale", _scales, _scale)
+_SCALE = Implementation("scale", Product, _scale, _scales)
 
 
 def _adds_up(work: Work) -> bool:
@@ -218,9 +252,17 @@ def _adds_up(work: Work) -> bool:
     return step is not None and is_broadcast(work.problem.leaves, step.left.T, step.right.T)
 
 
-def _multiply(work: Work) -> Operation:
-    step, problem = work.product, work.problem
-    assert step is not None
+def _total(work: Work) -> tuple[Operation, ...]:
+    b, m, n = work.extents
+    return (Total(b, work.sizes[work.inner], m * n, work.itemsize),)  # one of m and n is 1
+
+
+_TOTAL = Implementation("total", Product, _total, _adds_up)
+
+
+def _product(work: Work) -> Operation:
+    step, problem = work.step, work.problem
+    assert isinstance(step, Product | Accumulate)
     b, m, n = work.extents
     if _is_by_token(work) and problem.dims[work.inner] == 1:
         return Stretch(b, m, n, work.itemsize)  # a column times a row: elementwise
@@ -229,71 +271,96 @@ def _multiply(work: Work) -> Operation:
 
 
 def _is_by_token(work: Work) -> bool:
-    """Whether a batch has a matrix for each token that an index assigns."""
+    """True if a batch has a matrix for each token that an index assigns."""
     batch = work.problem.shape(work.core)[0]
     return any(a.kind == "indexed" and a.tokens == batch for a in work.problem.assignments)
 
 
-def _shape(operation: Operation) -> GemmShape | None:
-    return operation.shape if isinstance(operation, MatMul) else None
+_MATMUL = Implementation(
+    "matmul", Product, lambda work: (_product(work),), lambda work: work.product is not None
+)
 
 
-def _total(work: Work) -> Operation:
-    b, m, n = work.extents
-    return Total(b, work.sizes[work.inner], m * n, work.itemsize)  # one of m and n is 1
+# -- weights that are stored in few bits -------------------------------------------------------
 
 
-_TOTAL = Implementation("total", _adds_up, _total)
+def _virtual(work: Work) -> Polynomial | None:
+    """The operand of a product that is M', as in ``X M'``, or M, as in ``M X'``, of a virtual M."""
+    step = work.product
+    for p, shown in ((step.right, step.right), (step.left, step.left.T)) if step else ():
+        factor = shown.leaf
+        if factor is not None and factor.transposed and work.problem.leaves[factor.leaf].packed:
+            return p
+    return None
 
-_MATMUL = Implementation("matmul", lambda work: work.product is not None, _multiply, _shape)
+
+def _dequantise(work: Work, p: Polynomial, itemsize: int) -> Operation:
+    assert p.leaf is not None
+    spec = work.problem.leaves[p.leaf.leaf]
+    return Dequantise(work.sizes[spec.rows], work.sizes[spec.cols], spec.packed, itemsize)
+
+
+def _multiply_packed(work: Work) -> tuple[Operation, ...]:
+    virtual = _virtual(work)
+    assert virtual is not None
+    # It unpacks on the way: so a plan that needs the weight anyway multiplies by that.
+    return (_product(work), _dequantise(work, virtual, 0))
+
+
+_GEMM_4BIT = Implementation(
+    "gemm_4bit",
+    Product,
+    _multiply_packed,
+    lambda work: _virtual(work) is not None,
+    lambda work: tuple(p for p in work.step.operands if p is not _virtual(work)),
+)
+
+_UNPACK = Implementation(
+    "unpack", Unpack, lambda work: (_dequantise(work, work.core, work.itemsize),)
+)
 
 
 # -- experts -----------------------------------------------------------------------------------
 
 
-def _scatter(work: Work) -> Operation:
-    assert isinstance(work.step, Scatter)
-    tokens = work.sizes[work.problem.assignments[work.step.assignment].tokens]
-    return ScatterAdd(tokens, *work.extents, work.itemsize)
+def _tokens(work: Work) -> Amount:
+    assert isinstance(work.step, Scatter | GroupedOuter)
+    return work.sizes[work.problem.assignments[work.step.assignment].tokens]
 
 
-def _grouped(work: Work) -> Operation:
+def _grouped(work: Work) -> tuple[Operation, ...]:
     step, problem = work.step, work.problem
     assert isinstance(step, GroupedProduct)
     experts = work.sizes[problem.assignments[step.assignment].experts]
     stack = step.left if step.picked == "left" else step.right
     _, rows, cols = problem.shape(stack.T if step.picked == "left" else stack)
     turned = is_turned(problem, stack) != (step.picked == "left")
-    return GroupedMatMul(
-        work.extents[0], experts, work.sizes[rows], work.sizes[cols], work.itemsize, turned=turned
-    )
+    sizes = (work.extents[0], experts, work.sizes[rows], work.sizes[cols])
+    return (GroupedMatMul(*sizes, work.itemsize, turned=turned),)
 
 
-def _grouped_outer(work: Work) -> Operation:
-    assert isinstance(work.step, GroupedOuter)
-    tokens = work.sizes[work.problem.assignments[work.step.assignment].tokens]
-    return GroupedMatMul(tokens, *work.extents, work.itemsize, is_outer=True)
+_PICK = Implementation("pick", Pick, lambda work: (Gather(*work.extents, work.itemsize),))
 
-
-_PICK = Implementation(
-    "pick",
-    lambda work: isinstance(work.step, Pick),
-    lambda work: Gather(*work.extents, work.itemsize),
+_SCATTER = Implementation(
+    "scatter",
+    Scatter,
+    lambda work: (ScatterAdd(_tokens(work), *work.extents, work.itemsize),),
 )
 
-_SCATTER = Implementation("scatter", lambda work: isinstance(work.step, Scatter), _scatter)
-
-_GROUPED = Implementation("grouped", lambda work: isinstance(work.step, GroupedProduct), _grouped)
+_GROUPED = Implementation("grouped", GroupedProduct, _grouped)
 
 _GROUPED_OUTER = Implementation(
-    "grouped_outer", lambda work: isinstance(work.step, GroupedOuter), _grouped_outer
+    "grouped_outer",
+    GroupedOuter,
+    lambda work: (GroupedMatMul(_tokens(work), *work.extents, work.itemsize, is_outer=True),),
 )
 
 #: By name. Of the products the special ones come before the one that multiplies any two matrices.
 _REGISTERED = {
     one.name: one
     for one in (
-        *(_SUM, _KEEP, _DIAGONAL, _REPEAT, _SCALE, _TOTAL, _MATMUL),
+        *(_SUM, _ADDMM, _KEPT, _KEEP),
+        *(_DIAGONAL, _REPEAT, _SCALE, _TOTAL, _GEMM_4BIT, _MATMUL, _UNPACK),
         *(_PICK, _SCATTER, _GROUPED, _GROUPED_OUTER),
     )
 }

@@ -1,4 +1,4 @@
-"""Orientation: whether each value lies in memory as it is or as its transpose, decided once.
+"""Orientation: which values lie in memory as their transpose, decided once for price and emission.
 
 Example: a gradient that the graph shows as ``dY' X``, row by row, is computed so, and not as
 ``(X' dY)'``.
@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from runlora_fx.passes.algebra.polynomials import Factor, Polynomial, normalise
+from runlora_fx.passes.algebra.polynomials import Polynomial, normalise
 from runlora_fx.passes.algebra.problem import Problem, Value
 from runlora_fx.passes.algebra.steps import Keep, Step
+from runlora_fx.passes.algebra.words import Factor
 
 
 def lies_transposed(problem: Problem, core: Polynomial) -> bool:
-    """Whether a value that the graph shows, or that a matrix product reads, lies transposed.
+    """True if a value that the graph shows, or that a matrix product reads, lies transposed.
 
     Args:
         problem: The problem.
@@ -40,15 +41,15 @@ def lies_transposed(problem: Problem, core: Polynomial) -> bool:
 
 
 def is_turned(problem: Problem, operand: Polynomial) -> bool:
-    """Whether an operand of a matrix product is the transpose of what lies in memory."""
+    """True if an operand of a matrix product is the transpose of what lies in memory."""
     _, transposed, core = normalise(operand)
     return transposed != lies_transposed(problem, core)
 
 
 def orientations(problem: Problem, steps: Mapping[Value, Step]) -> dict[Polynomial, bool]:
-    """By value of a plan, whether it lies transposed.
+    """By value of a plan, True if it lies transposed.
 
-    Of two sums or scalings that read a value the first decides, in the order of the demands.
+    Where two sums or scalings read a value, the first of them decides, in the order of the demands.
 
     Args:
         problem: The problem.

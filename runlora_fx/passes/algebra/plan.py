@@ -10,34 +10,35 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from runlora_fx.cost_model.cost import FREE, Cost
 from runlora_fx.cost_model.ops import Operation
-from runlora_fx.passes.algebra.implementations import Work, named, operation_of, usual
+from runlora_fx.passes.algebra.implementations import Work, named, usual
 from runlora_fx.passes.algebra.orientation import orientations
 from runlora_fx.passes.algebra.polynomials import Polynomial
 from runlora_fx.passes.algebra.problem import Dims, Problem, Value
-from runlora_fx.passes.algebra.steps import Step
+from runlora_fx.passes.algebra.steps import Step, Unpack
 
 
-def step_operation(
+def step_operations(
     problem: Problem,
     core: Polynomial,
     step: Step,
     dims: Dims | None = None,
     implementation: str | None = None,
-) -> Operation | None:
-    """What a step runs, or None if nothing; symbolic where ``dims`` holds expressions.
+) -> tuple[Operation, ...]:
+    """What a step runs; symbolic where ``dims`` holds expressions.
 
     Args:
         problem: The problem.
         core: The value that the step makes.
         step: The step.
         dims: The dimensions, if not at the hints.
-        implementation: How it runs, if not as in a graph that takes it.
+        implementation: What runs the step, if not what runs it in a graph that takes it.
     """
     work = Work(problem, core, step, problem.dims if dims is None else dims)
-    return operation_of(usual(work) if implementation is None else named(implementation), work)
+    return (usual(work) if implementation is None else named(implementation)).operations(work)
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Plan:
         steps: By value.
         implementations: By value, the name of what runs its step; where none is named, it runs as
             in a graph that takes the step.
-        lies: By value, whether it lies transposed in memory; None while that follows from the
+        lies: By value, True if it lies transposed in memory; None while that follows from the
             problem and the steps.
     """
 
@@ -57,13 +58,13 @@ class Plan:
     lies: Mapping[Polynomial, bool] | None = field(default=None, compare=False)
 
     def runs_as_in(self, graph: Collection[tuple[Value, Step]]) -> bool:
-        """Whether a graph that takes some steps takes all of this plan, and runs them so."""
+        """True if a graph that takes some steps takes all of this plan's, and runs them so."""
         are_usual = all(named(name).is_usual for name in self.implementations.values())
         return are_usual and all(pair in graph for pair in self.steps.items())
 
     @property
     def signature(self) -> frozenset[object]:
-        """The same for all plans that run the same."""
+        """What runs; equal for two plans that run the same."""
         return frozenset([*self.steps.items(), *self.implementations.items()])
 
     def implementation(self, problem: Problem, value: Value) -> str:
@@ -85,6 +86,22 @@ class Plan:
         return total_cost(self.operations(problem, dims))
 
 
+@lru_cache(maxsize=4096)
+def with_unpacking(problem: Problem) -> Problem:
+    """The same problem, whose incoming graph also unpacks what its steps read of virtual leaves.
+
+    Equal problems become one object, which later look-ups find without comparing.
+    """
+    found: dict[tuple[Value, Step], None] = {}
+    for value, step in problem.incoming if any(leaf.packed for leaf in problem.leaves) else ():
+        work = Work(problem, value.core, step, problem.dims)
+        for p in usual(work).reads(work):
+            below = problem.value(p, value.backward)
+            if below.core.leaf is not None and problem.leaves[below.core.leaf.leaf].packed:
+                found[below, Unpack()] = None
+    return replace(problem, incoming=(*found, *problem.incoming)) if found else problem
+
+
 def incoming_operations(problem: Problem, dims: Dims | None = None) -> list[Operation]:
     """What the graph as it came runs."""
     steps = ((value, step, None) for value, step in dict.fromkeys(problem.incoming))
@@ -104,5 +121,8 @@ def total_cost(operations: Iterable[Operation]) -> Cost:
 def _operations(
     problem: Problem, steps: Iterable[tuple[Value, Step, str | None]], dims: Dims | None
 ) -> list[Operation]:
-    found = (step_operation(problem, value.core, step, dims, name) for value, step, name in steps)
-    return [operation for operation in found if operation is not None]
+    return [
+        operation
+        for value, step, name in steps
+        for operation in step_operations(problem, value.core, step, dims, name)
+    ]

@@ -1,9 +1,15 @@
-"""Posed problems: a region of a graph as a problem with leaf numbers of its own."""
+"""Posed problems: a region of a graph as a problem with leaf numbers of its own.
+
+Before -> after: leaves 12, 31 and 32 of the graph -> leaves 0, 1 and 2 of the problem, and back.
+
+Invariant: equal layers pose equal problems, so they are planned once.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import TypeAlias
 
 import sympy
@@ -37,17 +43,8 @@ class PosedProblem:
 
     @property
     def is_symbolic(self) -> bool:
-        """Whether some dimension is a symbol."""
+        """True if some dimension is a symbol."""
         return not all(isinstance(size, int) for size in self.dims)
-
-    @cached_property
-    def _own_numbers(self) -> tuple[dict[int, int], dict[int, int], dict[int, int]]:
-        """By number in the graph, the number in the problem."""
-        matrices, scalars, assignments = (
-            {graph: own for own, graph in enumerate(numbers)}
-            for numbers in (self.matrices, self.scalars, self.assignments)
-        )
-        return matrices, scalars, assignments
 
     @cached_property
     def _graph_numbers(self) -> tuple[dict[int, int], dict[int, int], dict[int, int]]:
@@ -57,18 +54,27 @@ class PosedProblem:
         return matrices, scalars, assignments
 
     @cached_property
+    def _keeps_order(self) -> bool:
+        """True if both numberings have one order: what is normalised in one is so in the other."""
+        numbers = (self.matrices, self.scalars, self.assignments)
+        return all(before < after for given in numbers for before, after in pairwise(given))
+
+    @cached_property
     def _in_graph(self) -> dict[Polynomial, Polynomial]:
-        """Polynomials that were renamed already: the steps of a problem have most in common."""
+        """Renamed polynomials, by polynomial: the steps of a problem have most in common."""
         return {}
 
     def own(self, p: Polynomial) -> Polynomial:
         """A polynomial in leaves of the graph, in the problem's own."""
-        return substitute(p, *self._own_numbers)
+        numbers = (self.matrices, self.scalars, self.assignments)
+        return substitute(p, *({graph: i for i, graph in enumerate(given)} for given in numbers))
 
     def step_in_graph(self, value: Value, step: Step) -> tuple[Value, Step]:
         """A step of the problem and what it makes, in leaves of the graph."""
         step = step.renamed(self._renamed, self._graph_numbers[2])
         made = self._renamed(value.core)
+        if self._keeps_order:
+            return Value(made, value.backward), step
         return Value(normalise(made).core, value.backward), step.making(made)
 
     def in_graph(self, plan: Plan) -> Plan:
@@ -76,7 +82,8 @@ class PosedProblem:
         steps: dict[Value, Step] = {}
         implementations: dict[Value, str] = {}
         lies: dict[Polynomial, bool] = {}
-        for core, is_transposed in (plan.laid(self.problem).lies or {}).items():
+        laid = plan if plan.lies is not None else plan.laid(self.problem)
+        for core, is_transposed in (laid.lies or {}).items():
             _, turned, core_in_graph = normalise(self._renamed(core))
             lies[core_in_graph] = is_transposed != turned
         for value, step in plan.steps.items():
@@ -89,5 +96,6 @@ class PosedProblem:
         """A polynomial in the problem's leaves, in those of the graph."""
         found = self._in_graph.get(p)
         if found is None:
-            found = self._in_graph[p] = substitute(p, *self._graph_numbers)
+            found = substitute(p, *self._graph_numbers, keeps_order=self._keeps_order)
+            self._in_graph[p] = found
         return found

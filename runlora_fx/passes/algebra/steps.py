@@ -73,6 +73,11 @@ class Keep(Step):
 
 
 @dataclass(frozen=True)
+class Unpack(Step):
+    """The tensor of a virtual leaf is computed: a weight that is stored in few bits."""
+
+
+@dataclass(frozen=True)
 class Sum(Step):
     """``core = sum(parts)``."""
 
@@ -119,10 +124,9 @@ class _Bilinear(Step):
         return replace(self, left=self.right.T, right=self.left.T)
 
     def divided(self, by: Scalar) -> Step:
-        """The product over a scalar; what is left of the scalars stands in the right operand."""
-        front, left = without_scalar(self.left)
-        right = self.right.scaled(Scalar(front.number / by.number, front.leaves))
-        return replace(self, left=left, right=divided(right, Scalar(1.0, by.leaves)))
+        """The product over a scalar."""
+        left, right = _divided_product(self.left, self.right, by)
+        return replace(self, left=left, right=right)
 
     def renamed(self, rename: Rename, assignments: Mapping[int, int]) -> Step:
         """The product with other numbers."""
@@ -138,6 +142,36 @@ class Product(_Bilinear):
         if core.is_diag_part or self.left.is_diagonal == self.right.is_diagonal:
             return ()
         return (self.right,) if self.left.is_diagonal else (self.left,)
+
+
+@dataclass(frozen=True)
+class Accumulate(_Bilinear):
+    """``core = addend + left @ right``, in one call; no value of its own holds the product."""
+
+    addend: Polynomial
+
+    @property
+    def operands(self) -> tuple[Polynomial, ...]:
+        """The addend, and what is multiplied."""
+        return (self.addend, self.left, self.right)
+
+    @property
+    def turned(self) -> Step:
+        """``(C + L R)' = C' + R' L'``."""
+        return Accumulate(self.right.T, self.left.T, self.addend.T)
+
+    def divided(self, by: Scalar) -> Step:
+        """Addend and product over a scalar."""
+        left, right = _divided_product(self.left, self.right, by)
+        return Accumulate(left, right, divided(self.addend, by))
+
+    def renamed(self, rename: Rename, assignments: Mapping[int, int]) -> Step:
+        """The same with other numbers."""
+        return Accumulate(rename(self.left), rename(self.right), rename(self.addend))
+
+    def along(self, core: Polynomial) -> tuple[Polynomial, ...]:
+        """The addend."""
+        return (self.addend,)
 
 
 # -- steps that depend on the experts of tokens ------------------------------------------------
@@ -187,9 +221,8 @@ class _Grouped(_Bilinear):
 
     def renamed(self, rename: Rename, assignments: Mapping[int, int]) -> Step:
         """The product with other numbers."""
-        found = super().renamed(rename, assignments)
-        assert isinstance(found, _Grouped)
-        return replace(found, assignment=assignments[self.assignment])
+        k = assignments[self.assignment]
+        return replace(self, left=rename(self.left), right=rename(self.right), assignment=k)
 
 
 @dataclass(frozen=True)
@@ -215,6 +248,15 @@ class GroupedProduct(_Grouped):
 @dataclass(frozen=True)
 class GroupedOuter(_Grouped):
     """``core = sum_k(left @ right)``: a column times a row for each token, added up by expert."""
+
+
+def _divided_product(
+    left: Polynomial, right: Polynomial, by: Scalar
+) -> tuple[Polynomial, Polynomial]:
+    """The operands of ``left @ right`` over a scalar; the second keeps all scalars."""
+    front, left = without_scalar(left)
+    right = right.scaled(Scalar(front.number / by.number, front.leaves))
+    return left, divided(right, Scalar(1.0, by.leaves))
 
 
 # -- normalised steps --------------------------------------------------------------------------

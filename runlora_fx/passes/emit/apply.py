@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import fx
@@ -39,19 +39,12 @@ class NotAppliedError(Exception):
         self.cause = cause
 
 
-def apply(
-    analysis: Analysis,
-    plans: Mapping[int, Plan],
-    lasting: Collection[fx.Node] = (),
-    *,
-    probes: bool = False,
-) -> None:
+def apply(analysis: Analysis, plans: Mapping[int, Plan], *, probes: bool = False) -> None:
     """Rewrite a graph, inside a transaction of the caller's.
 
     Args:
         analysis: The graph as it came.
         plans: By the index of a region, what to compute it by; the others stay as they came.
-        lasting: Inputs of which merged weights are kept from call to call.
         probes: Whether every root is also computed from random numbers, in both ways.
 
     Raises:
@@ -60,7 +53,7 @@ def apply(
     """
     if not plans:
         return
-    task = task_of(analysis, plans, lasting)
+    task = task_of(analysis, plans)
     writer = Writer(analysis.graph, analysis.reader, analysis.dialect)
     emitter = Emitter(task, writer)
     memory = memory_of_results(analysis.graph, analysis.effects)

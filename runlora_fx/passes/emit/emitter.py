@@ -72,14 +72,14 @@ class Emitter:
         rest = [part for part in parts if part not in whole]
         result: fx.Node | None = None
         if rest:
-            result = self._sums.accumulate(rest, flip, root.backward, is_root=True)
+            result = self._sums.added_up(rest, flip, root.backward)
             if flip:
                 result = self._scope.writer.transpose(result)
             result = self._scope.writer.reshape(result, shape)
         for scalar, _, core in whole:
             assert core.leaf is not None
             node = self._scope.leaf_node(core.leaf)
-            result = self._sums.add(result, node, scalar)
+            result = self._scope.added(result, self._scope.scaled(node, scalar))
         assert result is not None
         result = self._scope.writer.cast(result, dtype_of(root.node))
         if result is root.node or not same_shape(shape_of(result), shape):
@@ -151,9 +151,9 @@ class Emitter:
         return value in self._made
 
     def _make(self, value: Value, transposed: bool) -> Laid:
-        if value.core.leaf is not None and not self._scope.is_picked(value.core.leaf):
-            return Laid(self._scope.leaf(value.core.leaf), False)
         step, twin = self._task.steps.get(value), Value(value.core, False)
+        if step is None and value.core.leaf is not None:
+            return Laid(self._scope.leaf(value.core.leaf), False)
         if step is None or isinstance(step, Keep):
             if not value.backward:
                 raise EmissionError(f"the plan has no step for {value}")

@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 from torch import fx
 
-from runlora_fx.passes.algebra.polynomials import ONE, Scalar, normalise
+from runlora_fx.passes.algebra.polynomials import ONE, Scalar
 from runlora_fx.passes.algebra.problem import Value
-from runlora_fx.passes.algebra.steps import Product
-from runlora_fx.passes.emit.scope import Scope
+from runlora_fx.passes.algebra.steps import Accumulate, Product
+from runlora_fx.passes.emit.scope import Scope, dtype_of
 from runlora_fx.passes.emit.values import Values
 from runlora_fx.passes.levels.sizes import equal, is_one, numel, shape_of
 
@@ -46,7 +46,7 @@ class Products:
             return self._scope.writer.matmul(self._scope.scaled(a, scalar), b)
         return self._scope.writer.matmul(a, self._scope.scaled(b, scalar))
 
-    def operands(self, value: Value, step: Product, transposed: bool) -> Operands:
+    def operands(self, value: Value, step: Product | Accumulate, transposed: bool) -> Operands:
         """The operands of a product, or those of its transpose."""
         left, right = (step.right.T, step.left.T) if transposed else (step.left, step.right)
         a, by_a = self._values.operand(left, value.backward)
@@ -67,19 +67,12 @@ class Products:
         is_by_token = leaf.batched and any(equal(a.tokens, leaf.batch) for a in by)
         return is_by_token and is_one(inner) and not any(w.scattered for w in value.core.words)
 
-    def fused_product(self, value: Value, step: Product, transposed: bool) -> fx.Node | None:
-        """A product with a virtual leaf by the operator that does not make it; None if none is."""
-        for turned in (False, True):
-            left, right = (step.right.T, step.left.T) if turned else (step.left, step.right)
-            operator = self._scope.fused_operator(right, value)
-            if operator is None:
-                continue
-            x, by = self._values.operand(left, value.backward)
-            x = self._scope.writer.cast(x, self._scope.dtype(value))
-            node = operator.write(self._scope.writer, x)
-            node = self._scope.scaled(node, by * normalise(right).scalar)
-            return node if turned == transposed else self._scope.writer.transpose(node)
-        return None
+    def accumulated(self, total: fx.Node, product: Operands) -> fx.Node:
+        """``total + scalar * (a @ b)``: by one call where that takes the scalar and the dtypes."""
+        a, b, by = product
+        if by.leaves or len(shape_of(a)) != 2 or dtype_of(total) != dtype_of(a):
+            return self._scope.added(total, self.product(a, b, by))
+        return self._scope.writer.addmm(total, a, b, by.number)
 
     def unshared_product(self, value: Value) -> Product | None:
         """The step of a matrix product that nothing else reads; None if it is no such value."""
@@ -87,8 +80,6 @@ class Products:
         if self._values.is_made(value) or self._scope.task.uses[value] != 1:
             return None
         if not isinstance(step, Product) or self._scope.task.implementations[value] != "matmul":
-            return None
-        if any(self._scope.fused_operator(p, value) for p in (step.right, step.left.T)):
             return None
         is_batched = self._scope.leaves.matrices[value.core.shown[0].leaf].batched
         return None if is_batched else step

@@ -7,9 +7,19 @@ Reports and debuggers show it. Invariant: it is for reading only; no pass decide
 
 from __future__ import annotations
 
-from runlora_fx.passes.algebra.polynomials import Factor, Polynomial, Word
+from runlora_fx.passes.algebra.polynomials import Polynomial
 from runlora_fx.passes.algebra.problem import Value
-from runlora_fx.passes.algebra.steps import GroupedOuter, GroupedProduct, Pick, Scatter, Step, Sum
+from runlora_fx.passes.algebra.steps import (
+    Accumulate,
+    GroupedOuter,
+    GroupedProduct,
+    Pick,
+    Scatter,
+    Step,
+    Sum,
+    Unpack,
+)
+from runlora_fx.passes.algebra.words import Factor, Word
 from runlora_fx.passes.read.leaves import Leaves
 from runlora_fx.passes.read.regions import Root
 
@@ -22,8 +32,13 @@ def rule_of(value: Value, step: Step, leaves: Leaves) -> str:
     operands = step.operands
     if isinstance(step, Sum):
         return _cut("sum: " + " + ".join(_text(p, leaves) for p in operands))
+    if isinstance(step, Accumulate):
+        product = step.left @ step.right
+        return _cut(f"sum: {_text(step.addend, leaves)} + {_text(product, leaves)}")
     texts = [_in_brackets(p, leaves) for p in operands]
     match step:
+        case Unpack():
+            return _cut(f"unpack: {_text(value.core, leaves)}")
         case Pick(_, k):
             return _cut(f"pick: {texts[0]}[{leaves.assignments[k].node.name}]")
         case Scatter(_, k) | GroupedOuter(_, _, k):

@@ -12,12 +12,12 @@ from typing import Literal
 import torch
 from torch import fx
 
-from runlora_fx.passes.algebra.polynomials import Factor, Polynomial, Scalar, normalise
+from runlora_fx.passes.algebra.polynomials import Polynomial, Scalar
 from runlora_fx.passes.algebra.posed import Dim
 from runlora_fx.passes.algebra.problem import Value
+from runlora_fx.passes.algebra.words import Factor
 from runlora_fx.passes.emit.task import Task
 from runlora_fx.passes.emit.writer import Writer
-from runlora_fx.passes.levels.origins import Computed, FusedProduct
 from runlora_fx.passes.levels.sizes import equal, example_of, is_one, numel, shape_of
 
 
@@ -100,26 +100,6 @@ class Scope:
             return "right"
         return None
 
-    def fused_operator(self, right: Polynomial, value: Value) -> FusedProduct | None:
-        """The operator that multiplies by a virtual leaf without making it.
-
-        Args:
-            right: The right factor of a product: the transpose of such a leaf.
-            value: What the product computes.
-
-        Returns:
-            None if there is no such operator, or if the plan makes the leaf anyway.
-        """
-        _, transposed, core = normalise(right)
-        factor = core.leaf
-        if factor is None or factor.transposed == transposed:
-            return None
-        origin = self.leaves.matrices[factor.leaf].origin
-        if not isinstance(origin, Computed) or origin.dtype != self.dtype(value):
-            return None
-        is_made = (factor.leaf, value.backward) in self.task.whole_leaves
-        return None if is_made else origin.product
-
     def scaled(self, node: fx.Node, scalar: Scalar) -> fx.Node:
         """A node times a number and scalar leaves."""
         node = self.writer.scale(node, scalar.number)
@@ -129,6 +109,14 @@ class Scope:
                 by = self.writer.reshape(by, ())
             node = self.writer.divide(node, by) if inverse else self.writer.scale(node, by)
         return node
+
+    def added(self, total: fx.Node | None, node: fx.Node) -> fx.Node:
+        """``total + node``; activations are flattened where one of them is."""
+        if total is None:
+            return node
+        if 1 < len(shape_of(total)) != len(shape_of(node)) > 1:
+            total, node = (self.writer.reshape(x, flattened(x)) for x in (total, node))
+        return self.writer.add(total, node)
 
 
 def dtype_of(node: fx.Node) -> torch.dtype:

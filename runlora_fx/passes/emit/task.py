@@ -9,9 +9,9 @@ Invariant: a task never changes, and says nothing of what the emitted nodes look
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from torch import fx
@@ -19,8 +19,9 @@ from torch import fx
 from runlora_fx.passes.algebra.implementations import named
 from runlora_fx.passes.algebra.plan import Plan
 from runlora_fx.passes.algebra.polynomials import IDENTITY, Polynomial, normalise
-from runlora_fx.passes.algebra.problem import Value
+from runlora_fx.passes.algebra.problem import Problem, Value
 from runlora_fx.passes.algebra.steps import Keep, Step
+from runlora_fx.passes.algebra.sums import accumulated
 from runlora_fx.passes.read.analysis import Analysis
 from runlora_fx.passes.read.reader import GraphReader
 from runlora_fx.passes.read.regions import Root
@@ -45,8 +46,6 @@ class Task:
         roots: All roots that are emitted, in graph order.
         existing: Nodes of the incoming graph that compute a value by a step.
         incoming: Every step of the incoming graph.
-        lasting: Inputs that are the same tensors in every call, and of which merged weights are
-            kept.
     """
 
     analysis: Analysis
@@ -56,7 +55,6 @@ class Task:
     roots: tuple[Root, ...]
     existing: Mapping[tuple[Value, Step], Laid]
     incoming: frozenset[tuple[Value, Step]]
-    lasting: frozenset[fx.Node]
 
     def value(self, core: Polynomial, backward: bool) -> Value:
         """The value of a normalised polynomial, in the phase in which it is computed."""
@@ -77,24 +75,6 @@ class Task:
                 operands = (normalise(p).core for p in step.operands)
                 uses.update(self.value(core, value.backward) for core in operands)
         return uses
-
-    @cached_property
-    def whole_leaves(self) -> frozenset[tuple[int, bool]]:
-        """The leaves that a step of either phase reads otherwise than as M in ``x M'``."""
-        found = set[tuple[int, bool]]()
-        for value, step in self.steps.items():
-            operands = [(p, normalise(p)) for p in step.operands]
-            leaves = [core.leaf for _, (_, _, core) in operands]
-            is_matmul = self.implementations[value] == "matmul"
-            for place, (leaf, (_, (_, transposed, _))) in enumerate(
-                zip(leaves, operands, strict=True)
-            ):
-                if leaf is None:
-                    continue
-                stands = leaf.transposed == transposed
-                if not is_matmul or stands == (place == 1):
-                    found.add((leaf.leaf, value.backward))
-        return frozenset(found)
 
     def is_alike(self, one: Value, other: Value) -> bool:
         """Whether two values are made by the same step, which runs in the same way."""
@@ -127,15 +107,12 @@ class Task:
         return True
 
 
-def task_of(
-    analysis: Analysis, plans: Mapping[int, Plan], lasting: Collection[fx.Node] = ()
-) -> Task:
+def task_of(analysis: Analysis, plans: Mapping[int, Plan]) -> Task:
     """The task of putting plans into a graph.
 
     Args:
         analysis: The graph as it came.
         plans: By the index of a region, what to compute it by; the others stay as they came.
-        lasting: Inputs of which merged weights are kept from call to call.
     """
     regions, plan = analysis.regions, _whole_plan(analysis, plans)
     touched = {root.node for i in plans for root, _ in regions.regions[i].demands}
@@ -147,7 +124,6 @@ def task_of(
         tuple(root for root in regions.roots if root.node in touched),
         _existing(analysis),
         frozenset(_incoming(analysis)),
-        frozenset(lasting),
     )
 
 
@@ -157,26 +133,35 @@ def _whole_plan(analysis: Analysis, plans: Mapping[int, Plan]) -> Plan:
     implementations: dict[Value, str] = {}
     lies: dict[Polynomial, bool] = {}
     for i, posed in enumerate(analysis.posed):
-        own = plans.get(i)
-        if own is None:
-            first: dict[Value, Step] = {}
-            for value, step in posed.problem.incoming:
-                first.setdefault(value, step)
-            own = Plan(first)
-        whole = posed.in_graph(own)
+        whole = posed.in_graph(plans.get(i) or _as_it_came(posed.problem))
         steps.update(whole.steps)
         implementations.update(whole.implementations)
         lies.update(whole.lies or {})
     return Plan(steps, implementations, lies)
 
 
+@lru_cache(maxsize=4096)
+def _as_it_came(problem: Problem) -> Plan:
+    """The first step of the incoming graph towards every value."""
+    first: dict[Value, Step] = {}
+    for value, step in problem.incoming:
+        first.setdefault(value, step)
+    return accumulated(problem, Plan(first)).laid(problem)
+
+
 def _incoming(analysis: Analysis) -> set[tuple[Value, Step]]:
-    """Every step of the graph as it came, in its own leaves."""
+    """Every step of the graph as it came, in its own leaves; sums also as they accumulate."""
     return {
         posed.step_in_graph(value, step)
         for posed in analysis.posed
-        for value, step in posed.problem.incoming
+        for value, step in _all_steps(posed.problem)
     }
+
+
+@lru_cache(maxsize=4096)
+def _all_steps(problem: Problem) -> tuple[tuple[Value, Step], ...]:
+    steps = (*problem.incoming, *_as_it_came(problem).steps.items())
+    return tuple(dict.fromkeys(steps))
 
 
 def _existing(analysis: Analysis) -> dict[tuple[Value, Step], Laid]:

@@ -139,10 +139,12 @@ class FusedProduct:
     Attributes:
         target: Computes ``x M'`` for ``x`` of any number of rows.
         args: Its arguments behind ``x``.
+        bits: Width of a stored element of M [bit].
     """
 
     target: Callable[..., Any]
     args: tuple[Any, ...]
+    bits: int
 
     def write(self, writer: LeafWriter, x: fx.Node) -> fx.Node:
         """The product with a matrix."""

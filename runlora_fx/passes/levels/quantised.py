@@ -62,6 +62,7 @@ def gemm_4bit(
             operators.gemm_4bit.default,
             (packed, tuple(shape), absmax, blocksize, kind)
             + (() if absmax_8bit is None else (None, absmax_8bit, absmax_code, absmax_offset)),
+            bits=4,
         ),
     )
     cut = last_dim_cut(value.dim())

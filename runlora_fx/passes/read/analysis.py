@@ -80,12 +80,6 @@ class Analysis:
             if matrices[leaf].node in nodes and not matrices[leaf].batched
         )
 
-    def nodes_of(self, region: int, leaves: Collection[int]) -> list[fx.Node]:
-        """The nodes that some leaves of a region's problem are."""
-        matrices, own = self.reader.leaves.matrices, self.posed[region].matrices
-        nodes = (matrices[own[leaf]].node for leaf in leaves)
-        return [node for node in nodes if node is not None]
-
 
 def _hint(size: Dim, mode: Any) -> int:
     """The size that a dimension had when the graph was traced in a fake mode."""

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TypeAlias
 
-from runlora_fx.passes.algebra.polynomials import Factor, Polynomial
+from runlora_fx.passes.algebra.polynomials import Polynomial
 from runlora_fx.passes.algebra.posed import Dim
+from runlora_fx.passes.algebra.words import Factor
 from runlora_fx.passes.levels.assigned import TokenAssignment
 from runlora_fx.passes.read.leaves import Leaf
 

@@ -15,14 +15,9 @@ from torch import fx
 
 from runlora_fx.passes.algebra import polynomials as algebra
 from runlora_fx.passes.algebra.assignments import Picked
-from runlora_fx.passes.algebra.polynomials import (
-    Factor,
-    NotInNormalForm,
-    Polynomial,
-    Scalar,
-    substitute,
-)
+from runlora_fx.passes.algebra.polynomials import Polynomial, Scalar, substitute
 from runlora_fx.passes.algebra.posed import Dim
+from runlora_fx.passes.algebra.words import Factor, NotInNormalForm, Word
 from runlora_fx.passes.levels.assigned import PickedRows, TokenAssignment
 from runlora_fx.passes.levels.cuts import Cut
 from runlora_fx.passes.levels.origins import Held, OnesColumn, Origin
@@ -168,7 +163,7 @@ class Leaves:
         """
         if not any(word.scattered for p in (left, right) for word in p.words):
             return left @ right
-        found: list[tuple[algebra.Word, float]] = []
+        found: list[tuple[Word, float]] = []
         for u, a in left.terms:
             for v, b in right.terms:
                 first, second = (Polynomial(((word, 1.0),)) for word in (u, v))

@@ -18,12 +18,8 @@ from dataclasses import replace
 from torch import fx
 
 from runlora_fx.passes.algebra.addends import Addends, total, without_cancelled
-from runlora_fx.passes.algebra.polynomials import (
-    Factor,
-    NotInNormalForm,
-    Polynomial,
-    of_factors,
-)
+from runlora_fx.passes.algebra.polynomials import Polynomial, of_factors
+from runlora_fx.passes.algebra.words import Factor, NotInNormalForm
 from runlora_fx.passes.levels.cuts import Cut
 from runlora_fx.passes.levels.level import Dialect
 from runlora_fx.passes.read.casts import CastRules, Casts

@@ -19,6 +19,7 @@ from torch import fx
 from runlora_fx.passes.algebra.addends import Addends, total
 from runlora_fx.passes.algebra.assignments import Assignment, Picked
 from runlora_fx.passes.algebra.factorise import components
+from runlora_fx.passes.algebra.plan import with_unpacking
 from runlora_fx.passes.algebra.polynomials import (
     Polynomial,
     Scalar,
@@ -31,6 +32,7 @@ from runlora_fx.passes.algebra.posed import Dim, PosedProblem
 from runlora_fx.passes.algebra.problem import LeafSpec, Problem, Value
 from runlora_fx.passes.algebra.steps import GroupedOuter, Keep, Product, Scatter, Step, Sum
 from runlora_fx.passes.levels.forms.assigned import AssignedForm
+from runlora_fx.passes.levels.origins import Computed
 from runlora_fx.passes.levels.sizes import example_of, is_column_major
 from runlora_fx.passes.read.dimensions import DimClasses
 from runlora_fx.passes.read.made import Made
@@ -320,7 +322,7 @@ class Regions:
             ),
         )
         return PosedProblem(
-            problem, dims.sizes, tuple(matrices), tuple(scalars), tuple(assignments)
+            with_unpacking(problem), dims.sizes, tuple(matrices), tuple(scalars), tuple(assignments)
         )
 
     def _spec(self, own: int, index: int, dims: DimClasses) -> LeafSpec:
@@ -334,7 +336,9 @@ class Regions:
         held = index in self._read_backward or all(
             self._phases.held(self._reader, source) for source in leaf.sources
         )
-        return LeafSpec(rows, cols, batch, "matrix", backward, held, leaf.picked)
+        fused = leaf.origin.product if isinstance(leaf.origin, Computed) else None
+        packed = 0 if fused is None else fused.bits
+        return LeafSpec(rows, cols, batch, "matrix", backward, held, leaf.picked, packed)
 
 
 def _dtype(region: Region) -> torch.dtype:

@@ -1,10 +1,10 @@
-"""Steps towards values that depend on which expert each token has.
+"""Steps that make values which depend on which expert each token has.
 
 Before -> after: ``X[t] (W[k] + s L[k] R[k])`` -> a grouped product with ``W + s L R``, or the sum
 of ``X W[k]`` and ``s (X L[k]) R[k]``, a grouped product each.
 
-Invariant: what is picked by offsets is never made, and no grouped product is proposed that the
-operator refuses: :func:`refusal` says why.
+Invariant: a matrix that is picked by offsets is never written. No grouped product is proposed that
+the operator refuses; :func:`refusal` says why.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from runlora_fx.passes.algebra.steps import (
 
 
 def is_assigned(problem: Problem, core: Polynomial) -> bool:
-    """Whether a value depends on the experts of tokens: its steps are those of this module."""
+    """True if a value depends on the experts of tokens, so that this module makes its steps."""
     if not problem.assignments:
         return False
     is_scattered = any(word.scattered for word in core.words)
@@ -90,7 +90,7 @@ def _scattered_steps(problem: Problem, core: Polynomial, k: int) -> Iterator[Ste
 def _is_served(
     problem: Problem, k: int, left: Polynomial, right: Polynomial, one: Literal[0, 1, 2]
 ) -> bool:
-    """Whether one operator multiplies: each token has one vector, and both widths are aligned.
+    """True if one operator multiplies: each token has one vector, and both widths are aligned.
 
     Args:
         problem: The problem.

@@ -1,4 +1,11 @@
-"""The decision for one problem: the cheapest plan, against the graph as it came."""
+"""The decision for one problem: the cheapest plan, against the graph as it came.
+
+Before -> after: a LoRA layer of 500 tokens -> ``changed: 18.1% fewer FLOPs``, and a plan; the same
+layer of 8 tokens -> ``left alone: the graph as it came is the cheapest``.
+
+Invariant: a plan that ties with the graph as it came never replaces it, but for one that holds less
+for the backward.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +23,7 @@ from runlora_fx.passes.algebra.steps import Step
 from runlora_fx.passes.search.assigned import refusal
 from runlora_fx.passes.search.frontiers import Proof, effort_limit, first_steps, search
 
-#: How wide an alternative is searched: they are mostly to be shown.
+#: How wide an alternative is searched: most are only shown in the report.
 _WIDTHS = (16,)
 
 #: Amounts that differ by less than this share are said to be the same.
@@ -37,14 +44,13 @@ class Decision:
     """What to do with a problem.
 
     Attributes:
-        plan: The cheapest plan, or None where the graph as it came is kept without comparing.
-        changed: Whether it replaces the graph as it came.
+        plan: The cheapest plan; None where no plan was compared with the graph as it came.
+        changed: True if the plan replaces the graph as it came.
         before: Cost of the graph as it came, at the hints.
         after: Cost of what will run.
         reason: Why the graph is changed or left alone.
         alternatives: By first step, what else the first demand could have cost.
-        lasting: Leaves of which merged weights are kept from call to call.
-        proof: Whether the plan is the cheapest (``"exact"``), or the best that was found.
+        proof: ``"exact"`` if the plan is the cheapest; else it is the best that was found.
         effort: What the search tried: the same on every machine.
     """
 
@@ -54,7 +60,6 @@ class Decision:
     after: Cost
     reason: str
     alternatives: tuple[Alternative, ...] = ()
-    lasting: frozenset[int] = frozenset()
     proof: Proof = "exact"
     effort: int = 0
 
@@ -77,9 +82,9 @@ class Priced(NamedTuple):
 
 
 def replaces(objective: Objective, came: Priced, plan: Priced) -> bool:
-    """Whether a plan replaces the graph as it came, wherever that is asked: not if they tie.
+    """True if a plan replaces the graph as it came. Every part of the package asks here.
 
-    One exception: of two that need as many FLOPs the one that holds less for the backward.
+    A plan that ties does not, but for one that needs as many FLOPs and holds less memory.
     """
     is_worth = objective.worthwhile(came.price, plan.price)
     return is_worth or objective.holds_less(came.cost, plan.cost)
@@ -101,7 +106,7 @@ def judge(
     considered: tuple[Alternative, ...] = (),
     proof: Proof = "exact",
 ) -> Decision:
-    """Whether a plan is worth replacing the graph as it came."""
+    """Decide whether a plan is worth replacing the graph as it came."""
     came = Priced.of(incoming_operations(problem), objective)
     runs = Priced.of(plan.operations(problem), objective)
     before, after = came.cost, runs.cost
@@ -109,7 +114,7 @@ def judge(
         reason = f"changed: {saving(objective, problem, plan)}"
         if proof != "exact":
             reason += " (the best plan found; not all were compared)"
-        return Decision(plan, True, before, after, reason, considered, problem.lasting, proof)
+        return Decision(plan, True, before, after, reason, considered, proof)
     if objective.is_less(runs.price, came.price):
         reason = (
             f"left alone: the cheapest plan saves less than the margin ({objective.margin:.1%})"
@@ -157,7 +162,7 @@ def saving(objective: Objective, problem: Problem, plan: Plan) -> str:
     saved.append(_change(cost.flops, new_cost.flops, "FLOPs"))
     if cost.saved != new_cost.saved:
         saved.append(_change(cost.saved, new_cost.saved, "bytes saved for the backward"))
-    if problem.lasting:
+    if "kept" in plan.implementations.values():
         saved.append("merged weights are kept from call to call")
     return ", ".join(saved)
 
@@ -175,10 +180,10 @@ def _change(before: Amount | float, after: Amount | float, of: str) -> str:
 
 
 def holding_more(problem: Problem, objective: Objective) -> Decision | None:
-    """The decision if more may be held; None if that gains nothing.
+    """The decision if more memory may be held; None if that gains nothing.
 
-    The forward may keep whatever it computes for the backward, and what is made of
-    :attr:`Problem.lasting` is kept from call to call.
+    The backward may then use whatever the forward computes. Weights that are merged of
+    :attr:`Problem.lasting` may be kept from call to call.
     """
     plain = replace(problem, lasting=frozenset())
     settled = decide(plain, objective)

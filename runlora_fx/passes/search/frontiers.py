@@ -9,31 +9,28 @@ bound of what is left exceed the best plan known, the graph as it came to begin 
 
 Before -> after: ``X W' + 2 X A' B'`` as it came, a sum of two products -> ``X (W' + 2 A' B')``.
 
-Invariant: a plan is called *exact* only if no frontier was dropped but by the bound. Where more
-frontiers remain than fit, the most promising are kept, and the plan is called *best found*; it is
-never dearer than the graph as it came. Work is counted, so a plan depends on no clock.
+Invariant: a plan is called *exact* only if every frontier that was dropped was dropped by the
+bound. Where more frontiers remain than fit, the most promising are kept, and the plan is called
+*best found*. It is never dearer than the graph as it came. Work is counted, so a plan depends on no
+clock.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import nsmallest
 from typing import Literal, TypeAlias
 
 from runlora_fx.cost_model.objective import Objective, Price
-from runlora_fx.cost_model.ops import GemmShape
-from runlora_fx.passes.algebra.implementations import Work, operation_of, serving
+from runlora_fx.cost_model.ops import GemmShape, MatMul
+from runlora_fx.passes.algebra.implementations import Work, serving
 from runlora_fx.passes.algebra.plan import Plan, incoming_operations
-from runlora_fx.passes.algebra.polynomials import (
-    Polynomial,
-    normalise,
-)
 from runlora_fx.passes.algebra.problem import Problem, Value
-from runlora_fx.passes.algebra.steps import Keep, Step, Sum
+from runlora_fx.passes.algebra.steps import Step
+from runlora_fx.passes.algebra.sums import accumulated, flattened
 from runlora_fx.passes.search.space import Choice, Space, members, space_of
-from runlora_fx.passes.search.ways import Ways
+from runlora_fx.passes.search.ways import Way, Ways
 
 #: Frontiers that are kept for each value, in a first search and in those that follow while the plan
 #: is not proven. What a search tries is proportional to this and to the number of values.
@@ -78,7 +75,7 @@ class _Sweep:
         price: Of the cheapest plan, if there is one within the limit.
         path: Its decisions.
         effort: Ways that were tried.
-        is_complete: Whether no frontier was dropped but by its bound.
+        is_complete: True if every frontier that was dropped was dropped by its bound.
     """
 
     price: Price | None = None
@@ -118,7 +115,7 @@ def search(
     stages = list(dict.fromkeys([space.came, space.few, space.choices]))
     if first is not None:
         demand = space.values.index(problem.demands[0])
-        forced = tuple(c for c in space.choices[demand] if space.steps[demand][c[0]] == first)
+        forced = tuple(c for c in space.choices[demand] if space.ways[demand][c[0]].step == first)
         stages = [(*ways[:demand], forced, *ways[demand + 1 :]) for ways in stages]
     best, effort, is_exact = _Sweep(), 0, False
     limit = effort_limit(problem)
@@ -137,12 +134,18 @@ def search(
                 break
     if best.price is None:
         raise ValueError(f"no plan for {problem.demands}")
-    steps = _steps(space, best.path)
     ways = Ways(problem, objective)
-    flat = _flattened(problem, ways, steps)
-    names = {value: ways.implementation(value, step).name for value, step in flat.items()}
-    plan = Plan(flat, names).laid(problem)
-    return Found(plan, "exact" if is_exact else "best found", effort)
+    chosen = _chosen(space, best.path)
+    flat = flattened(problem, {value: way.step for value, way in chosen.items()})
+    names = {v: w.implementation for v, w in chosen.items() if flat.get(v) == w.step}
+    plan = accumulated(problem, Plan(flat, names))
+    names = {
+        value: plan.implementations.get(value) or ways.cheapest(value, step).implementation
+        for value, step in plan.steps.items()
+    }
+    return Found(
+        Plan(plan.steps, names).laid(problem), "exact" if is_exact else "best found", effort
+    )
 
 
 def effort_limit(problem: Problem) -> int:
@@ -161,16 +164,17 @@ def first_steps(problem: Problem, objective: Objective) -> tuple[Step, ...]:
         _, price, read = choice
         return float(price) + sum(space.least[i] for i in members(read))
 
-    return tuple(space.steps[demand][way] for way, *_ in sorted(space.choices[demand], key=promise))
+    promising = sorted(space.choices[demand], key=promise)
+    return tuple(dict.fromkeys(space.ways[demand][way].step for way, *_ in promising))
 
 
-def _steps(space: Space, path: _Path) -> dict[Value, Step]:
-    """The steps of some decisions."""
-    steps = {}
+def _chosen(space: Space, path: _Path) -> dict[Value, Way]:
+    """The ways of some decisions."""
+    chosen = {}
     while path is not None:
         value, way, path = path
-        steps[space.values[value]] = space.steps[value][way]
-    return steps
+        chosen[space.values[value]] = space.ways[value][way]
+    return chosen
 
 
 def _swept(
@@ -243,40 +247,12 @@ def candidate_products(problem: Problem, objective: Objective) -> list[GemmShape
     pending, seen = list(problem.demands), set(problem.demands)
     while pending and len(seen) < _VALUES:
         value = pending.pop()
-        for step, price, operands in ways.of(value):
-            if price > limit:
+        for way in ways.of(value):
+            if way.price > limit:
                 continue
-            work = Work(problem, value.core, step, problem.dims)
-            for one in serving(work):
-                operation = operation_of(one, work)
-                shape = None if operation is None else one.measured_as(operation)
-                if shape is not None:
-                    found[shape] = None
-            pending.extend(operands - seen)
-            seen |= operands
+            work = Work(problem, value.core, way.step, problem.dims)
+            operations = (operation for one in serving(work) for operation in one.operations(work))
+            found.update((op.shape, None) for op in operations if isinstance(op, MatMul))
+            pending.extend(way.reads - seen)
+            seen |= way.reads
     return list(found)
-
-
-def _flattened(problem: Problem, ways: Ways, steps: Mapping[Value, Step]) -> dict[Value, Step]:
-    """The same steps, with sums that only one sum reads added up there: it costs the same."""
-    # A sum may read one value twice, as it is and transposed.
-    uses = Counter(
-        ways.phase(normalise(p).core, value.backward and not isinstance(step, Keep))
-        for value, step in steps.items()
-        for p in (step.operands or (value.core,))
-    )
-
-    def parts(value: Value, step: Sum) -> Iterator[Polynomial]:
-        for part in step.parts:
-            scalar, transposed, core = normalise(part)
-            below = ways.phase(core, value.backward)
-            inner = steps.get(below)
-            if isinstance(inner, Sum) and uses[below] == 1 and below not in problem.demands:
-                absorbed.add(below)
-                yield from ((p.T if transposed else p).scaled(scalar) for p in parts(below, inner))
-            else:
-                yield part
-
-    absorbed: set[Value] = set()
-    flat = {v: Sum(tuple(parts(v, s))) if isinstance(s, Sum) else s for v, s in steps.items()}
-    return {value: step for value, step in flat.items() if value not in absorbed}

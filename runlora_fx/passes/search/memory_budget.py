@@ -2,6 +2,10 @@
 
 Holding a merged weight saves making it again in the backward. Layers are taken in the order of what
 a byte held saves, until the budget is spent.
+
+Before -> after: 32 equal layers and a budget for ten merged weights -> ten layers hold theirs.
+
+Invariant: what is held in addition never exceeds the budget.
 """
 
 from __future__ import annotations
@@ -12,18 +16,13 @@ from math import prod
 
 from runlora_fx.cost_model.objective import Objective
 from runlora_fx.passes.algebra.problem import Problem
-from runlora_fx.passes.algebra.steps import Sum
 from runlora_fx.passes.search.decide import Decision, holding_more, price_of
 
 
-def _lasting_bytes(problem: Problem, decision: Decision) -> int:
-    """What a plan keeps from call to call: the sums of lasting leaves [B]."""
-    steps = decision.plan.steps.items() if decision.plan is not None else ()
-    kept = {
-        value.core
-        for value, step in steps
-        if isinstance(step, Sum) and value.core.leaves <= problem.lasting
-    }
+def _kept_bytes(problem: Problem, decision: Decision) -> int:
+    """The merged weights that a plan keeps from call to call [B]."""
+    names = decision.plan.implementations if decision.plan is not None else {}
+    kept = {value.core for value, name in names.items() if name == "kept"}
     return sum(
         problem.itemsize * prod(problem.dims[dim] for dim in problem.shape(core) if dim is not None)
         for core in kept
@@ -32,7 +31,7 @@ def _lasting_bytes(problem: Problem, decision: Decision) -> int:
 
 @dataclass(frozen=True)
 class _Offer:
-    """What holding more saves in one problem."""
+    """The decision of one problem if it may hold more, and what that saves."""
 
     index: int
     decision: Decision
@@ -60,9 +59,7 @@ def spend(
     ):
         freer = None if problem is None else holding_more(problem, objective)
         if problem is not None and freer is not None:
-            held = (
-                int(freer.after.saved) - int(settled.after.saved) + _lasting_bytes(problem, freer)
-            )
+            held = int(freer.after.saved) - int(settled.after.saved) + _kept_bytes(problem, freer)
             before = price_of(settled, replace(problem, lasting=frozenset()), objective)
             after = price_of(freer, problem, objective)
             offers.append(_Offer(i, freer, float(before - after), max(held, 0)))

@@ -23,7 +23,7 @@ from runlora_fx.cost_model.objective import Price
 from runlora_fx.passes.algebra.plan import Plan
 from runlora_fx.passes.algebra.polynomials import Polynomial
 from runlora_fx.passes.algebra.problem import Problem
-from runlora_fx.passes.algebra.steps import GroupedProduct, Pick, Product
+from runlora_fx.passes.algebra.steps import Accumulate, GroupedProduct, Pick, Product, Step
 from runlora_fx.passes.search.varying import (
     COMPARED,
     PricedPlans,
@@ -52,7 +52,7 @@ class Range:
     plans: Mapping[Varying, Plan | None]
 
     def contains(self, size: int) -> bool:
-        """Whether a size is served by these plans."""
+        """True if a size is served by these plans."""
         return self.low <= size and (self.high is None or size < self.high)
 
     def named(self, size: object) -> str:
@@ -62,7 +62,7 @@ class Range:
         return f"{self.low} <= {size} < {self.high}" if self.low > 1 else f"{size} < {self.high}"
 
     def is_best_as_it_came(self, varying: Varying) -> bool:
-        """Whether no plan of a problem would be taken at any size of the range."""
+        """True if no size of the range has a plan that replaces the graph as it came."""
         known = candidates(varying)
         sizes = filter(self.contains, sorted({self.low, *COMPARED}))
         return not any(map(known.choice, sizes))
@@ -236,14 +236,19 @@ def _when(holds: Callable[[int], bool], name: str, as_guard: bool = False) -> st
 
 
 def _merges(problem: Problem, plan: Plan | None, backward: bool) -> bool:
-    """Whether a plan adds a product onto a matrix before it multiplies by it, in one phase."""
+    """True if a plan multiplies by a merged matrix in one phase."""
     steps = problem.incoming if plan is None else plan.steps.items()
     return any(
-        isinstance(step, Product | GroupedProduct | Pick)
-        and value.backward == backward
-        and any(map(_is_merged, step.operands))
+        value.backward == backward
+        and isinstance(step, Product | GroupedProduct | Pick | Accumulate)
+        and any(map(_is_merged, _multiplied(step)))
         for value, step in steps
     )
+
+
+def _multiplied(step: Step) -> tuple[Polynomial, ...]:
+    """What a step multiplies, or picks."""
+    return (step.left, step.right) if isinstance(step, Accumulate) else step.operands
 
 
 def _is_merged(operand: Polynomial) -> bool:

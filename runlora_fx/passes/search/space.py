@@ -10,7 +10,7 @@ few values undecided at a time: first all that only one use of a weight needs, t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -38,12 +38,12 @@ class Space:
 
     Attributes:
         values: By number.
-        steps: By number, the ways that may be part of a cheapest plan.
+        ways: By number, the ways that may be part of a cheapest plan.
         choices: The same as prices and sets.
         few: The same, without most of the ways to split a sum.
         came: The same, only as the incoming graph takes them where it makes the value.
         start: The demands that need a step, as a set.
-        is_whole: Whether every way was listed.
+        is_whole: True if every way was listed.
         least: By number, a lower bound of the price of a value and of its share in what it reads:
             what several values may read is divided among all of them.
         readers: By number, the values that may read it, as a set.
@@ -52,7 +52,7 @@ class Space:
     """
 
     values: tuple[Value, ...]
-    steps: tuple[tuple[Step, ...], ...]
+    ways: tuple[tuple[Way, ...], ...]
     choices: tuple[tuple[Choice, ...], ...]
     few: tuple[tuple[Choice, ...], ...]
     came: tuple[tuple[Choice, ...], ...]
@@ -98,20 +98,19 @@ def space_of(problem: Problem, objective: Objective) -> Space:
     def as_set(some: Iterable[Value]) -> int:
         return sum(1 << number[value] for value in some)
 
-    steps = tuple(tuple(step for step, _, _ in table[value]) for value in values)
+    found = tuple(tuple(table[value]) for value in values)
     choices = tuple(
-        tuple((i, price, as_set(read)) for i, (_, price, read) in enumerate(table[value]))
-        for value in values
+        tuple((i, way.price, as_set(way.reads)) for i, way in enumerate(own)) for own in found
     )
-    few = tuple(
-        tuple(choice for choice in own if steps[i][choice[0]] in simple) or own
-        for i, own in enumerate(choices)
-        for simple in [{step for step, _, _ in ways.simple(values[i])}]
-    )
-    came = tuple(
-        tuple(choice for choice in own if steps[i][choice[0]] in ways.taken(values[i])) or own
-        for i, own in enumerate(choices)
-    )
+
+    def restricted(steps_of: Callable[[Value], Collection[Step]]) -> tuple[tuple[Choice, ...], ...]:
+        """The ways by some steps only; all of a value that has none of them."""
+        return tuple(
+            tuple(choice for choice in own if found[i][choice[0]].step in steps) or own
+            for i, own in enumerate(choices)
+            for steps in [steps_of(values[i])]
+        )
+
     readers = [0] * len(values)
     for i, value in enumerate(values):
         for operand in _read(table[value]):
@@ -130,10 +129,10 @@ def space_of(problem: Problem, objective: Objective) -> Space:
     unread = tuple(accumulate(alone, initial=0.0))
     return Space(
         values=tuple(values),
-        steps=steps,
+        ways=found,
         choices=choices,
-        few=few,
-        came=came,
+        few=restricted(lambda value: {way.step for way in ways.simple(value)}),
+        came=restricted(ways.taken),
         start=demanded,
         is_whole=is_whole,
         least=tuple(least),
@@ -166,45 +165,45 @@ def _listed(ways: Ways, start: Collection[Value]) -> tuple[dict[Value, list[Way]
         else:
             listed[value] = ways.simple(value)
             is_whole = False
-        for _, _, operands in listed[value]:
-            new = sorted((v for v in operands if v not in seen), key=ways.rank)
+        for way in listed[value]:
+            new = sorted((v for v in way.reads if v not in seen), key=ways.rank)
             seen.update(dict.fromkeys(new))
             pending.extend(new)
     return listed, is_whole
 
 
 def _feasible(ways: Ways, listed: Mapping[Value, list[Way]]) -> dict[Value, list[Way]]:
-    """The ways that lead to a plan, without those that another is never dearer than."""
+    """The ways that lead to a plan, without those that another way makes needless."""
     table: dict[Value, list[Way]] = {}
     for value in sorted(listed, key=ways.rank):
-        possible = [way for way in listed[value] if all(table[v] for v in way[2])]
+        possible = [way for way in listed[value] if all(table[v] for v in way.reads)]
         if value != ways.problem.demands[0]:  # its first steps are compared for the report
             came = ways.taken(value)
             possible = [
                 way
                 for i, way in enumerate(possible)
-                if way[0] in came or not _is_needless(i, possible)
+                if way.step in came or not _is_needless(i, possible)
             ]
         table[value] = possible
     return table
 
 
 def _is_needless(index: int, ways: Sequence[Way]) -> bool:
-    """Whether another way reads nothing that this one does not and costs no more."""
-    _, price, read = ways[index]
+    """True if another way costs no more and reads only values that this one reads too."""
+    own = ways[index]
     return any(
-        other_price <= price
-        and other_read <= read
+        other.price <= own.price
+        and other.reads <= own.reads
         # Of two that are alike in both the first stays.
-        and (i < index or other_price < price or other_read < read)
-        for i, (_, other_price, other_read) in enumerate(ways)
+        and (i < index or other.price < own.price or other.reads < own.reads)
+        for i, other in enumerate(ways)
         if i != index
     )
 
 
 def _read(ways: Iterable[Way]) -> dict[Value, None]:
-    """All that some ways read."""
-    return dict.fromkeys(value for _, _, operands in ways for value in operands)
+    """All values that some ways read."""
+    return dict.fromkeys(value for way in ways for value in way.reads)
 
 
 def _ordered(ways: Ways, table: Mapping[Value, list[Way]], start: Collection[Value]) -> list[Value]:

@@ -87,12 +87,12 @@ class PricedPlans:
         return self._known[size]
 
     def is_dearer(self, plan: int, size: int) -> bool:
-        """Whether a plan costs more than the graph as it came."""
+        """True if a plan costs more than the graph as it came."""
         priced = self.at(size)
         return self.varying.objective.is_less(priced[0].price, priced[plan].price)
 
     def is_worth(self, plan: int, size: int) -> bool:
-        """Whether a plan would replace the graph as it came if a size were the only one."""
+        """True if a plan would replace the graph as it came if a size were the only one."""
         priced = self.at(size)
         return replaces(self.varying.objective, priced[0], priced[plan])
 

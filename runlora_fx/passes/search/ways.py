@@ -1,32 +1,58 @@
-"""The ways to make a value: every step that computes it, its price, and what it reads."""
+"""The ways to make a value: every step that computes it, what runs it, its price, what it reads.
+
+Example: ``X W' + X A' B'`` is a product ``X (W' + A' B')``, or a sum of two products.
+
+Invariant: a way reads only values that come before the value it makes (:meth:`Ways.rank`), so no
+value is made from itself.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
+from typing import NamedTuple
 
 from runlora_fx.cost_model.objective import Objective, Price
 from runlora_fx.passes.algebra.factorise import components, factorisations
-from runlora_fx.passes.algebra.implementations import Implementation, Work, operation_of, serving
-from runlora_fx.passes.algebra.polynomials import Polynomial, Word, normalise
+from runlora_fx.passes.algebra.implementations import Work, is_mergeable, serving
+from runlora_fx.passes.algebra.polynomials import Polynomial
 from runlora_fx.passes.algebra.problem import Problem, Value, is_broadcast
-from runlora_fx.passes.algebra.steps import Keep, Product, Step, Sum
+from runlora_fx.passes.algebra.steps import Accumulate, Keep, Product, Step, Sum, Unpack
+from runlora_fx.passes.algebra.words import Word
 from runlora_fx.passes.search.assigned import assigned_steps, is_assigned
 
-#: Up to this many words every way to split a sum in two is tried; beyond, common factors only.
+#: Sums of at most so many words are split in two in every way, longer ones by common factors only.
 _ALL_SPLITS = 6
 
-#: From this element width on, reassociation is as exact as what it replaces [B].
+#: From this element width on, the order of products does not matter for exactness [B].
 _EXACT_ITEMSIZE = 4
 
 Terms = tuple[tuple[Word, float], ...]
-Way = tuple[Step, Price, frozenset[Value]]
+
+
+class Way(NamedTuple):
+    """One way to make a value: a step, and what runs it.
+
+    Attributes:
+        step: The step.
+        implementation: The name of what runs it.
+        price: What that costs.
+        reads: The values that it reads and that need a step.
+    """
+
+    step: Step
+    implementation: str
+    price: Price
+    reads: frozenset[Value]
 
 
 @dataclass
 class Ways:
-    """The AND-OR graph of a problem, made as it is visited."""
+    """The ways to make every value of a problem, listed when they are first asked for.
+
+    Values and ways form an AND-OR graph: a value needs one of its ways, a way all that it reads.
+    """
 
     problem: Problem
     objective: Objective
@@ -54,16 +80,19 @@ class Ways:
         return (core.size, marks, value.backward, core.terms)
 
     def is_given(self, value: Value) -> bool:
-        """Whether the value is a diagonal matrix, or a leaf that needs no step."""
+        """True if a value needs no step: a diagonal matrix, or a leaf whose tensor exists."""
         if value.core.is_diagonal:  # a vector, or the identity
             return True
         factor = value.core.leaf
-        if factor is None or self.problem.leaves[factor.leaf].picked is not None:
+        if factor is None:
             return False
-        return not value.backward or self.problem.leaves[factor.leaf].held
+        leaf = self.problem.leaves[factor.leaf]
+        if leaf.picked is not None or leaf.packed:
+            return False
+        return not value.backward or leaf.held
 
     def of(self, value: Value) -> list[Way]:
-        """All ways to make a value: (step, its price, the operands that need a step)."""
+        """All ways to make a value."""
         if value not in self._known:
             self._known[value] = self._possible(value, self._steps(value))
         return self._known[value]
@@ -73,79 +102,77 @@ class Ways:
         return self._incoming.get(value, ())
 
     def simple(self, value: Value) -> list[Way]:
-        """A few ways: sums are split as long ones are, along common factors and into words."""
+        """A few of the ways: sums are split by common factors and into words only."""
         return self._possible(value, [*self._steps(value, all_splits=2)])
 
     def _possible(self, value: Value, steps: Iterable[Step]) -> list[Way]:
-        """Those steps that may be taken towards a value, with prices and operands."""
+        """The ways by those steps that may be taken towards a value."""
         return [
-            (step, self._price(value, step), operands)
+            way
             for step in dict.fromkeys(steps)
-            for operands in [self.operands(value, step)]
-            if self._rounds_as_before(operands)
             if not _adds_vector(value, step)
+            for way in self._ways(value, step)
+            if self._rounds_as_before(way.reads)
             # The incoming graph may add a value to itself: X A + X A.
-            if all(self.rank(operand) < self.rank(value) for operand in operands)
+            if all(self.rank(read) < self.rank(value) for read in way.reads)
         ]
 
+    def _ways(self, value: Value, step: Step) -> Iterable[Way]:
+        """The cheapest implementation of a step for each set of values that one reads."""
+        work = Work(self.problem, value.core, step, self.problem.dims)
+        found: dict[frozenset[Value], Way] = {}
+        for one in serving(work):
+            price = self.objective.total(one.operations(work))
+            reads = self._read(value, step, one.reads(work))
+            if reads not in found or price < found[reads].price:
+                found[reads] = Way(step, one.name, price, reads)
+        return found.values()
+
+    def cheapest(self, value: Value, step: Step) -> Way:
+        """The cheapest way by a step; of those that tie, the one that a graph runs."""
+        return min(self._ways(value, step), key=lambda way: way.price)
+
     def _rounds_as_before(self, operands: frozenset[Value]) -> bool:
-        """Whether a step reads nothing that is rounded here and was not in the incoming graph."""
-        # What experts multiply by is as the model makes it, whatever the width.
+        """True if every value that a step reads is one that the incoming graph rounds too."""
+        # Experts multiply by weights that the model merged itself, whatever the width.
         is_exact = self.problem.itemsize >= _EXACT_ITEMSIZE and not self.problem.assignments
         if self.objective.adds_rounding or is_exact:
             return True
         return all(v.core.leaf is not None or v.core in self._materialised for v in operands)
 
-    def implementation(self, value: Value, step: Step) -> Implementation:
-        """The cheapest implementation of a step; of those that tie, the one a graph runs."""
-        return min(self.implementations(value, step), key=lambda one: one[1])[0]
-
-    def implementations(self, value: Value, step: Step) -> list[tuple[Implementation, Price]]:
-        """All implementations of a step, with their prices; the one a graph runs comes first."""
-        work = Work(self.problem, value.core, step, self.problem.dims)
-        return [
-            (one, 0 if operation is None else self.objective.price(operation))
-            for one in serving(work)
-            for operation in [operation_of(one, work)]
-        ]
-
-    def _price(self, value: Value, step: Step) -> Price:
-        return min(price for _, price in self.implementations(value, step))
-
-    def phase(self, p: Polynomial, backward: bool) -> Value:
-        """The value behind an operand of a step that runs in the given phase."""
-        core = normalise(p).core
-        needs_gradient = any(self.problem.leaves[i].backward for i in core.leaves)
-        return Value(core, backward or needs_gradient)
-
-    def operands(self, value: Value, step: Step) -> frozenset[Value]:
-        """The values that a step reads, without those that need no step of their own."""
+    def _read(self, value: Value, step: Step, operands: tuple[Polynomial, ...]) -> frozenset[Value]:
+        """The values behind operands, without those that need no step of their own."""
         if isinstance(step, Keep):
             return frozenset([Value(value.core, False)])
-        operands = (self.phase(p, value.backward) for p in step.operands)
-        return frozenset(v for v in operands if not self.is_given(v))
+        values = (self.problem.value(p, value.backward) for p in operands)
+        return frozenset(v for v in values if not self.is_given(v))
 
     def _steps(self, value: Value, all_splits: int = _ALL_SPLITS) -> Iterator[Step]:
         core = value.core
         is_by_expert = is_assigned(self.problem, core)
         if core.leaf is not None and not is_by_expert:
-            return  # a forward leaf that the backward does not hold
+            leaf = self.problem.leaves[core.leaf.leaf]
+            if leaf.packed and (leaf.held or not value.backward):
+                yield Unpack()
+            return  # else a forward leaf that the backward does not hold
         yield from self._incoming.get(value, ())
-        # What lasts from call to call need not be kept besides.
+        # A weight that is kept from call to call is not saved for the backward as well.
         lasts = core.leaves <= self.problem.lasting
         if value.backward and core in self.problem.kept and not lasts:
             yield Keep()
         if is_by_expert:
             yield from assigned_steps(self.problem, core)
         for left, right in () if is_by_expert else factorisations(core):
-            # A diagonal matrix is a vector that exists; none is made.
+            # A step never makes a diagonal matrix: its vector exists already.
             if any(p.is_diagonal and p.leaf is None for p in (left, right)):
                 continue
-            # Biases are broadcast one by one, as the reader adds them: nothing is gained otherwise.
+            # Each bias is broadcast by itself, as the reader adds it: no factor is shared.
             if len(core) == 1 or not is_broadcast(self.problem.leaves, left, right):
                 yield Product(left, right)
         if len(core) == 1:
             return
+        if is_mergeable(self.problem, core):
+            yield from _accumulations(core)
         if len(core) <= all_splits:
             yield from _all_splits(core)
         elif len(parts := components(core)) > 1:
@@ -163,6 +190,13 @@ def _adds_vector(value: Value, step: Step) -> bool:
     )
 
 
+def _accumulations(core: Polynomial) -> Iterator[Step]:
+    """Every way to add the last product of two leaves: ``(W + s B A) + t D C``."""
+    for term in core.terms[1:]:
+        for left, right in factorisations(Polynomial((term,))):
+            yield Accumulate(left, right, core - Polynomial((term,)))
+
+
 def _all_splits(core: Polynomial) -> Iterator[Step]:
     """Every way to split the words in two."""
     first, *others = core.terms
@@ -173,7 +207,7 @@ def _all_splits(core: Polynomial) -> Iterator[Step]:
 
 
 def _factor_splits(core: Polynomial) -> Iterator[Step]:
-    """Apart what shares a first or last factor; and every word alone."""
+    """Splits into the words that share a first or last factor and the rest; and into all words."""
     for end in (0, -1):
         for factor in dict.fromkeys(word.factors[end] for word in core.words):
             chosen = tuple(t for t in core.terms if t[0].factors[end] == factor)

@@ -2,9 +2,6 @@
 
     2 X A'                  ->      mul(mm(X, permute(A)), 2)
     x' dY for each token    ->      mul(permute(x), dY), which fuses with what adds it up
-    X W', W in 4 bits       ->      gemm_4bit(X, ...), unless the plan reads W itself somewhere
-
-A product that only a sum reads is written with the sum, as ``addmm``.
 
 Invariant: both operands have the dtype of the product.
 """
@@ -23,8 +20,7 @@ def write(emission: Emission, value: Value, step: Step, transposed: bool) -> fx.
     """Write a product, or its transpose."""
     assert isinstance(step, Product)
     products = emission.products
-    fused = products.fused_product(value, step, transposed)
-    if fused is None and products.is_outer_by_token(value, step):
+    if products.is_outer_by_token(value, step):
         a, b, scalar = products.operands(value, step, transposed)
         return emission.scope.scaled(emission.scope.writer.outer(a, b), scalar)
-    return fused or products.product(*products.operands(value, step, transposed))
+    return products.product(*products.operands(value, step, transposed))

@@ -1,6 +1,6 @@
 """Sums of values.
 
-    W + s (B @ A)           ->      addmm(W, B, A, alpha=s)
+    X W' + Z                ->      add(mm(X, W'), Z)
 
 Invariant: a sum has the dtype of its narrowest leaf, and is rounded to it once.
 """
@@ -20,5 +20,5 @@ def write(emission: Emission, value: Value, step: Step, transposed: bool) -> fx.
     """Write a sum, or its transpose."""
     assert isinstance(step, Sum)
     scope, parts = emission.scope, [normalise(part) for part in step.parts]
-    total = emission.sums.accumulate(parts, transposed, value.backward, is_root=False)
+    total = emission.sums.added_up(parts, transposed, value.backward)
     return scope.writer.cast(total, scope.dtype(value))

@@ -1,0 +1,54 @@
+"""Weights that are stored in few bits: multiplied by as they are, or unpacked.
+
+    X W', W in 4 bits       ->      gemm_4bit(X, packed, ...), which unpacks on the way
+    W X'                    ->      permute(gemm_4bit(X, packed, ...))
+    W                       ->      dequantize_4bit(packed, ...)
+
+Invariant: the weight is written only where a plan has a step that unpacks it.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from runlora_fx.passes.algebra.polynomials import Polynomial, normalise
+from runlora_fx.passes.algebra.problem import Value
+from runlora_fx.passes.algebra.steps import Product, Step
+from runlora_fx.passes.emit.registry import Emission, writes
+from runlora_fx.passes.emit.scope import Scope
+from runlora_fx.passes.levels.origins import Computed, FusedProduct
+
+
+@writes("gemm_4bit")
+def write(emission: Emission, value: Value, step: Step, transposed: bool) -> fx.Node:
+    """Write a product with a packed weight, or its transpose."""
+    assert isinstance(step, Product)
+    scope, products = emission.scope, emission.products
+    for is_turned in (False, True):
+        x, weight = (step.right.T, step.left.T) if is_turned else (step.left, step.right)
+        operator = _operator(scope, weight, value)
+        if operator is not None:
+            node, by = emission.values.operand(x, value.backward)
+            node = operator.write(scope.writer, scope.writer.cast(node, scope.dtype(value)))
+            node = scope.scaled(node, by * normalise(weight).scalar)
+            return node if is_turned == transposed else scope.writer.transpose(node)
+    return products.product(*products.operands(value, step, transposed))
+
+
+@writes("unpack")
+def unpack(emission: Emission, value: Value, step: Step, transposed: bool) -> fx.Node:
+    """Write the weight itself, or its transpose."""
+    assert value.core.leaf is not None
+    node = emission.scope.leaf(value.core.leaf)
+    return emission.scope.writer.transpose(node) if transposed else node
+
+
+def _operator(scope: Scope, weight: Polynomial, value: Value) -> FusedProduct | None:
+    """What multiplies by a packed weight; None where the operator has another dtype."""
+    factor = weight.leaf
+    if factor is None or not factor.transposed:
+        return None
+    origin = scope.leaves.matrices[factor.leaf].origin
+    if not isinstance(origin, Computed) or origin.dtype != scope.dtype(value):
+        return None
+    return origin.product
