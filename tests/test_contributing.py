@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from runlora_fx.cost_model.ops import MatMul, Stretch
+from runlora_fx.cost_model.ops import Elementwise, MatMul
 from runlora_fx.options import Options
 from runlora_fx.passes.algebra.addends import Addends, scaled
 from runlora_fx.passes.algebra.implementations import (
@@ -140,7 +140,7 @@ def serves(work: Work) -> bool:
 NARROW = Implementation(
     "narrow",
     Product,
-    lambda work: (Stretch(*work.extents, work.itemsize),),
+    lambda work: (Elementwise(work.size),),
     serves,
     is_usual=False,
 )

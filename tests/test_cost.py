@@ -16,7 +16,7 @@ from runlora_fx.cost_model.cost import FREE, TERMS, Cost, Term
 from runlora_fx.cost_model.devices import registry
 from runlora_fx.cost_model.devices.fit import fit
 from runlora_fx.cost_model.objective import Objective
-from runlora_fx.cost_model.ops import Add, Hold, MatMul, RowDots, Stretch, Total
+from runlora_fx.cost_model.ops import Add, Elementwise, Hold, MatMul
 from runlora_fx.cost_model.profile import MachineProfile
 from runlora_fx.cost_model.store import Key, Record
 
@@ -97,10 +97,7 @@ def by_hand() -> list[ByHand]:
             moved = 3 * b * m * n * (parts - 1) * size
             found.append(ByHand(Add(b, m, n, parts, size), moved / ADD_PER_S, 0, moved))
         moved = 2 * b * m * n * size
-        found.append(ByHand(Stretch(b, m, n, size), moved / ADD_PER_S, 0, moved))
-        found.append(ByHand(RowDots(m, k, size), 2 * m * k * size / ADD_PER_S, 0, 2 * m * k * size))
-        moved = b * (m + 1) * n * size
-        found.append(ByHand(Total(b, m, n, size), moved / ADD_PER_S, 0, moved))
+        found.append(ByHand(Elementwise(moved), moved / ADD_PER_S, 0, moved))
         found.append(ByHand(Hold(b, m, n, size), 0.0, 0, 0, b * m * n * size))
     return found
 

@@ -7,7 +7,7 @@ import pytest
 from test_search import FLOPS, lora_layer
 
 from runlora_fx.cost_model.objective import Objective
-from runlora_fx.cost_model.ops import Dequantise
+from runlora_fx.cost_model.ops import Elementwise
 from runlora_fx.passes.algebra.implementations import Work, serving, usual
 from runlora_fx.passes.algebra.plan import Plan, incoming_cost, with_unpacking
 from runlora_fx.passes.algebra.polynomials import Polynomial, Scalar, leaf
@@ -195,8 +195,8 @@ def test_a_merged_weight_unpacks_its_base() -> None:
     problem = packed(500)
     plan = search(problem, FLOPS).plan
     assert names(plan) == {"unpack": 1, "addmm": 1, "matmul": 1}
-    (moved,) = [op for op in plan.operations(problem) if isinstance(op, Dequantise)]
-    assert moved.cost["elementwise"] == 64 * 96 // 2 + 64 * 96 * 4  # read, and written
+    (unpacking,) = [op for op in plan.operations(problem) if isinstance(op, Elementwise)]
+    assert unpacking.moved == 64 * 96 // 2 + 64 * 96 * 4  # read, and written
 
 
 def test_a_weight_that_is_unpacked_anyway_is_multiplied_by_itself() -> None:

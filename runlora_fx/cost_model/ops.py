@@ -132,67 +132,19 @@ class Add:
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """A matrix (b, m, n) with its rows or columns scaled by the entries of a vector.
+class Elementwise:
+    """Arithmetic that the compiler fuses into its neighbours: a scaling, a reduction, a gather.
 
     Attributes:
-        b: Batch [matrices].
-        m: Rows [elements].
-        n: Columns [elements].
-        itemsize: Element width [B].
+        moved: What it reads and writes [B].
     """
 
-    b: Amount
-    m: Amount
-    n: Amount
-    itemsize: int
+    moved: Amount
 
     @property
     def cost(self) -> Cost:
-        """Elementwise = 2 b m n itemsize [B]."""
-        return Cost({"elementwise": 2 * self.b * self.m * self.n * self.itemsize})
-
-
-@dataclass(frozen=True)
-class RowDots:
-    """The dot products of the m rows of two matrices (m, k), by one reduction.
-
-    Attributes:
-        m: Rows [elements].
-        k: Columns [elements].
-        itemsize: Element width [B].
-    """
-
-    m: Amount
-    k: Amount
-    itemsize: int
-
-    @property
-    def cost(self) -> Cost:
-        """Elementwise = 2 m k itemsize [B], for it is fused as sums are."""
-        return Cost({"elementwise": 2 * self.m * self.k * self.itemsize})
-
-
-@dataclass(frozen=True)
-class Total:
-    """The sum of the m rows of each matrix (m, n) of a batch, by one reduction.
-
-    Attributes:
-        b: Batch [matrices].
-        m: Rows that are added up [elements].
-        n: Columns [elements].
-        itemsize: Element width [B].
-    """
-
-    b: Amount
-    m: Amount
-    n: Amount
-    itemsize: int
-
-    @property
-    def cost(self) -> Cost:
-        """Elementwise = b (m + 1) n itemsize [B], for it is fused as sums are."""
-        return Cost({"elementwise": self.b * (self.m + 1) * self.n * self.itemsize})
+        """Elementwise = moved [B]; no launch of its own."""
+        return Cost({"elementwise": self.moved})
 
 
 @dataclass(frozen=True)
@@ -236,75 +188,6 @@ class GroupedMatMul:
 
 
 @dataclass(frozen=True)
-class Gather:
-    """``tokens`` matrices (m, n), each read from the stack of all experts'.
-
-    Attributes:
-        tokens: Matrices.
-        m: Rows of each [elements].
-        n: Columns of each [elements].
-        itemsize: Element width [B].
-    """
-
-    tokens: Amount
-    m: Amount
-    n: Amount
-    itemsize: int
-
-    @property
-    def cost(self) -> Cost:
-        """Elementwise = 2 tokens m n itemsize [B]."""
-        return Cost({"elementwise": 2 * self.tokens * self.m * self.n * self.itemsize})
-
-
-@dataclass(frozen=True)
-class ScatterAdd:
-    """``tokens`` matrices (m, n) added up into those of ``experts``, which are zero before.
-
-    Attributes:
-        tokens: Matrices that are read.
-        experts: Matrices that are written.
-        m: Rows of each [elements].
-        n: Columns of each [elements].
-        itemsize: Element width [B].
-    """
-
-    tokens: Amount
-    experts: Amount
-    m: Amount
-    n: Amount
-    itemsize: int
-
-    @property
-    def cost(self) -> Cost:
-        """Elementwise = 2 (tokens + experts) m n itemsize [B]."""
-        matrices = self.tokens + self.experts
-        return Cost({"elementwise": 2 * matrices * self.m * self.n * self.itemsize})
-
-
-@dataclass(frozen=True)
-class Dequantise:
-    """A matrix (m, n) computed from elements of a few bits each.
-
-    Attributes:
-        m: Rows [elements].
-        n: Columns [elements].
-        bits: Width of a packed element [bit].
-        itemsize: Element width of what is written [B]; 0 where a product unpacks on the way.
-    """
-
-    m: Amount
-    n: Amount
-    bits: int
-    itemsize: int
-
-    @property
-    def cost(self) -> Cost:
-        """Elementwise = m n bits / 8 read and m n itemsize written [B]."""
-        return Cost({"elementwise": self.m * self.n * (self.bits + 8 * self.itemsize) // 8})
-
-
-@dataclass(frozen=True)
 class Hold:
     """A matrix (b, m, n) held from the forward to the backward.
 
@@ -326,15 +209,4 @@ class Hold:
         return Cost({"held": self.b * self.m * self.n * self.itemsize})
 
 
-Operation: TypeAlias = (
-    MatMul
-    | Add
-    | Stretch
-    | RowDots
-    | Total
-    | GroupedMatMul
-    | Gather
-    | ScatterAdd
-    | Dequantise
-    | Hold
-)
+Operation: TypeAlias = MatMul | Add | Elementwise | GroupedMatMul | Hold

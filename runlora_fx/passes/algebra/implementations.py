@@ -20,16 +20,11 @@ from functools import cached_property
 from runlora_fx.cost_model.cost import Amount
 from runlora_fx.cost_model.ops import (
     Add,
-    Dequantise,
-    Gather,
+    Elementwise,
     GroupedMatMul,
     Hold,
     MatMul,
     Operation,
-    RowDots,
-    ScatterAdd,
-    Stretch,
-    Total,
 )
 from runlora_fx.passes.algebra.orientation import is_turned
 from runlora_fx.passes.algebra.polynomials import Polynomial
@@ -75,6 +70,12 @@ class Work:
     def itemsize(self) -> int:
         """Element width [B]."""
         return self.problem.itemsize
+
+    @property
+    def size(self) -> Amount:
+        """What the value takes in memory [B]."""
+        batch, rows, cols = self.extents
+        return batch * rows * cols * self.itemsize
 
     @property
     def product(self) -> Product | None:
@@ -219,7 +220,7 @@ def _is_diagonal(work: Work) -> bool:
 _DIAGONAL = Implementation(
     "diagonal",
     Product,
-    lambda work: (RowDots(work.extents[1], work.sizes[work.inner], work.itemsize),),
+    lambda work: (Elementwise(2 * work.size * work.sizes[work.inner]),),
     _is_diagonal,
 )
 
@@ -241,7 +242,7 @@ def _scales(work: Work) -> bool:
 def _scale(work: Work) -> tuple[Operation, ...]:
     # A demand is read by something elementwise, which scales it on the way.
     is_demand = any(work.core == demand.core for demand in work.problem.demands)
-    return () if is_demand else (Stretch(*work.extents, work.itemsize),)
+    return () if is_demand else (Elementwise(2 * work.size),)
 
 
 _SCALE = Implementation("scale", Product, _scale, _scales)
@@ -252,12 +253,12 @@ def _adds_up(work: Work) -> bool:
     return step is not None and is_broadcast(work.problem.leaves, step.left.T, step.right.T)
 
 
-def _total(work: Work) -> tuple[Operation, ...]:
-    b, m, n = work.extents
-    return (Total(b, work.sizes[work.inner], m * n, work.itemsize),)  # one of m and n is 1
-
-
-_TOTAL = Implementation("total", Product, _total, _adds_up)
+_TOTAL = Implementation(
+    "total",
+    Product,
+    lambda work: (Elementwise((work.sizes[work.inner] + 1) * work.size),),
+    _adds_up,
+)
 
 
 def _product(work: Work) -> Operation:
@@ -265,7 +266,7 @@ def _product(work: Work) -> Operation:
     assert isinstance(step, Product | Accumulate)
     b, m, n = work.extents
     if _is_by_token(work) and problem.dims[work.inner] == 1:
-        return Stretch(b, m, n, work.itemsize)  # a column times a row: elementwise
+        return Elementwise(2 * work.size)  # a column times a row: elementwise
     turned = (is_turned(problem, step.left), is_turned(problem, step.right))
     return MatMul(b, m, work.sizes[work.inner], n, work.itemsize, turned)
 
@@ -295,9 +296,11 @@ def _virtual(work: Work) -> Polynomial | None:
 
 
 def _dequantise(work: Work, p: Polynomial, itemsize: int) -> Operation:
+    """Read a packed weight, and write elements of some bytes each."""
     assert p.leaf is not None
     spec = work.problem.leaves[p.leaf.leaf]
-    return Dequantise(work.sizes[spec.rows], work.sizes[spec.cols], spec.packed, itemsize)
+    elements = work.sizes[spec.rows] * work.sizes[spec.cols]
+    return Elementwise(elements * (spec.packed + 8 * itemsize) // 8)
 
 
 def _multiply_packed(work: Work) -> tuple[Operation, ...]:
@@ -339,13 +342,15 @@ def _grouped(work: Work) -> tuple[Operation, ...]:
     return (GroupedMatMul(*sizes, work.itemsize, turned=turned),)
 
 
-_PICK = Implementation("pick", Pick, lambda work: (Gather(*work.extents, work.itemsize),))
+_PICK = Implementation("pick", Pick, lambda work: (Elementwise(2 * work.size),))
 
-_SCATTER = Implementation(
-    "scatter",
-    Scatter,
-    lambda work: (ScatterAdd(_tokens(work), *work.extents, work.itemsize),),
-)
+
+def _scatter(work: Work) -> tuple[Operation, ...]:
+    experts, rows, cols = work.extents
+    return (Elementwise(2 * (_tokens(work) + experts) * rows * cols * work.itemsize),)
+
+
+_SCATTER = Implementation("scatter", Scatter, _scatter)
 
 _GROUPED = Implementation("grouped", GroupedProduct, _grouped)
 
