@@ -154,7 +154,7 @@ MATMUL, ADDMM = Writer.matmul, Writer.addmm
 PASSES = "runlora_fx.passes."
 STAGES = {
     "read": PASSES + "read.analysis.GraphReader.__init__",
-    "pose": PASSES + "read.analysis.Regions.pose",
+    "pose": PASSES + "read.analysis.Poser.pose",
     "search": PASSES + "planning.decide_all",
     "plan of the whole graph": PASSES + "emit.apply.task_of",
     "emit": PASSES + "emit.apply.Emitter.emit",

@@ -24,12 +24,12 @@ def total(addends: Addends) -> Polynomial:
 
 def scaled(addends: Addends, by: Scalar) -> Addends:
     """Every addend times a scalar."""
-    return tuple(p.scaled(by) for p in addends)
+    return addends if by.is_one else tuple([p.scaled(by) for p in addends])
 
 
 def transposed(addends: Addends) -> Addends:
     """Every addend transposed."""
-    return tuple(p.T for p in addends)
+    return tuple([p.T for p in addends])
 
 
 def without_cancelled(addends: Addends) -> Addends:

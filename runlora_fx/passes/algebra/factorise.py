@@ -25,6 +25,8 @@ def components(p: Polynomial) -> list[Polynomial]:
     Two words can share a factor only if they begin or end with the same one (up to longer chains of
     such pairs), so the cheapest evaluation of a sum is that of its components, added.
     """
+    if len(p) == 1:
+        return [p]
     parent = list(range(len(p)))
 
     def find(i: int) -> int:

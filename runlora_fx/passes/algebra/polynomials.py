@@ -276,12 +276,28 @@ def without_scalar(p: Polynomial) -> tuple[Scalar, Polynomial]:
 @lru_cache(maxsize=1 << 16)
 def normalise(p: Polynomial) -> Normalised:
     """The value behind a polynomial, up to scalar and transpose: what needs computing only once."""
+    if len(p.terms) == 1:
+        return _normalised_word(p)
     scalar, core = without_scalar(p)
     scalar_t, core_t = without_scalar(p.T)
     keys = [[w.sort_key() for w in q.words] for q in (core, core_t)]
     if keys[1] < keys[0]:
         return Normalised(scalar_t, True, core_t)
     return Normalised(scalar, False, core)
+
+
+def _normalised_word(p: Polynomial) -> Normalised:
+    """The value behind a single word: the same as for a sum, with less to compare."""
+    ((word, c),) = p.terms
+    if word.scalars:
+        word, scalar = word._replace(scalars=()), Scalar(_rounded(c), word.scalars)
+    else:
+        scalar = Scalar(c)
+    turned = word.T
+    is_turned = turned.factors < word.factors
+    if scalar.is_one:
+        return Normalised(scalar, is_turned, p.T if is_turned else p)
+    return Normalised(scalar, is_turned, Polynomial(((turned if is_turned else word, 1.0),)))
 
 
 def substitute(

@@ -16,7 +16,8 @@ from typing import Any
 from torch import fx
 
 from runlora_fx.passes.emit.nodes import Inserter
-from runlora_fx.passes.read.effects import Effects, Memory
+from runlora_fx.passes.read.effects import Effects
+from runlora_fx.passes.read.memory import Memory
 
 
 def results_of(graph: fx.Graph) -> list[fx.Node]:

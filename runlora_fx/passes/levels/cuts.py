@@ -12,6 +12,7 @@ so, element by element. Where that is not known for every value of a symbolic si
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from runlora_fx.passes.algebra.posed import Dim
@@ -35,11 +36,16 @@ class Cut(NamedTuple):
 
     def extents(self, shape: Shape) -> tuple[Dim, Dim, Dim]:
         """Sizes of batch, rows and columns."""
-        return (
-            numel(shape[: self.rows]),
-            numel(shape[self.rows : self.cols]),
-            numel(shape[self.cols :]),
-        )
+        return _extents(shape, *self)
+
+
+# Equal layers ask the same, and the answers follow from the arguments alone.
+_remembered = lru_cache(maxsize=1 << 14)
+
+
+@_remembered
+def _extents(shape: Shape, rows: int, cols: int) -> tuple[Dim, Dim, Dim]:
+    return numel(shape[:rows]), numel(shape[rows:cols]), numel(shape[cols:])
 
 
 def same_matrix(shape: Shape, one: Cut, other: Cut) -> bool:
@@ -52,6 +58,7 @@ def last_dim_cut(ndim: int) -> Cut:
     return Cut(0, ndim - 1)
 
 
+@_remembered
 def recut(shape: Shape, cut: Cut, onto: Shape) -> Cut | None:
     """The cut of a reshaped tensor that leaves the matrix as it is; None if there is none."""
     batch, rows, _ = extents = cut.extents(shape)
@@ -66,6 +73,7 @@ def recut(shape: Shape, cut: Cut, onto: Shape) -> Cut | None:
     return None if start is None or end is None else _cut_behind_ones(onto, start, end)
 
 
+@_remembered
 def permuted_cut(shape: Shape, cut: Cut, dims: tuple[int, ...]) -> tuple[Cut, bool] | None:
     """How ``tensor.permute(dims)`` shows the matrix that ``cut`` shows of ``tensor``.
 
@@ -102,6 +110,7 @@ def _cut_behind_ones(shape: Sequence[Dim], rows: int, cols: int) -> Cut:
     return Cut(rows, cols)
 
 
+@_remembered
 def inverse(dims: tuple[int, ...]) -> tuple[int, ...]:
     """The permutation that undoes ``dims``."""
     result = [0] * len(dims)
@@ -122,6 +131,7 @@ class Repetition(NamedTuple):
     rows: bool
 
 
+@_remembered
 def repetition(term: Shape, shape: Shape, cut: Cut) -> Repetition | None:
     """How a tensor of one shape broadcasts over the matrix that a cut shows of another.
 

@@ -23,7 +23,7 @@ from runlora_fx.passes.levels.forms.assigned import (
     ProductOfRows,
     SumOfRows,
 )
-from runlora_fx.passes.levels.sizes import equal, example_of, is_one, same_shape, shape_of
+from runlora_fx.passes.levels.sizes import equal, example_of, facts_of, is_one, same_shape, shape_of
 
 _aten = torch.ops.aten
 
@@ -50,10 +50,10 @@ def index_put(zeros: Any, indices: Any, rows: Any, accumulate: Any = False) -> F
 
 def outer_product(a: Any, b: Any) -> Form | None:
     """A column times a row for each token, elementwise; in either order."""
+    x, y = facts_of(a), facts_of(b)
+    if x is None or y is None or not len(x.shape) == len(y.shape) == 3 or x.shape == y.shape:
+        return None
     for column, row in ((a, b), (b, a)):
-        x, y = example_of(column), example_of(row)
-        if x is None or y is None or x.dim() != 3 or y.dim() != 3:
-            return None
         (tokens, rows, one), (again, other_one, cols) = shape_of(column), shape_of(row)
         is_outer = is_one(one) and is_one(other_one) and equal(tokens, again)
         if is_outer and not is_one(rows) and not is_one(cols) and not is_one(tokens):

@@ -85,6 +85,10 @@ class Dialect:
     foreign: Mapping[str, Reader] = field(default_factory=dict)
     modules: Callable[[fx.Node], Form | None] | None = None
     unread: frozenset[fx.Node] = frozenset()
+    # The readers of operators, by identity: their own hash is a call of Python's.
+    _of_operators: dict[int, tuple[object, Reader | None]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def read(self, node: fx.Node) -> Form | None:
         """The form of a node, or None if it is not readable linear algebra."""
@@ -94,7 +98,7 @@ class Dialect:
             return None if self.modules is None else self.modules(node)
         if node.op not in ("call_function", "call_method"):
             return None
-        reader = self.readers.get(node.target) or self._foreign_reader(node.target)
+        reader = self._reader(node.target)
         if reader is None:
             return None
         try:
@@ -102,11 +106,21 @@ class Dialect:
         except TypeError:
             # An overload whose arguments the reader does not take (out=, dtype=, ...): a leaf.
             return None
-        return None if form is None or not self.unread.isdisjoint(form.absorbed) else form
+        if form is None or (self.unread and not self.unread.isdisjoint(form.absorbed)):
+            return None
+        return form
 
-    def _foreign_reader(self, target: object) -> Reader | None:
-        is_foreign = isinstance(target, torch._ops.OpOverload) and target.namespace not in _OWN
-        return self.foreign.get(str(target)) if is_foreign else None
+    def _reader(self, target: Any) -> Reader | None:
+        """What reads the calls of a target."""
+        operator, reader = self._of_operators.get(id(target), (None, None))
+        if operator is target:
+            return reader
+        reader = self.readers.get(target)
+        if isinstance(target, torch._ops.OpOverload):
+            if reader is None and target.namespace not in _OWN:
+                reader = self.foreign.get(str(target))
+            self._of_operators[id(target)] = (target, reader)
+        return reader
 
     def is_absorbed(self, node: fx.Node) -> bool:
         """Whether every user reads a node as a part of itself."""

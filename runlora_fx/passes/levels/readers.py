@@ -29,13 +29,13 @@ from runlora_fx.passes.levels.forms import (
     WeightedSum,
 )
 from runlora_fx.passes.levels.forms.products import aligned_factors
-from runlora_fx.passes.levels.sizes import all_one, equal, example_of, is_one, same_shape, shape_of
+from runlora_fx.passes.levels.sizes import all_one, equal, facts_of, is_one, same_shape, shape_of
 
 
 def ndim(node: object) -> int:
     """Rank of a tensor node; -1 for anything else."""
-    val = example_of(node)
-    return -1 if val is None else val.dim()
+    facts = facts_of(node)
+    return -1 if facts is None else len(facts.shape)
 
 
 def is_scalar(x: object, of: object) -> bool:
@@ -49,17 +49,17 @@ def is_scalar(x: object, of: object) -> bool:
     val = x.meta.get("val")
     if isinstance(val, int | float | torch.SymInt | torch.SymFloat):
         return True
-    return 0 <= ndim(x) <= ndim(of) and all_one(shape_of(x))
+    facts = facts_of(x)
+    return facts is not None and len(facts.shape) <= ndim(of) and all_one(facts.shape)
 
 
 def product(a: Any, b: Any) -> MatrixProduct | None:
     """``a @ b`` of two matrices, or of two equal batches of matrices."""
-    if ndim(a) == 2 and ndim(b) == 2:
-        return MatrixProduct(Operand(a, Cut(0, 1)), Operand(b, Cut(0, 1)), Cut(0, 1))
-    if ndim(a) == ndim(b) == 3:
-        cut = Cut(1, 2)
-        return MatrixProduct(Operand(a, cut), Operand(b, cut), cut)
-    return None
+    rank = ndim(a)
+    if rank not in (2, 3) or ndim(b) != rank:
+        return None
+    cut = Cut(rank - 2, rank - 1)
+    return MatrixProduct(Operand(a, cut), Operand(b, cut), cut)
 
 
 def matmul(a: Any, b: Any) -> Form | None:
@@ -162,21 +162,30 @@ def sum_of_products(multiplication: fx.Node, a: Any, b: Any, dims: Any) -> SumOf
 
 def add(a: Any, b: Any, alpha: Any = 1, sign: float = 1.0) -> Form | None:
     """``a + sign * alpha * b`` of two tensors, or of a tensor and a number."""
-    if ndim(a) >= 1 and isinstance(b, int | float) and isinstance(alpha, int | float):
+    if ndim(a) < 1 or not isinstance(alpha, int | float):
+        return None
+    if isinstance(b, int | float):
         return Shift(a, sign * float(alpha) * b)
-    if ndim(a) < 1 or ndim(b) < 1 or not isinstance(alpha, int | float):
+    if ndim(b) < 1:
         return None
     return WeightedSum.of((a, 1.0), (b, sign * float(alpha)))
 
 
 def scale(a: Any, b: Any) -> Form | None:
     """A product with one side that is a scalar, or a vector that scales columns or rows."""
+    one, other = facts_of(a), facts_of(b)
+    if one is not None and other is not None and one.shape == other.shape:
+        is_elementwise = not all_one(one.shape)  # as most multiplications are
+        if is_elementwise:
+            return None
     if ndim(b) > 0 and is_scalar(a, b):
         a, b = b, a
     if ndim(a) < 1:
         return None
     if is_scalar(b, a):
         return ScalarMultiple(a, b if isinstance(b, fx.Node) else float(b))
+    if ndim(b) < 1:
+        return None
     return _stretch(a, b) or _stretch(b, a)
 
 
@@ -192,7 +201,7 @@ def divide(a: Any, b: Any) -> Form | None:
 def permute(a: Any, dims: Any) -> Form | None:
     """Dimensions in another order."""
     n = ndim(a)
-    return Permute(a, tuple(int(d) % n for d in dims)) if n > 0 else None
+    return Permute(a, tuple([int(d) % n for d in dims])) if n > 0 else None
 
 
 def transpose(a: Any, d0: int, d1: int) -> Form | None:
@@ -231,12 +240,11 @@ def dropout(a: Any, p: Any = 0.5, training: Any = True, inplace: Any = False) ->
 
 
 def _stretch(a: Any, vector: Any) -> DiagonalMultiple | None:
-    if not ndim(a) >= max(ndim(vector), 2) or ndim(vector) < 1:
+    """A tensor with its rows or columns times the entries of a vector of another shape."""
+    shape, size = shape_of(a), shape_of(vector)
+    if not len(shape) >= max(len(size), 2):
         return None
-    shape = shape_of(a)
-    by = (1,) * (len(shape) - ndim(vector)) + shape_of(vector)
-    if same_shape(by, shape) and ndim(a) == ndim(vector):
-        return None
+    by = (1,) * (len(shape) - len(size)) + size
     if all_one(by[:-1]) and equal(by[-1], shape[-1]):
         return DiagonalMultiple(a, vector, rows=False)
     along_rows = same_shape(by[:-1], shape[:-1]) and is_one(by[-1])

@@ -15,7 +15,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import sympy
 import torch
@@ -25,9 +25,36 @@ from runlora_fx.passes.algebra.posed import Dim
 
 Shape: TypeAlias = tuple[Dim, ...]
 
-#: Every stage asks for shapes many times, and symbolic ones are slow to look up. The keys are
-#: identities: a tensor's own equality means something else.
-_shapes: dict[int, tuple[weakref.ref[torch.Tensor], Shape]] = {}
+#: What is known of tensors, by identity: a tensor's own equality means something else. Every stage
+#: asks many times, and symbolic sizes are slow to look up.
+_known: dict[int, TensorFacts] = {}
+
+#: One object for every dtype, device and layout that tensors have.
+_kinds: dict[TensorKind, TensorKind] = {}
+
+
+class TensorKind(NamedTuple):
+    """What two tensors must have in common to be added or multiplied as they are."""
+
+    dtype: torch.dtype
+    device: torch.device
+    layout: torch.layout
+
+
+class TensorFacts(NamedTuple):
+    """What is known of an example tensor.
+
+    Attributes:
+        tensor: The tensor.
+        shape: Its sizes.
+        kind: Its dtype, device and layout; the same object for all tensors of one kind.
+        is_plain: Whether it is a dense tensor of floating-point numbers.
+    """
+
+    tensor: weakref.ref[torch.Tensor]
+    shape: Shape
+    kind: TensorKind
+    is_plain: bool
 
 
 # --- reading
@@ -37,6 +64,30 @@ def example_of(node: object) -> torch.Tensor | None:
     """The example tensor of a node, or None."""
     val = node.meta.get("val") if isinstance(node, fx.Node) else None
     return val if isinstance(val, torch.Tensor) else None
+
+
+def facts_of(node: object) -> TensorFacts | None:
+    """What is known of the tensor of a node; None for anything else."""
+    if not isinstance(node, fx.Node):
+        return None
+    val = node.meta.get("val")
+    known = _known.get(id(val))
+    if known is not None and known.tensor() is val:
+        return known
+    return _looked_up(val) if isinstance(val, torch.Tensor) else None
+
+
+def _looked_up(val: torch.Tensor) -> TensorFacts:
+    key = id(val)
+    kind = TensorKind(val.dtype, val.device, val.layout)
+    facts = TensorFacts(
+        weakref.ref(val, lambda _: _known.pop(key, None)),
+        tuple(map(dim_of, val.shape)),
+        _kinds.setdefault(kind, kind),
+        val.dtype.is_floating_point and val.layout == torch.strided,
+    )
+    _known[key] = facts
+    return facts
 
 
 def dim_of(size: int | torch.SymInt) -> Dim:
@@ -50,21 +101,15 @@ def shape_of(node: fx.Node) -> Shape:
     Raises:
         TypeError: If the node holds no tensor.
     """
-    val = node.meta.get("val")
-    known = _shapes.get(id(val))
-    if known is not None and known[0]() is val:
-        return known[1]
-    if not isinstance(val, torch.Tensor):
+    facts = facts_of(node)
+    if facts is None:
         raise TypeError(f"{node.name} holds no tensor")
-    key = id(val)
-    shape = tuple(dim_of(size) for size in val.shape)
-    _shapes[key] = (weakref.ref(val, lambda _: _shapes.pop(key, None)), shape)
-    return shape
+    return facts.shape
 
 
 def forget_shapes() -> None:
     """Look all shapes up anew: needed once a guard has put a number in the place of a symbol."""
-    _shapes.clear()
+    _known.clear()
 
 
 def strides_of(node: fx.Node) -> Shape:
@@ -110,12 +155,12 @@ def is_zero(size: Dim) -> bool:
 
 def same_shape(a: Sequence[Dim], b: Sequence[Dim]) -> bool:
     """True if two shapes are known to be equal, size by size."""
-    return len(a) == len(b) and all(map(equal, a, b))
+    return tuple(a) == tuple(b)  # as :func:`equal`, size by size
 
 
 def all_one(sizes: Iterable[Dim]) -> bool:
     """True if every size is known to be 1."""
-    return all(map(is_one, sizes))
+    return not any([size != 1 for size in sizes])  # as :func:`is_one`, size by size
 
 
 def index_of(size: Dim, sizes: Sequence[Dim], start: int = 0) -> int | None:

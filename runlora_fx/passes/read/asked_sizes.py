@@ -8,7 +8,7 @@ Invariant: the other tensor stands before the call, is not linear, and has the s
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Sequence
 
 import torch
 from torch import fx
@@ -16,9 +16,11 @@ from torch import fx
 from runlora_fx.passes.algebra.posed import Dim
 from runlora_fx.passes.levels.sizes import example_of, shape_of
 
+_SIZE = torch.ops.aten.sym_size.int
+
 
 def held_elsewhere(
-    nodes: Iterable[fx.Node], linear: Container[fx.Node]
+    nodes: Sequence[fx.Node], linear: Container[fx.Node]
 ) -> dict[fx.Node, tuple[fx.Node, int]]:
     """The calls that ask a linear node for a size that another tensor has as well.
 
@@ -29,10 +31,12 @@ def held_elsewhere(
     Returns:
         For each call the other tensor and the dimension of it.
     """
+    if not any([node.target is _SIZE for node in nodes]):
+        return {}
     holders: dict[Dim, tuple[fx.Node, int]] = {}
     found: dict[fx.Node, tuple[fx.Node, int]] = {}
     for node in nodes:
-        if node.target is torch.ops.aten.sym_size.int:
+        if node.target is _SIZE:
             tensor, dim = node.args
             if isinstance(tensor, fx.Node) and isinstance(dim, int) and tensor in linear:
                 holder = holders.get(shape_of(tensor)[dim])

@@ -51,6 +51,45 @@ class _Schema(NamedTuple):
     may_view_any: bool
 
 
+class Operator(NamedTuple):
+    """What is known of all calls of an operator.
+
+    Attributes:
+        target: The operator.
+        is_pure: Whether they are pure; None if that depends on the arguments.
+        never_writes: Whether none modifies an argument.
+        never_views: Whether each returns new memory.
+    """
+
+    target: torch._ops.OpOverload
+    is_pure: bool | None
+    never_writes: bool
+    never_views: bool
+
+
+#: By identity, which is what operators are compared by: their own hash is a call of Python's.
+_operators: dict[int, Operator] = {}
+
+
+def operator_facts(target: object) -> Operator | None:
+    """What is known of all calls of an operator; None for functions, methods and modules."""
+    found = _operators.get(id(target))
+    if found is not None and found.target is target:
+        return found
+    if not isinstance(target, torch._ops.OpOverload):
+        return None
+    schema, name = _schema(target), name_of(target)
+    never_writes = not schema.written and name not in known.UPDATES_STATISTICS
+    is_settled = never_writes and name not in known.DROPOUTS
+    found = _operators[id(target)] = Operator(
+        target,
+        _is_pure_operator(target) if is_settled else None,
+        never_writes,
+        not schema.may_view_any and not schema.viewed,
+    )
+    return found
+
+
 # --- pure, random
 
 
@@ -62,8 +101,9 @@ def is_pure(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bo
         args: Positional arguments; tensors are nodes.
         kwargs: Keyword arguments.
     """
-    if isinstance(target, torch._ops.OpOverload) and _is_settled(target):
-        return _is_pure_operator(target)
+    facts = operator_facts(target)
+    if facts is not None and facts.is_pure is not None:
+        return facts.is_pure
     if any(True for _ in written_arguments(target, args, kwargs)):
         return False
     name = name_of(target)
@@ -82,12 +122,6 @@ def _is_pure_operator(operator: torch._ops.OpOverload) -> bool:
     is_random = torch.Tag.nondeterministic_seeded in operator.tags
     is_trusted = operator.namespace in known.TRUSTED_NAMESPACES
     return is_trusted and not is_random and name_of(operator) not in known.UNINITIALISED
-
-
-@cache
-def _is_settled(operator: torch._ops.OpOverload) -> bool:
-    """Whether an operator alone, not its arguments, says if a call is pure."""
-    return never_writes(operator) and name_of(operator) not in known.DROPOUTS
 
 
 def is_random(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
@@ -147,12 +181,6 @@ def written_arguments(
         yield given.get("weight")
     if _is_true(given.get("inplace", False)) or _is_in_place(target, name):
         yield from _modified(name, args, kwargs)
-
-
-@cache
-def never_writes(operator: torch._ops.OpOverload) -> bool:
-    """Whether no call of an operator modifies an argument."""
-    return not _schema(operator).written and name_of(operator) not in known.UPDATES_STATISTICS
 
 
 def _modified(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Any]:
@@ -225,13 +253,6 @@ def viewed_arguments(
     if is_fresh and not written and _origin(target) == "torch":
         return
     yield from (*args, *kwargs.values())
-
-
-@cache
-def never_views(operator: torch._ops.OpOverload) -> bool:
-    """Whether every call of an operator returns new memory."""
-    schema = _schema(operator)
-    return not schema.may_view_any and not schema.viewed
 
 
 def _flat(args: tuple[Any, ...]) -> list[Any]:

@@ -18,7 +18,9 @@ def gradient_nodes(graph: fx.Graph) -> set[fx.Node]:
     """The nodes that an incoming gradient reaches."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
-        is_incoming = node.op == "placeholder" and "tangents" in str(node.target)
-        if is_incoming or any(arg in found for arg in node.all_input_nodes):
+        if node.op == "placeholder":
+            if "tangents" in str(node.target):
+                found.add(node)
+        elif found and not found.isdisjoint(node.all_input_nodes):
             found.add(node)
     return found

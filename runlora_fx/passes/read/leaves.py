@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
 
 from torch import fx
@@ -78,15 +79,16 @@ class Leaves:
     scalars: list[ScalarLeaf] = field(default_factory=list)
     assignments: list[TokenAssignment] = field(default_factory=list)
     _index: dict[object, int] = field(default_factory=dict)
+    _polynomials: dict[int, Polynomial] = field(default_factory=dict)
 
     def matrix(self, values: ValueNumbers, node: fx.Node, cut: Cut) -> Polynomial:
         """A tensor as a leaf; the same one for equal values seen as equal matrices."""
-        number = values.of(node)
         extents, turned = _oriented(shape_of(node), cut)
-        batched = not is_one(extents[0])
-        found = algebra.leaf(
-            self._numbered((number, extents), lambda: Leaf(_held(values, node), *extents, batched))
-        )
+        key = (values.of(node), extents)
+        index = self._index.get(key)
+        if index is None:
+            index = self._added(key, Leaf(_held(values, node), *extents, not is_one(extents[0])))
+        found = self._polynomial(index)
         return found.T if turned else found
 
     def find(self, values: ValueNumbers, node: fx.Node, cut: Cut) -> Factor | None:
@@ -161,7 +163,7 @@ class Leaves:
         Raises:
             NotInNormalForm: If both words of a pair are scattered, or a leaf cannot be picked.
         """
-        if not any(word.scattered for p in (left, right) for word in p.words):
+        if not any([word.scattered for word, _ in (*left.terms, *right.terms)]):
             return left @ right
         found: list[tuple[Word, float]] = []
         for u, a in left.terms:
@@ -183,12 +185,23 @@ class Leaves:
             self.scalars.append(ScalarLeaf(values.first(number), inverse))
         return Scalar(1.0, (self._index[key],))
 
+    def _polynomial(self, index: int) -> Polynomial:
+        """A leaf that is no diagonal matrix, as one object: it remembers what it was asked."""
+        found = self._polynomials.get(index)
+        if found is None:
+            found = self._polynomials[index] = algebra.leaf(index)
+        return found
+
     def _numbered(self, key: object, make: Callable[[], Leaf]) -> int:
         """The number of a leaf, made if it is new."""
-        if key not in self._index:
-            self._index[key] = len(self.matrices)
-            self.matrices.append(make())
-        return self._index[key]
+        index = self._index.get(key)
+        return self._added(key, make()) if index is None else index
+
+    def _added(self, key: object, leaf: Leaf) -> int:
+        """The number of a new leaf."""
+        self._index[key] = index = len(self.matrices)
+        self.matrices.append(leaf)
+        return index
 
 
 def _held(values: ValueNumbers, node: fx.Node) -> Held:
@@ -196,6 +209,7 @@ def _held(values: ValueNumbers, node: fx.Node) -> Held:
     return Held(values.first(values.of(node)))
 
 
+@lru_cache(maxsize=1 << 14)
 def _oriented(shape: Shape, cut: Cut) -> tuple[tuple[Dim, Dim, Dim], bool]:
     """A tensor's extents as a matrix, and whether the cut shows the transpose of it.
 

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
-import torch
 from torch import fx
 
 from runlora_fx.passes.levels.cuts import Cut, same_matrix
 from runlora_fx.passes.levels.forms import Cast, Form, Permute
 from runlora_fx.passes.levels.forms.assigned import SumOfRows
 from runlora_fx.passes.levels.level import Dialect, asks_about
-from runlora_fx.passes.levels.sizes import example_of, shape_of
+from runlora_fx.passes.levels.sizes import TensorFacts, example_of, facts_of, shape_of
 from runlora_fx.passes.read.asked_sizes import held_elsewhere
 from runlora_fx.passes.read.casts import CastRules
 from runlora_fx.passes.read.polynomial_reader import Tables
@@ -35,6 +35,7 @@ class Linear:
         absorbed: The nodes that are a part of others.
         asked_sizes: The calls that ask a linear node for a size, and the tensor and dimension that
             have it too.
+        asking: The calls that ask a tensor for its dtype or device.
     """
 
     forms: Mapping[fx.Node, Form]
@@ -43,6 +44,12 @@ class Linear:
     widened: Collection[fx.Node]
     absorbed: Collection[fx.Node]
     asked_sizes: Mapping[fx.Node, tuple[fx.Node, int]]
+    asking: Collection[fx.Node]
+
+    @cached_property
+    def _indirect(self) -> frozenset[fx.Node]:
+        """The nodes that are no users of what they take, or may be none."""
+        return frozenset([*self.asked_sizes, *self.absorbed, *self.asking])
 
     def users_of(self, node: fx.Node) -> list[fx.Node]:
         """The users of a node; where one is a part of other nodes, those.
@@ -50,6 +57,8 @@ class Linear:
         What only asks for its dtype or device may ask another node (:meth:`stand_in`), and so may
         what only asks for a size.
         """
+        if self._indirect.isdisjoint(node.users):
+            return list(node.users)
         users = [user for user in node.users if user not in self.asked_sizes]
         if any(map(asks_about, users)) and self.stand_in(node) is not None:
             users = [user for user in users if not asks_about(user)]
@@ -73,7 +82,8 @@ class Linear:
 
     def shows(self, node: fx.Node, cut: Cut) -> bool:
         """True if a cut shows the matrix that a linear node is computed as."""
-        return same_matrix(shape_of(node), self.cuts[node], cut)
+        own = self.cuts[node]
+        return own == cut or same_matrix(shape_of(node), own, cut)
 
 
 class LinearFinder:
@@ -105,6 +115,7 @@ class LinearFinder:
         self._gradients = gradients
         self._unread = unread
         self._diagonals = diagonals
+        self._facts: dict[fx.Node, TensorFacts | None] = {}
         self._cuts: dict[fx.Node, Cut] = {}
         self._vectors: set[fx.Node] = set()
         self._widened: set[fx.Node] = set()
@@ -112,6 +123,7 @@ class LinearFinder:
 
     def find(self, nodes: Sequence[fx.Node]) -> Linear:
         """The linear nodes among those of a graph."""
+        self._facts = {node: facts_of(node) for node in nodes}
         for node in nodes:
             self._classify(node)
         return Linear(
@@ -121,11 +133,13 @@ class LinearFinder:
             self._widened,
             self._absorbed,
             held_elsewhere(nodes, self._cuts),
+            [node for node in nodes if node.target is getattr and asks_about(node)],
         )
 
     def form_of(self, node: fx.Node) -> Form | None:
         """What a node computes; None if it is not read."""
-        if node in self._unread or not _is_plain(node):
+        facts = self._facts.get(node) or facts_of(node)
+        if facts is None or not facts.is_plain or node in self._unread:
             return None
         form = self._dialect.read(node)
         is_converted = False
@@ -138,7 +152,7 @@ class LinearFinder:
                 self._widened.add(node)
         if form is None or not form.is_readable_at(node):
             return None
-        if not is_converted and not self._keeps_dtype(node, form):
+        if not is_converted and not self._keeps_dtype(facts, form):
             return None
         return form.led_by(self._gradients)
 
@@ -147,29 +161,27 @@ class LinearFinder:
         if form is None:
             return
         self._tables.forms[node] = form
-        self._absorbed.update(form.absorbed)
+        if form.absorbed:
+            self._absorbed.update(form.absorbed)
         cut = form.cut(node, self)
         if cut is None:
             return
         self._cuts[node] = cut
         if form.is_vector(self._vectors):
             self._vectors.add(node)
-        if form.adds and not self._widened.isdisjoint(form.sources):
+        if self._widened and form.adds and not self._widened.isdisjoint(form.sources):
             self._widened.add(node)
 
-    def _keeps_dtype(self, node: fx.Node, form: Form) -> bool:
+    def _keeps_dtype(self, here: TensorFacts, form: Form) -> bool:
         """Whether all operands have the node's own dtype: no hidden promotion."""
-        here = example_of(node)
-        return here is not None and all(
-            (val := example_of(source)) is None
-            or source in form.scalars
-            or (
-                (val.dtype == here.dtype or self._casts.may_cross(val.dtype, here.dtype))
-                and val.device == here.device
-                and _is_plain(source)
-            )
-            for source in form.sources
-        )
+        for source in form.sources:
+            there = self._facts.get(source) or facts_of(source)
+            if there is None or there.kind is here.kind or source in form.scalars:
+                continue
+            is_crossed = self._casts.may_cross(there.kind.dtype, here.kind.dtype)
+            if not is_crossed or there.kind.device != here.kind.device or not there.is_plain:
+                return False
+        return True
 
     # -- what forms ask ------------------------------------------------------------------------
 
@@ -179,7 +191,8 @@ class LinearFinder:
 
     def shows(self, node: fx.Node, cut: Cut) -> bool:
         """True if a cut shows the matrix that a linear node is computed as."""
-        return same_matrix(shape_of(node), self._cuts[node], cut)
+        own = self._cuts[node]
+        return own == cut or same_matrix(shape_of(node), own, cut)
 
     def is_only_added(self, node: fx.Node) -> bool:
         """True if every user adds the node to something: nobody relies on its memory."""
@@ -225,9 +238,3 @@ class LinearFinder:
             if form.products or (is_view and self._meets_product(user)):
                 return True
         return False
-
-
-def _is_plain(node: fx.Node) -> bool:
-    """Whether the node holds a dense floating-point tensor."""
-    val = example_of(node)
-    return val is not None and val.dtype.is_floating_point and val.layout == torch.strided

@@ -10,14 +10,13 @@ it, or something that the forward writes to memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from runlora_fx._torch_compat import must_run_backward
 from runlora_fx.passes.read.effects import Effects
-from runlora_fx.passes.read.gradients import gradient_nodes
 from runlora_fx.passes.read.reader import GraphReader
 
 
@@ -27,15 +26,17 @@ class Phases:
     An inference graph has no incoming gradients: everything in it is forward.
     """
 
-    def __init__(self, graph: fx.Graph, effects: Effects) -> None:
-        """Find the phases of a graph's nodes, given what they do besides computing a value."""
-        self.gradients = gradient_nodes(graph)
-        outputs = [
-            arg for node in graph.nodes if node.op == "output" for arg in node.all_input_nodes
-        ]
-        written = [
-            node for node in graph.nodes if effects.writes(node) and not must_run_backward(node)
-        ]
+    def __init__(self, graph: fx.Graph, gradients: Collection[fx.Node], effects: Effects) -> None:
+        """Find the phases of a graph's nodes.
+
+        Args:
+            graph: The graph.
+            gradients: The nodes that an incoming gradient reaches.
+            effects: What the nodes do besides computing a value.
+        """
+        self.gradients = gradients
+        outputs = [arg for node in graph.find_nodes(op="output") for arg in node.all_input_nodes]
+        written = [node for node in effects.writing if not must_run_backward(node)]
         self.is_joint = bool(self.gradients)
         self._forward = _ancestors(
             node for node in (*outputs, *written) if node not in self.gradients

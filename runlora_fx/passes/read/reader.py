@@ -19,7 +19,7 @@ from torch import fx
 
 from runlora_fx.passes.algebra.addends import Addends, total, without_cancelled
 from runlora_fx.passes.algebra.polynomials import Polynomial, of_factors
-from runlora_fx.passes.algebra.words import Factor, NotInNormalForm
+from runlora_fx.passes.algebra.words import Factor, NotInNormalForm, Word
 from runlora_fx.passes.levels.cuts import Cut
 from runlora_fx.passes.levels.level import Dialect
 from runlora_fx.passes.read.casts import CastRules, Casts
@@ -46,6 +46,7 @@ class GraphReader(PolynomialReader):
         roots: Linear nodes that something outside the linear region needs, in graph order.
         stops: The same as a set: their consumers take them as leaves.
         casts: What casts between floats are taken for.
+        gradients: The nodes that an incoming gradient reaches.
     """
 
     linear: Linear
@@ -68,15 +69,18 @@ class GraphReader(PolynomialReader):
         self.casts = casts
         self._dialect = replace(dialect, unread=fixed)
         self._nodes = tuple(graph.nodes)
-        self._gradients = gradient_nodes(graph)
+        self.gradients = gradient_nodes(graph)
         # Nodes that are not read because words cancel in them.
         self._unread: set[fx.Node] = set()
         # The vectors that are read as diagonal matrices, as leaves; None until they are known.
         self._diagonals: set[int] | None = None
         self._addends: dict[fx.Node, Addends] = {}
+        # What was asked for already: every operand is asked for several times.
+        self._operands: dict[tuple[fx.Node, Cut], Addends] = {}
         self._find()
         while not self._read_all():
             self._addends.clear()
+            self._operands.clear()
 
     @property
     def cuts(self) -> Mapping[fx.Node, Cut]:
@@ -93,6 +97,12 @@ class GraphReader(PolynomialReader):
 
     def operand(self, node: fx.Node, cut: Cut) -> Addends:
         """Any tensor, seen through a cut; roots and what is not linear are leaves."""
+        found = self._operands.get((node, cut))
+        if found is None:
+            found = self._operands[node, cut] = self._operand(node, cut)
+        return found
+
+    def _operand(self, node: fx.Node, cut: Cut) -> Addends:
         if node in self.stops:
             return self._root(node, cut)
         below: Addends | None = None
@@ -136,7 +146,7 @@ class GraphReader(PolynomialReader):
         # Not this reader: Python keeps objects that refer to each other until it looks for garbage.
         tables = Tables(self.values, self.leaves, self.forms)
         self._finder = LinearFinder(
-            self._dialect, rules, tables, self._gradients, self._unread, self._diagonals
+            self._dialect, rules, tables, self.gradients, self._unread, self._diagonals
         )
         self.linear = self._finder.find(self._nodes)
         self.roots = find_roots(self.linear)
@@ -157,7 +167,7 @@ class GraphReader(PolynomialReader):
                 self._find()
                 return False
             assert addends is not None, f"{node.name} is linear but shows no matrix"
-            is_large = max(map(len, addends)) > _MAX_WORDS
+            is_large = any([len(p.terms) > _MAX_WORDS for p in addends])
             if is_large and self.forms[node].multiplies and self._stop_operands(node):
                 return False
             if self._cancels(node, addends):
@@ -171,7 +181,7 @@ class GraphReader(PolynomialReader):
         """Know the vectors to read as diagonal matrices; False if others were read as such."""
         needed: set[int] = set()
         for node in self.cuts:
-            if node not in self._gradients:
+            if node not in self.gradients and self.forms[node].scaling_vector is not None:
                 needed |= self._scaled_by(node)
         if needed == (self._diagonals or set()):
             self._diagonals = needed
@@ -196,12 +206,10 @@ class GraphReader(PolynomialReader):
 
         A bias may be taken off again, and ``P + P (diag(g) - I)`` is ``P diag(g)``.
         """
-        written = {word for p in addends for word in p.words}
-        for product in self.forms[node].products:
-            left, right = map(total, product.operands(self))
-            if len(left) > 1 and len(right) > 1:
-                words = [[Polynomial(((w, 1.0),)) for w in p.words] for p in (left, right)]
-                written |= {self.multiplied(u, v).words[0] for u in words[0] for v in words[1]}
+        written = self._multiplied_words(node)
+        if len(addends) == 1 and not written:
+            return not addends[0].terms
+        written.update([word for p in addends for word in p.words])
         left_over = total(addends).words
         scaled = {word.without_diagonals for word in left_over if word.factors}
         lost = written.difference(left_over)
@@ -209,6 +217,16 @@ class GraphReader(PolynomialReader):
             word.without_diagonals in scaled or any(map(self._is_ones, word.factors))
             for word in lost
         )
+
+    def _multiplied_words(self, node: fx.Node) -> set[Word]:
+        """The products of one word by one word, of the sums that a node multiplies."""
+        found: set[Word] = set()
+        for product in self.forms[node].products:
+            left, right = map(total, product.operands(self))
+            if len(left.terms) > 1 and len(right.terms) > 1:
+                words = [[Polynomial(((w, 1.0),)) for w in p.words] for p in (left, right)]
+                found |= {self.multiplied(u, v).words[0] for u in words[0] for v in words[1]}
+        return found
 
     def _is_ones(self, factor: Factor) -> bool:
         return self.leaves.matrices[factor.leaf].is_ones

@@ -8,6 +8,8 @@ Invariant: whatever is linear and no root is read by linear nodes alone, as it w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import fx
 
 from runlora_fx.passes.read.linear import Linear
@@ -17,7 +19,9 @@ def find_roots(linear: Linear) -> list[fx.Node]:
     """The linear nodes that something outside the linear algebra needs, in graph order."""
     roots: set[fx.Node] = set()
     for node in reversed(tuple(linear.cuts)):
-        if not _is_interior(linear, node) or _is_seen(linear, roots, node) or _grows(linear, node):
+        users = linear.users_of(node)
+        is_kept = len(users) > 1 and (_is_seen(linear, roots, users) or _grows(linear, node, users))
+        if is_kept or not _is_interior(linear, node, users):
             roots.add(node)
     return [node for node in linear.cuts if node in roots]
 
@@ -37,36 +41,34 @@ def sums_below(linear: Linear, node: fx.Node, roots: set[fx.Node]) -> list[fx.No
     return found
 
 
-def _is_interior(linear: Linear, node: fx.Node) -> bool:
+def _is_interior(linear: Linear, node: fx.Node, users: Sequence[fx.Node]) -> bool:
     """True if every user reads this node through the cut it was computed with."""
-    users = linear.users_of(node)
-    return bool(users) and all(
-        user in linear.cuts
-        and linear.forms[user].reads_as_computed(node, user, linear)
+    for user in users:
+        if user not in linear.cuts or not linear.forms[user].reads_as_computed(node, user, linear):
+            return False
         # No matrix is made of such a vector: whatever else reads it takes it as a leaf.
-        and (node not in linear.vectors or user in linear.vectors)
+        if node in linear.vectors and user not in linear.vectors:
+            return False
         # What was added up in a wider dtype is multiplied in it.
-        and (node not in linear.widened or user in linear.widened)
-        for user in users
-    )
+        if node in linear.widened and user not in linear.widened:
+            return False
+    return bool(users)
 
 
-def _is_seen(linear: Linear, roots: set[fx.Node], node: fx.Node) -> bool:
-    """True if a root shows the node as it is, in another shape or dtype, and others use it.
+def _is_seen(linear: Linear, roots: set[fx.Node], users: Sequence[fx.Node]) -> bool:
+    """True if a root among some users shows the node as it is, in another shape or dtype.
 
     This tensor exists in memory already, so other users read it instead of computing it again.
     """
-    users = linear.users_of(node)
-    return len(users) > 1 and any(user in roots and linear.forms[user].is_view for user in users)
+    return any([user in roots and linear.forms[user].is_view for user in users])
 
 
-def _grows(linear: Linear, node: fx.Node) -> bool:
+def _grows(linear: Linear, node: fx.Node, users: Sequence[fx.Node]) -> bool:
     """True if a sum is both multiplied and added to, as a residual stream without norms is.
 
     Its polynomial would grow from layer to layer, and so would that of every product with it.
     """
-    users = linear.users_of(node)
-    if not linear.forms[node].adds or len(users) < 2:
+    if not linear.forms[node].adds:
         return False
     forms = map(linear.forms.get, users)
     is_added = any(form is not None and form.adds for form in forms)

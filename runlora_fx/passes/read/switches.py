@@ -14,30 +14,41 @@ Invariant: two nodes in mode 0 run under the same grad, autocast, inference and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
+#: Switch whether gradients are recorded.
+_GRAD = ("_set_grad_enabled", "set_grad_enabled")
+
+#: Begins, and ends, the names of functions that switch until a function of the second kind.
+_ENTERS = ("_enter_", "_increment_nesting")
+_EXITS = ("_exit_", "_decrement_nesting")
+
 #: Begins the names of functions that switch until another call, without underscores.
 _SETTERS = ("set_", "use_deterministic_algorithms")
 
 
-def mode_of_nodes(graph: fx.Graph) -> dict[fx.Node, int]:
-    """The mode of every node that does not run in mode 0."""
+def mode_of_nodes(nodes: Sequence[fx.Node]) -> dict[fx.Node, int]:
+    """The mode of every node of a graph that does not run in mode 0."""
+    called = {id(node.target): node for node in nodes if node.op == "call_function"}
+    if not any(_is_switch(_name(node)) for node in called.values()):
+        return {}
     modes: dict[fx.Node, int] = {}
     entered: list[int] = []
     count, grad, initial_grad, settings = 0, None, None, 0
-    for node in graph.nodes:
+    for node in nodes:
         name = _name(node)
-        if name in ("_set_grad_enabled", "set_grad_enabled"):
+        if name in _GRAD:
             # The first switch tells what the graph starts with: the opposite.
             grad = bool(_argument(node))
             initial_grad = not grad if initial_grad is None else initial_grad
-        elif name.startswith("_enter_") or name.endswith("_increment_nesting"):
+        elif name.startswith(_ENTERS[0]) or name.endswith(_ENTERS[1]):
             count += 1
             entered.append(count)
-        elif name.startswith("_exit_") or name.endswith("_decrement_nesting"):
+        elif name.startswith(_EXITS[0]) or name.endswith(_EXITS[1]):
             entered = entered[:-1]
         elif name.strip("_").startswith(_SETTERS):
             count += 1
@@ -46,6 +57,12 @@ def mode_of_nodes(graph: fx.Graph) -> dict[fx.Node, int]:
             # Twice the number, plus one where gradients are not recorded as in the beginning.
             modes[node] = 2 * (entered[-1] if entered else settings) + (grad != initial_grad)
     return modes
+
+
+def _is_switch(name: str) -> bool:
+    """Whether a function of a name switches a mode."""
+    is_border = name.startswith((_ENTERS[0], _EXITS[0])) or name.endswith((_ENTERS[1], _EXITS[1]))
+    return is_border or name in _GRAD or name.strip("_").startswith(_SETTERS)
 
 
 def _name(node: fx.Node) -> str:

@@ -1,7 +1,9 @@
-"""Value numbering: nodes that must hold the same tensor get the same number.
+"""Value numbers: nodes that must hold the same tensor get the same number.
 
-Under autocast every use of an activation has its own cast, and PEFT folds it once per adapter: a
-leaf is therefore a value, not a node.
+Example: under autocast every use of an activation has its own cast, and PEFT folds it once per
+adapter. All of these nodes have one number, and are one leaf.
+
+Invariant: two nodes of one number hold equal tensors, to the last bit.
 """
 
 from __future__ import annotations
@@ -19,10 +21,11 @@ from runlora_fx.passes.read import calls
 from runlora_fx.passes.read.effects import Effects
 
 #: Calls that give the same tensor, to the last bit, for two arguments in either order.
-_COMMUTATIVE = {
+_COMMUTATIVE = (
     *(torch.ops.aten.add.Tensor, torch.ops.aten.mul.Tensor),
     *(torch.add, torch.mul, operator.add, operator.mul),
-}
+)
+_IS_COMMUTATIVE = frozenset(map(id, _COMMUTATIVE))
 
 
 class ValueNumbers:
@@ -48,16 +51,18 @@ class ValueNumbers:
 
     def of(self, node: fx.Node) -> int:
         """The value number of a node whose arguments are numbered already."""
-        if node not in self._number:
-            if node.op == "get_attr":
-                key: Hashable | None = ("get_attr", self._effects.attribute(node))
-            else:
-                key = self.key(node.op, node.target, node.args, node.kwargs)
-            number = next(self._fresh) if key is None else self._by_key.get(key)
-            if number is None:
-                number = self._by_key[key] = next(self._fresh)
-            self._set(node, number)
-        return self._number[node]
+        number = self._number.get(node)
+        if number is not None:
+            return number
+        if node.op == "get_attr":
+            key: Hashable | None = ("get_attr", self._effects.attribute(node))
+        else:
+            key = self.key(node.op, node.target, node.args, node.kwargs)
+        number = next(self._fresh) if key is None else self._by_key.get(key)
+        if number is None:
+            number = self._by_key[key] = next(self._fresh)
+        self._set(node, number)
+        return number
 
     def _set(self, node: fx.Node, number: int) -> None:
         self._number[node] = number
@@ -108,13 +113,24 @@ class ValueNumbers:
         self, op: str, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Hashable | None:
         """What identifies a call; None where two equal calls may give different tensors."""
-        is_call = op in ("call_function", "call_method")
-        if not is_call or not calls.is_pure(target, args, kwargs):
+        facts = calls.operator_facts(target)
+        if facts is None or facts.is_pure is None:
+            is_call = op in ("call_function", "call_method")
+            is_pure = is_call and calls.is_pure(target, args, kwargs)
+        else:
+            is_pure = facts.is_pure
+        if not is_pure:
             return None
-        frozen = self._freeze(args)
-        if target in _COMMUTATIVE and isinstance(frozen, tuple) and len(frozen) == 2:
-            frozen = tuple(sorted(frozen, key=repr))
-        key = (op, target, frozen, self._freeze(dict(kwargs)))
+        known = self._number
+        frozen = [
+            (known[x],) if isinstance(x, fx.Node) and x in known else self._freeze(x) for x in args
+        ]
+        if len(frozen) == 2 and id(target) in _IS_COMMUTATIVE:
+            frozen.sort(key=repr)
+        # Operators are compared by identity; their own hash is a call of Python's.
+        called = target if facts is None else id(target)
+        named = tuple(sorted((k, self._freeze(v)) for k, v in kwargs.items())) if kwargs else ()
+        key = (op, called, *frozen, named)
         try:
             hash(key)
         except TypeError:
@@ -122,12 +138,15 @@ class ValueNumbers:
         return key
 
     def _freeze(self, x: Any) -> Hashable:
+        """An argument as a part of a key: a value as a tuple of one number."""
         if isinstance(x, fx.Node):
-            return ("value", self.of(x))
+            return (self.of(x),)
+        if type(x) is int:
+            return x
         if isinstance(x, Computed):
-            return ("value", self.of_call(x.target, x.args))
+            return (self.of_call(x.target, x.args),)
         if isinstance(x, list | tuple):
-            return tuple(self._freeze(y) for y in x)
+            return (list, *[y if type(y) is int else self._freeze(y) for y in x])
         if isinstance(x, dict):
-            return tuple(sorted((k, self._freeze(v)) for k, v in x.items()))
+            return (dict, *sorted((k, self._freeze(v)) for k, v in x.items()))
         return (type(x), x)

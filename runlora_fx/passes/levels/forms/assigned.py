@@ -125,40 +125,53 @@ class OuterProduct(MatrixProduct):
 
 
 @dataclass(frozen=True)
-class ProductOfRows(AssignedForm):
-    """``rows @ stack[k]``: each row times the matrix of its expert.
+class _OfTwo(AssignedForm):
+    """A form of two operands.
 
     Attributes:
-        rows: A row for each token.
-        stack: The matrices of all experts, maybe transposed.
-        parts: Nodes that are a part of this one.
+        left: The first operand.
+        right: The second operand.
+        parts: Nodes that are a part of this one: what computes it and other results at once, or
+            shows it an operand.
     """
 
-    rows: Operand
-    stack: Operand
+    left: Operand
+    right: Operand
     parts: tuple[fx.Node, ...] = ()
-
-    out: ClassVar[Cut] = ROWS
 
     @property
     def sources(self) -> tuple[fx.Node, ...]:
-        """The rows and the matrices."""
-        return (self.rows.node, self.stack.node)
+        """The operands."""
+        return (self.left.node, self.right.node)
 
     @property
     def absorbed(self) -> tuple[fx.Node, ...]:
-        """What computes this and other results at once."""
+        """Its parts."""
         return self.parts
 
     @property
-    def left(self) -> Operand:
-        """The rows."""
-        return self.rows
+    def multiplies(self) -> bool:
+        """It does."""
+        return True
 
-    @property
-    def right(self) -> Operand:
-        """The matrices of all experts."""
-        return self.stack
+    def factors(self, cut: Cut, reading: Reading) -> list[tuple[Addends, ...]]:
+        """The operands."""
+        return [(self.left.addends(reading), self.right.addends(reading))]
+
+    def cut(self, node: fx.Node, linear: LinearNodes) -> Cut | None:
+        """As it is made."""
+        return self.out
+
+    def reads_as_computed(self, source: fx.Node, node: fx.Node, linear: Cuts) -> bool:
+        """True if each operand shows its matrix as it was computed."""
+        return all(f.reads_as_computed(source, linear) for f in (self.left, self.right))
+
+
+@dataclass(frozen=True)
+class ProductOfRows(_OfTwo):
+    """``left @ right[k]``: each token's row times the matrix of its expert."""
+
+    out: ClassVar[Cut] = ROWS
 
     @property
     def products(self) -> tuple[ProductOfRows, ...]:
@@ -168,69 +181,20 @@ class ProductOfRows(AssignedForm):
     def operands(self, reading: Reading) -> tuple[Addends, Addends]:
         """The rows, and the matrix of each."""
         k = reading.assignment(self.by)
-        picked = tuple(reading.picked(p, k) for p in self.stack.addends(reading))
-        return self.rows.addends(reading), picked
-
-    def factors(self, cut: Cut, reading: Reading) -> list[tuple[Addends, ...]]:
-        """The rows, and the matrices of all experts."""
-        return [(self.rows.addends(reading), self.stack.addends(reading))]
-
-    def cut(self, node: fx.Node, linear: LinearNodes) -> Cut | None:
-        """A row for each token."""
-        return ROWS
-
-    def reads_as_computed(self, source: fx.Node, node: fx.Node, linear: Cuts) -> bool:
-        """True if each operand shows its matrix as it was computed."""
-        return all(f.reads_as_computed(source, linear) for f in (self.rows, self.stack))
+        picked = tuple(reading.picked(p, k) for p in self.right.addends(reading))
+        return self.left.addends(reading), picked
 
     def step(self, reading: Reading) -> tuple[Step, Polynomial]:
         """A grouped product."""
         k = reading.assignment(self.by)
-        rows, stack = total(self.rows.addends(reading)), total(self.stack.addends(reading))
+        rows, stack = total(self.left.addends(reading)), total(self.right.addends(reading))
         made = reading.multiplied(rows, reading.picked(stack, k))
         return GroupedProduct(rows, stack, k, "right"), made
 
 
 @dataclass(frozen=True)
-class OuterProductOfRows(AssignedForm):
-    """``sum_k(left' right)``: for each expert the sum over its tokens of a column times a row.
-
-    Attributes:
-        left: A column for each token.
-        right: A row for each token.
-        parts: Nodes that are a part of this one.
-    """
-
-    left: Operand
-    right: Operand
-    parts: tuple[fx.Node, ...] = ()
-
-    @property
-    def sources(self) -> tuple[fx.Node, ...]:
-        """The vectors of the tokens."""
-        return (self.left.node, self.right.node)
-
-    @property
-    def absorbed(self) -> tuple[fx.Node, ...]:
-        """What computes this and other results at once, and the view that shows columns."""
-        return self.parts
-
-    @property
-    def multiplies(self) -> bool:
-        """It does."""
-        return True
-
-    def factors(self, cut: Cut, reading: Reading) -> list[tuple[Addends, ...]]:
-        """The vectors of the tokens."""
-        return [(self.left.addends(reading), self.right.addends(reading))]
-
-    def cut(self, node: fx.Node, linear: LinearNodes) -> Cut | None:
-        """A matrix for each expert."""
-        return STACK
-
-    def reads_as_computed(self, source: fx.Node, node: fx.Node, linear: Cuts) -> bool:
-        """True if each operand shows its vectors as they were computed."""
-        return all(f.reads_as_computed(source, linear) for f in (self.left, self.right))
+class OuterProductOfRows(_OfTwo):
+    """``sum_k(left' right)``: for each expert the sum over its tokens of a column times a row."""
 
     def step(self, reading: Reading) -> tuple[Step, Polynomial]:
         """A grouped outer product."""

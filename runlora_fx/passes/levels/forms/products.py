@@ -61,7 +61,8 @@ class _OfTwo(Form):
 
     def reads_as_computed(self, source: fx.Node, node: fx.Node, linear: Cuts) -> bool:
         """True if each factor that is the source shows it as it was computed."""
-        return all(f.reads_as_computed(source, linear) for f in (self.left, self.right))
+        left, right = self.left, self.right
+        return left.reads_as_computed(source, linear) and right.reads_as_computed(source, linear)
 
     def operands(self, reading: Reading) -> tuple[Addends, Addends]:
         """Both factors, as the graph adds them up."""

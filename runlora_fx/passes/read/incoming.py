@@ -1,0 +1,185 @@
+"""What a graph computes as it came: the steps that its linear nodes take, in order.
+
+Example: ``addmm(b, x, w)`` takes two, the product ``X W`` and its sum with the repeated ``b``. Of a
+joint graph also: which values of the forward the backward reads, so that they are kept for it.
+
+Invariant: every root part that is no leaf is made by some step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import pairwise
+
+from torch import fx
+
+from runlora_fx.passes.algebra.addends import Addends, total
+from runlora_fx.passes.algebra.polynomials import (
+    Polynomial,
+    Scalar,
+    normalise,
+    of_factors,
+    without_scalar,
+)
+from runlora_fx.passes.algebra.steps import GroupedOuter, Product, Scatter, Sum
+from runlora_fx.passes.levels.forms import DiagonalOfProduct, MatrixProduct
+from runlora_fx.passes.levels.forms.assigned import AssignedForm
+from runlora_fx.passes.read.made import Made
+from runlora_fx.passes.read.phases import Phases, recomputed
+from runlora_fx.passes.read.reader import GraphReader
+
+
+class Incoming:
+    """The steps of a graph.
+
+    Attributes:
+        steps: In graph order.
+        kept: The values of the forward that the backward reads.
+        keepable: Values that could be kept in the stead of some of those, at no more memory.
+        read_backward: The leaves that a step of the backward reads as they are.
+    """
+
+    def __init__(
+        self, reader: GraphReader, phases: Phases, parts: Mapping[fx.Node, tuple[Polynomial, ...]]
+    ) -> None:
+        """Find the steps.
+
+        Args:
+            reader: The linear algebra of the graph.
+            phases: What of it is forward, what backward.
+            parts: The independent parts of each root.
+        """
+        self._reader = reader
+        self._phases = phases
+        self._parts = parts
+        self._forward: dict[Polynomial, Made] = {}
+        self._diagonal_parts: dict[Polynomial, Made] = {}
+        self.kept: set[Polynomial] = set()
+        self.keepable: set[Polynomial] = set()
+        self.read_backward: set[int] = set()
+        self.steps: list[Made] = []
+        for node in reader.cuts:
+            for made in self._made_at(node):
+                self._add(made)
+
+    def _add(self, made: Made) -> None:
+        """Take up a step, and what it tells about what the backward reads."""
+        core = normalise(made.polynomial).core
+        self.steps.append(made)
+        if made.diag_part:
+            self._diagonal_parts[core] = made
+        if not made.backward:
+            self._forward.setdefault(core, made)
+            return
+        for operand in made.operands:
+            if operand.leaf:
+                self.read_backward.add(operand.leaf.leaf)
+        self._fetch(made)
+        self._may_keep(made)
+        self._may_keep_low(made)
+
+    # -- one node ------------------------------------------------------------------------------
+
+    def _made_at(self, node: fx.Node) -> Iterator[Made]:
+        """The steps that one linear node takes."""
+        backward = self._phases.runs_backward(node)
+        for operands in self._reader.factors_at(node):
+            for operand in operands:
+                if len(operand) > 1:
+                    yield Made.sum_of(operand, backward and self._in_backward(operand), node)
+            made = self._multiplied(node, operands, backward)
+            if all([_has_factors(p) for p in made.operands]):
+                yield made  # multiplying by the identity is no step
+        addends = self._reader.addends(node)
+        if len(addends) < 2 or node not in self._reader.stops:
+            return
+        for part in self._parts[node]:
+            words = set(part.words)
+            mine = tuple([p for p in addends if not words.isdisjoint(p.words)])
+            if len(mine) > 1:
+                yield Made.sum_of(mine, backward, node)
+
+    def _multiplied(self, node: fx.Node, operands: tuple[Addends, ...], backward: bool) -> Made:
+        """The product that a node computes of some operands."""
+        form = self._reader.forms[node]
+        if isinstance(form, AssignedForm):
+            step, made = form.step(self._reader)
+            return Made(step, made, backward, node)
+        left, right = map(total, operands)
+        if isinstance(form, MatrixProduct | DiagonalOfProduct):
+            (made,) = self._reader.addends(node)
+        else:
+            made = self._reader.multiplied(left, right)
+        return Made(Product(left, right), made, backward, node)
+
+    def _in_backward(self, addends: Addends) -> bool:
+        """Whether a sum is of the backward: the forward may have added it up already."""
+        leaves = total(addends).leaves
+        nodes = (node for i in leaves for node in self._reader.leaves.matrices[i].sources)
+        return any(node in self._phases.gradients for node in nodes)
+
+    # -- what the backward reads ---------------------------------------------------------------
+
+    def _fetch(self, made: Made) -> None:
+        """Tell how the backward gets what the forward made: kept, or made again."""
+        for operand in made.operands:
+            core = normalise(operand).core
+            below = self._forward.get(core)
+            if below is None:
+                continue
+            if recomputed(below.node):
+                self.steps.append(replace(below, backward=True))
+                self._fetch(below)
+            else:
+                self.kept.add(core)
+
+    def _may_keep(self, made: Made) -> None:
+        """Let the backward keep a sum in the stead of the addends that it keeps for it.
+
+        Also one that it would add up if it took the diagonal parts with a common factor at
+        once: for ``diag_part(L P) + diag_part(L Q)`` the sum ``P + Q``.
+        """
+        if not isinstance(made.step, Sum):
+            return
+        addends = made.operands
+        if made.polynomial.is_diag_part:
+            addends = self._behind_common_factor(made.operands)
+        cores = [normalise(p).core for p in addends]
+        if len(cores) > 1 and self.kept.issuperset(cores):
+            self.keepable.add(normalise(total(addends)).core)
+
+    def _may_keep_low(self, made: Made) -> None:
+        """Let the backward keep ``X L[k]`` where it makes a gradient of all experts otherwise.
+
+        It is what the gradient of R is made of; a graph that merges ``W + L R`` has none of it.
+        """
+        if not isinstance(made.step, GroupedOuter | Scatter):
+            return
+        leaves = self._reader.leaves.matrices
+        for below in self._forward.values():
+            if below.polynomial.leaves.isdisjoint(made.polynomial.leaves):
+                continue
+            for word in below.polynomial.words:
+                for pair in pairwise(word.factors) if len(word.factors) > 2 else ():
+                    is_picked = [leaves[factor.leaf].picked is not None for factor in pair]
+                    if any(is_picked) and not all(is_picked):
+                        self.keepable.add(normalise(of_factors(pair)).core)
+
+    def _behind_common_factor(self, sums: Addends) -> Addends:
+        """P and Q for ``diag_part(L P)`` and ``diag_part(L Q)``, as the graph computes both."""
+        found, lefts = [], set()
+        for p in sums:
+            made = self._diagonal_parts.get(normalise(p).core)
+            if made is None:
+                return ()
+            (by, left), right = without_scalar(made.operands[0]), made.operands[1]
+            lefts.add(left)
+            front = normalise(p).scalar.number / normalise(made.polynomial).scalar.number
+            found.append(right.scaled(by).scaled(Scalar(front)))
+        return tuple(found) if len(lefts) == 1 else ()
+
+
+def _has_factors(p: Polynomial) -> bool:
+    """Whether a polynomial is more than a multiple of the identity."""
+    return any([word.factors for word, _ in p.terms])

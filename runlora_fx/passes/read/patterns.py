@@ -1,0 +1,113 @@
+"""Patterns: a polynomial apart from the numbers of what stands in it.
+
+Example: ``X A' B'`` with the leaves 7, 3 and 9 is the pattern ``0 1' 2'`` and the leaves (7, 3, 9).
+
+Equal layers make polynomials of equal patterns, so what follows from a pattern is found once.
+
+Invariant: two polynomials of one pattern differ in the numbers of leaves, scalars and assignments
+alone.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping
+from itertools import combinations, pairwise
+from typing import NamedTuple
+
+from runlora_fx.passes.algebra.polynomials import Polynomial
+
+
+class Pattern(NamedTuple):
+    """A polynomial as a pattern and what stands in it, in order of the first place of each.
+
+    Attributes:
+        number: The same for all polynomials of the pattern.
+        matrices: Leaves.
+        scalars: Scalar leaves.
+        assignments: Assignments of tokens to experts.
+    """
+
+    number: int
+    matrices: tuple[int, ...]
+    scalars: tuple[int, ...]
+    assignments: tuple[int, ...]
+
+    def renamed(
+        self, matrices: Mapping[int, int], scalars: Mapping[int, int]
+    ) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+        """What identifies the polynomial with other numbers in it, if it has no assignments."""
+        return (
+            self.number,
+            tuple([matrices[leaf] for leaf in self.matrices]),
+            tuple([scalars[leaf] for leaf in self.scalars]) if self.scalars else (),
+        )
+
+
+class Patterns:
+    """The patterns of the polynomials of one graph."""
+
+    def __init__(self) -> None:
+        """Start without any."""
+        self._of: dict[Polynomial, Pattern] = {}
+        self._numbers: dict[Hashable, int] = {}
+        self._pairs: dict[int, list[tuple[int, int]]] = {}
+
+    def of(self, p: Polynomial) -> Pattern:
+        """The pattern of a polynomial, and what stands in it."""
+        found = self._of.get(p)
+        if found is None:
+            found = self._of[p] = self._found(p)
+        return found
+
+    def _found(self, p: Polynomial) -> Pattern:
+        matrices: dict[int, int] = {}
+        scalars: dict[int, int] = {}
+        assignments: dict[int, int] = {}
+        terms: list[Hashable] = []
+        for word, c in p.terms:
+            factors = tuple(
+                [
+                    (matrices.setdefault(leaf, len(matrices)), transposed, diagonal)
+                    for leaf, transposed, diagonal in word.factors
+                ]
+            )
+            by = tuple([scalars.setdefault(s, len(scalars)) for s in word.scalars])
+            to = tuple([assignments.setdefault(k, len(assignments)) for k in word.scattered])
+            terms.append((factors, by, word.diag_part, to, c))
+        number = self._numbers.setdefault(tuple(terms), len(self._numbers))
+        return Pattern(number, tuple(matrices), tuple(scalars), tuple(assignments))
+
+    def pairs(self, p: Polynomial, picked: Callable[[int], int]) -> list[tuple[int, int]]:
+        """What a polynomial must have in common with another to share a value other than a leaf.
+
+        That is a product, which shows two leaves next to each other in some word; or a sum of
+        leaves, that is of such as stand in the same place of words that are otherwise alike. A lone
+        leaf is paired with itself. ``X W' + X A' B'`` shows the pairs ``X W``, ``X A`` and ``A B``.
+
+        Args:
+            p: The polynomial.
+            picked: What a leaf is picked from, or the leaf itself.
+        """
+        number, matrices, _, _ = self.of(p)
+        places = self._pairs.get(number)
+        if places is None:
+            place = {leaf: i for i, leaf in enumerate(matrices)}
+            places = self._pairs[number] = [(place[one], place[other]) for one, other in _pairs(p)]
+        leaves = [picked(leaf) for leaf in matrices]
+        return [(a, b) if (a := leaves[i]) <= (b := leaves[j]) else (b, a) for i, j in places]
+
+
+def _pairs(p: Polynomial) -> list[tuple[int, int]]:
+    found: dict[tuple[int, int], None] = {}
+    places: dict[Hashable, list[int]] = defaultdict(list)
+    for word in p.words:
+        factors = word.factors
+        for left, right in pairwise(factors):
+            found[left.leaf, right.leaf] = None
+        for i, factor in enumerate(factors):
+            places[factors[:i], factors[i + 1 :]].append(factor.leaf)
+    for leaves in places.values():
+        for pair in combinations(leaves, 2):
+            found[pair] = None
+    return list(found) or [(leaf, leaf) for leaf in sorted(p.leaves)]
