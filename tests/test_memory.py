@@ -43,6 +43,10 @@ class Residual(nn.Module):
         return x + nn.functional.gelu(self.linear(x))
 
 
+#: Whether a CPU saves the state of its generator for masks that are drawn again, and no seeds.
+SAVES_STATE = not torch.__version__.startswith(("2.11.", "2.12.", "2.13."))
+
+
 def model_of(dropout: float = 0.0) -> PeftModel:
     torch.manual_seed(0)
     layers = nn.Sequential(*(Residual() for _ in range(LAYERS)))
@@ -113,7 +117,7 @@ def test_low_holds_less_with_dropout_and_pays_in_flops() -> None:
     )
     assert balanced[0] <= inductor[0]
     masks, products = TOKENS * WIDTH, TOKENS * RANK * 4
-    seeds = 8 * LAYERS
+    seeds = len(torch.get_rng_state()) if SAVES_STATE else 8 * LAYERS
     assert low[0] == inductor[0] - LAYERS * (masks + products) + seeds
     assert low[1] < inductor[1]
     assert low[2] == balanced[2] + LAYERS * 2 * TOKENS * WIDTH * RANK
@@ -144,6 +148,29 @@ def test_values_do_not_depend_on_the_policy(
 
 
 @scalar_kernels
+def test_gradients_are_those_of_the_masks_of_the_forward() -> None:
+    """With the same seed a small step along a direction changes the output by its derivative."""
+    model, x = model_of(0.5), activation()
+    run = compiled(model, RUNLORA, memory="low")
+    run(x)
+    weights, direction = torch.randn(TOKENS, WIDTH), torch.randn(TOKENS, WIDTH)
+
+    def value(at: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        result: Tensor = (run(at.detach().requires_grad_()) * weights).double().sum()
+        return result
+
+    torch.manual_seed(1)
+    (gradient,) = torch.autograd.grad((run(x) * weights).sum(), x)
+    wanted = (gradient.double() * direction).sum().item()
+    step = 1e-2
+    found = ((value(x + step * direction) - value(x - step * direction)) / (2 * step)).item()
+    scale = (gradient.norm() * direction.norm()).item()
+    assert abs(found - wanted) < 1e-3 * scale
+
+
+@scalar_kernels
+@pytest.mark.skipif(SAVES_STATE, reason="this torch draws other numbers where masks are not saved")
 def test_masks_drawn_again_are_the_same_masks() -> None:
     """Gradients with dropout: against Inductor, which draws the same numbers and keeps them."""
     model, x = model_of(0.5), activation()
