@@ -36,8 +36,8 @@ from runlora_fx.passes.search.ways import Way, Ways
 #: is not proven. What a search tries is proportional to this and to the number of values.
 WIDTHS = (16, 128, 1024, 4096)
 
-#: A wider search is not begun if it may try more ways than this, and so many for each step of the
-#: incoming graph. A million take about three seconds.
+#: A search is so narrow, and a wider one is not begun, that fewer ways than this may be tried,
+#: and so many for each step of the incoming graph. A million take about three seconds.
 _EFFORT, _EFFORT_PER_STEP = 200_000, 300
 
 #: Values to visit in search of products to measure.
@@ -121,7 +121,8 @@ def search(
     limit = effort_limit(problem)
     for choices in stages:
         per_width = 0.0
-        for width in widths:
+        fitting = max(1, limit // (1 + sum(map(len, choices))))
+        for width in (min(widths[0], fitting), *widths[1:]):
             if per_width * width > limit:
                 break
             found = _swept(space, choices, width, best.price)

@@ -22,8 +22,8 @@ from runlora_fx.passes.search.ways import Way, Ways
 
 #: Values of which all ways are listed, for each step of the incoming graph, and at least so many;
 #: beyond, only the ways that the incoming graph takes and those that lead to single words.
-_VALUES_PER_STEP = 100
-_VALUES = 2_000
+_VALUES_PER_STEP = 20
+_VALUES = 1_000
 
 #: An open value that waits for more undecided values than this is left to the end.
 _FEW = 4
