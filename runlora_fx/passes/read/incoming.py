@@ -75,7 +75,8 @@ class Incoming:
         for operand in made.operands:
             if operand.leaf:
                 self.read_backward.add(operand.leaf.leaf)
-        self._fetch(made)
+        for operand in made.operands:
+            self._fetch(operand)
         self._may_keep(made)
         self._may_keep_low(made)
 
@@ -92,9 +93,15 @@ class Incoming:
             if all([_has_factors(p) for p in made.operands]):
                 yield made  # multiplying by the identity is no step
         addends = self._reader.addends(node)
-        if len(addends) < 2 or node not in self._reader.stops:
+        if node not in self._reader.stops:
+            return
+        is_fetched = backward and self._shows_forward(node)
+        if len(addends) < 2 and not is_fetched:
             return
         for part in self._parts[node]:
+            if is_fetched and normalise(part).core in self._forward:
+                self._fetch(part)
+                continue
             words = set(part.words)
             mine = tuple([p for p in addends if not words.isdisjoint(p.words)])
             if len(mine) > 1:
@@ -121,18 +128,27 @@ class Incoming:
 
     # -- what the backward reads ---------------------------------------------------------------
 
-    def _fetch(self, made: Made) -> None:
+    def _shows_forward(self, node: fx.Node) -> bool:
+        """Whether a root of the backward only views or scales what the forward made."""
+        while node in self._reader.cuts and self._phases.runs_backward(node):
+            form = self._reader.forms[node]
+            if form.adds or form.multiplies or form.scaling_vector is not None:
+                return False
+            node = form.sources[0]
+        return node in self._reader.cuts
+
+    def _fetch(self, p: Polynomial) -> None:
         """Tell how the backward gets what the forward made: kept, or made again."""
-        for operand in made.operands:
-            core = normalise(operand).core
-            below = self._forward.get(core)
-            if below is None:
-                continue
-            if recomputed(below.node):
-                self.steps.append(replace(below, backward=True))
-                self._fetch(below)
-            else:
-                self.kept.add(core)
+        core = normalise(p).core
+        below = self._forward.get(core)
+        if below is None:
+            return
+        if not recomputed(below.node):
+            self.kept.add(core)
+            return
+        self.steps.append(replace(below, backward=True))
+        for operand in below.operands:
+            self._fetch(operand)
 
     def _may_keep(self, made: Made) -> None:
         """Let the backward keep a sum in the stead of the addends that it keeps for it.
