@@ -1,4 +1,12 @@
-"""Verification: an emitted root is read back and must have the normal form it was made from."""
+"""Verification: an emitted root is read back and must have the normal form it was made from.
+
+    addmm(w, b, a), permute, mm      ->      X W' + X A' B', as the root was read
+
+A root is a leaf to whatever reads it. An equal node that is no root is read through. Where both
+stand in one polynomial, the leaf is written out on both sides before they are compared.
+
+Invariant: what passes computes the root, whatever the values of the leaves are.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +14,7 @@ from torch import fx
 
 from runlora_fx.passes.algebra.addends import Addends, total
 from runlora_fx.passes.algebra.polynomials import Polynomial, of_factors
+from runlora_fx.passes.algebra.replacement import replaced
 from runlora_fx.passes.algebra.words import NotInNormalForm
 from runlora_fx.passes.emit.layout import is_relied_on
 from runlora_fx.passes.levels.cuts import Cut
@@ -31,11 +40,11 @@ class _Unreadable(Exception):
 class _ReadBack(PolynomialReader):
     """Reads down to the leaves of one polynomial, through roots and interior nodes alike."""
 
-    def __init__(self, reader: GraphReader, expected: Polynomial) -> None:
+    def __init__(self, reader: GraphReader, leaves: frozenset[int]) -> None:
         super().__init__(reader.values, reader.leaves, reader.forms)
-        picked = (reader.leaves.matrices[leaf].picked for leaf in expected.leaves)
+        picked = (reader.leaves.matrices[leaf].picked for leaf in leaves)
         bases = {of.base for of in picked if of is not None}
-        self._expected = expected.leaves | bases
+        self._expected = leaves | bases
 
     def operand(self, node: fx.Node, cut: Cut) -> Addends:
         factor = self.leaves.find(self.values, node, cut)
@@ -62,9 +71,32 @@ def verify(reader: GraphReader, emitted: fx.Node, root: fx.Node, expected: Polyn
         raise VerificationError(
             f"{root.name}: emitted with strides {strides_of(emitted)}, came with {strides_of(root)}"
         )
+    expected = _written_out(reader, expected)
     try:
-        found = total(_ReadBack(reader, expected).operand(emitted, reader.cuts[root]))
+        found = total(_ReadBack(reader, expected.leaves).operand(emitted, reader.cuts[root]))
     except (_Unreadable, NotInNormalForm) as error:
         raise VerificationError(f"{root.name}: cannot read {error} back") from error
     if not found.unmirrored.close_to(expected.unmirrored):
         raise VerificationError(f"{root.name}: emitted {found}, expected {expected}")
+
+
+def _written_out(reader: GraphReader, p: Polynomial) -> Polynomial:
+    """A polynomial in which no leaf is a root that equals a node which is read through."""
+    while True:
+        twins = {leaf: twin for leaf in p.leaves for twin in [_twin(reader, leaf)] if twin}
+        if not twins:
+            return p
+        p = replaced(p, twins)
+
+
+def _twin(reader: GraphReader, leaf: int) -> Polynomial | None:
+    """What a leaf is made of, if an equal node is read through; None if there is none."""
+    held = reader.leaves.matrices[leaf].node
+    for node in () if held is None else reader.values.equals(held):
+        if node not in reader.cuts or node in reader.stops:
+            continue
+        factor = reader.leaves.find(reader.values, node, reader.cuts[node])
+        if factor is not None and factor.leaf == leaf:
+            found = reader.expression(node)
+            return found.T if factor.transposed else found
+    return None

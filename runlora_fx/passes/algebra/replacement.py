@@ -1,0 +1,35 @@
+"""Replacement: polynomials put in the places of leaves.
+
+Example: ``3 Y V' + X W' V'`` with ``X W'`` for ``Y`` is ``4 X W' V'``.
+
+Invariant: the result is the same function if each leaf is what is put in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from runlora_fx.passes.algebra.polynomials import IDENTITY, Polynomial, of_factors, polynomial
+from runlora_fx.passes.algebra.words import Scalar, Word
+
+
+def replaced(p: Polynomial, leaves: Mapping[int, Polynomial]) -> Polynomial:
+    """Put polynomials in the places of leaves that are matrices.
+
+    Raises:
+        NotInNormalForm: If a product with one of them is not in normal form.
+    """
+    found: list[tuple[Word, float]] = []
+    for word, c in p.terms:
+        made = IDENTITY
+        for factor in word.factors:
+            by = leaves.get(factor.leaf)
+            if by is None or factor.diagonal:
+                made = made @ of_factors((factor,))
+            else:
+                made = made @ (by.T if factor.transposed else by)
+        for w, by_number in made.scaled(Scalar(c, word.scalars)).terms:
+            scattered = word.scattered or w.scattered
+            is_vector = word.diag_part or w.diag_part
+            found.append((w._replace(diag_part=is_vector, scattered=scattered), by_number))
+    return polynomial(found)
