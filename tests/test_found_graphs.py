@@ -39,10 +39,18 @@ def _check_functions(fn: Callable[..., Any], shapes: Shapes) -> None:
     _same(outputs_and_grads(rewritten, given), outputs_and_grads(fn, given))
 
 
-def _check_joint(fn: Callable[..., Any], shapes: Shapes) -> None:
-    """Compile a function with its backward and compare what it computes."""
+def _check_joint(
+    fn: Callable[..., Any], shapes: Shapes, grads: tuple[int, ...] | None = None
+) -> None:
+    """Compile a function with its backward and compare what it computes.
+
+    Args:
+        fn: The function.
+        shapes: Of its arguments.
+        grads: The arguments that require a gradient; all of them if None.
+    """
     torch._dynamo.reset()
-    given = _given(shapes)
+    given = [x.requires_grad_(grads is None or i in grads) for i, x in enumerate(_given(shapes))]
     compiled = torch.compile(fn, backend="runlora_eager", fullgraph=True, options=OPTIONS)
     _same(outputs_and_grads(compiled, given), outputs_and_grads(fn, given))
 
@@ -117,6 +125,17 @@ def _low_rank_of_tokens(x: Tensor, w: Tensor, a: Tensor, b: Tensor, t: Tensor) -
     return y.t() @ t.reshape(-1, b.shape[1])
 
 
+def test_a_product_is_added_to_activations_as_they_are() -> None:
+    """One kernel adds and multiplies, and takes matrices only."""
+
+    def fn(x: Tensor, w: Tensor, a: Tensor, b: Tensor, c: Tensor, v: Tensor) -> Any:
+        base = F.linear(x, w)
+        y = F.linear(base + x @ a @ b @ c, v)
+        return y.relu(), base
+
+    _check_functions(fn, [(2, 5, 8), (8, 8), (8, 2), (2, 3), (3, 8), (10, 8)])
+
+
 @pytest.mark.parametrize("fn", [_columns_weighed, _rows_weighed, _low_rank_of_tokens])
 @pytest.mark.parametrize("shape", [(1, 5, 8), (2, 6, 8), (4, 16, 8)])
 @pytest.mark.parametrize("rank", [1, 3])
@@ -125,6 +144,49 @@ def test_activations_are_factors_on_either_side(
 ) -> None:
     shapes = [shape, (3, 8), (8, rank), (rank, 3), (*shape[:2], 3)]
     _check_functions(fn, shapes)
+
+
+# -- equal values ------------------------------------------------------------------------------
+
+
+def _equal_products(x: Tensor, w: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    first, second = F.linear(x, w), F.linear(x, w)
+    return F.linear(first + 3.0 * second, v)[1:], second
+
+
+def test_one_of_two_equal_products_is_a_leaf_and_the_other_is_read_through() -> None:
+    _check_joint(_equal_products, [(2, 8), (2, 8), (7, 2)])
+
+
+# -- zero --------------------------------------------------------------------------------------
+
+
+def _bias_times_zero(x: Tensor, w: Tensor, v: Tensor, b: Tensor, u: Tensor) -> Tensor:
+    y = F.linear(x, w)
+    return torch.addmm(y, F.linear(y, v, b), u, beta=0)
+
+
+def test_what_is_multiplied_by_zero_is_no_addend() -> None:
+    _check_joint(_bias_times_zero, [(5, 6), (2, 6), (7, 2), (7,), (7, 2)])
+
+
+# -- what the backward reads of the forward ----------------------------------------------------
+
+
+def _divided_by_a_number(x: Tensor, w: Tensor, b: Tensor, v: Tensor, s: Tensor) -> Any:
+    y = F.linear(x, w, b)
+    return torch.einsum("bi,oi->bo", y, v) / (2 + s), y
+
+
+def _sum_divided_by_a_number(x: Tensor, w: Tensor, b: Tensor, v: Tensor, s: Tensor) -> Any:
+    y = F.linear(x, w, b)
+    return (y @ v.T + (x @ w.T) @ v.T) / (2 + s), y
+
+
+@pytest.mark.parametrize("fn", [_divided_by_a_number, _sum_divided_by_a_number])
+def test_the_backward_scales_a_product_of_the_forward(fn: Callable[..., Any]) -> None:
+    """The gradient of ``s`` is made of the product, which the graph keeps for it."""
+    _check_joint(fn, [(2, 8), (3, 8), (3,), (6, 3), ()], grads=(4,))
 
 
 # -- what the forward writes -------------------------------------------------------------------

@@ -33,11 +33,12 @@ def transposed(addends: Addends) -> Addends:
 
 
 def without_cancelled(addends: Addends) -> Addends:
-    """The same sum without the words that vanish from it."""
+    """The same sum without the words that vanish from it, and without addends that are zero."""
     if len(addends) == 1:
         return addends
     left_over = set(total(addends).words)
     if left_over.issuperset(word for p in addends for word in p.words):
-        return addends
-    kept = (polynomial((w, c) for w, c in p.terms if w in left_over) for p in addends)
+        kept = addends
+    else:
+        kept = tuple(polynomial((w, c) for w, c in p.terms if w in left_over) for p in addends)
     return tuple(p for p in kept if p.terms)

@@ -9,8 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from runlora_fx.passes.algebra.polynomials import IDENTITY, Polynomial, of_factors, polynomial
-from runlora_fx.passes.algebra.words import Scalar, Word
+from runlora_fx.passes.algebra.polynomials import (
+    IDENTITY,
+    Polynomial,
+    Scalar,
+    of_factors,
+    polynomial,
+)
+from runlora_fx.passes.algebra.words import Word
 
 
 def replaced(p: Polynomial, leaves: Mapping[int, Polynomial]) -> Polynomial:

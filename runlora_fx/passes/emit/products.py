@@ -15,7 +15,7 @@ from torch import fx
 from runlora_fx.passes.algebra.polynomials import ONE, Scalar
 from runlora_fx.passes.algebra.problem import Value
 from runlora_fx.passes.algebra.steps import Accumulate, Product
-from runlora_fx.passes.emit.scope import Scope, dtype_of
+from runlora_fx.passes.emit.scope import Scope, dtype_of, flattened
 from runlora_fx.passes.emit.values import Values
 from runlora_fx.passes.levels.sizes import equal, is_one, numel, shape_of
 
@@ -72,6 +72,8 @@ class Products:
         a, b, by = product
         if by.leaves or len(shape_of(a)) != 2 or dtype_of(total) != dtype_of(a):
             return self._scope.added(total, self.product(a, b, by))
+        if len(shape_of(total)) > 2:  # activations whose rows are not flattened
+            total = self._scope.writer.reshape(total, flattened(total))
         return self._scope.writer.addmm(total, a, b, by.number)
 
     def unshared_product(self, value: Value) -> Product | None:
