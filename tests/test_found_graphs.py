@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 import runlora_fx
 from runlora_fx.passes.read.effects import Effects
+from runlora_fx.passes.read.gradients import gradient_nodes
 from runlora_fx.passes.read.phases import Phases
 
 OPTIONS: Any = {"runlora.strict": True, "runlora.objective": "flops"}
@@ -228,7 +229,7 @@ def test_a_write_runs_in_the_phase_that_it_is_tagged_for(tag: str | None) -> Non
     graph.output((x, result))
     if tag is not None:
         written.meta["partitioner_tag"] = tag
-    phases = Phases(graph, Effects(graph))
+    phases = Phases(graph, gradient_nodes(graph), Effects(graph))
     is_backward = tag == "must_be_in_backward"
     assert [phases.runs_backward(n) for n in (doubled, written, result)] == [is_backward] * 2 + [
         True
