@@ -14,6 +14,7 @@ from runlora_fx.passes.emit.layout import is_relied_on
 from runlora_fx.passes.emit.nodes import hand_over
 from runlora_fx.passes.emit.probe import probe
 from runlora_fx.passes.emit.recompute import recompute, recompute_dequantised
+from runlora_fx.passes.emit.replay import Replays
 from runlora_fx.passes.emit.results import keep_results_apart, memory_of_results
 from runlora_fx.passes.emit.task import Task, task_of
 from runlora_fx.passes.emit.verify import verify
@@ -72,10 +73,13 @@ def _replace(task: Task, writer: Writer, emitter: Emitter, *, probes: bool) -> N
     """Emit and verify every root, then put them all in the places of the old ones."""
     graph, reader = task.analysis.graph, task.analysis.reader
     emitted: list[tuple[Root, fx.Node]] = []
+    replays = Replays(task, writer, emitter)
     for root in task.roots:
         with _of_root(root):
-            new = emitter.emit(root)
-            verify(reader, new, root.node, root.polynomial)
+            new = replays.replayed(root)
+            if new is None:
+                new = replays.emitted(root)
+                verify(reader, new, root.node, root.polynomial)
         # All roots are proven before any is replaced: until then the graph is only longer.
         emitted.append((root, new))
     for root, new in emitted:
@@ -93,7 +97,7 @@ def _replace(task: Task, writer: Writer, emitter: Emitter, *, probes: bool) -> N
     # The same for a weight that was quantised to be small, and is written whole.
     recompute(writer.materialised, writer.written)
     for node in reversed(list(graph.nodes)):
-        if reader.is_read(node):
+        if node in writer.own or reader.is_read(node):
             _ask_another(reader, node)
             if not node.users:
                 graph.erase_node(node)
@@ -104,6 +108,8 @@ def _ask_another(reader: GraphReader, node: fx.Node) -> None:
     """Where only its dtype or device is still asked for, have a source of the node asked."""
     if not node.users or not all(map(asks_about, node.users)):
         return
+    if node not in reader.forms:
+        reader.classify(node)
     other = reader.linear.stand_in(node)
     if other is not None:
         for user in list(node.users):

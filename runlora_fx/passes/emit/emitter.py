@@ -11,19 +11,20 @@ them.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from weakref import proxy
 
 from torch import fx
 
 import runlora_fx.passes.emit.implementations  # noqa: F401  what it registers writes the steps
-from runlora_fx.passes.algebra.polynomials import Normalised, Polynomial, Scalar, normalise
+from runlora_fx.passes.algebra.polynomials import Factor, Normalised, Polynomial, Scalar, normalise
 from runlora_fx.passes.algebra.problem import Value
-from runlora_fx.passes.algebra.steps import Keep, Sum
+from runlora_fx.passes.algebra.steps import Keep, Step, Sum
 from runlora_fx.passes.emit.broadcasts import Broadcasts
 from runlora_fx.passes.emit.layout import is_relied_on, memory_order
 from runlora_fx.passes.emit.products import Products
 from runlora_fx.passes.emit.registry import Emission, writing
-from runlora_fx.passes.emit.rules import rule_of, rule_of_root
+from runlora_fx.passes.emit.rules import COPY, rule_of, rule_of_root
 from runlora_fx.passes.emit.scope import Scope, dtype_of, matrix_shape
 from runlora_fx.passes.emit.sums import Sums
 from runlora_fx.passes.emit.task import Laid, Task
@@ -38,6 +39,8 @@ class Emitter:
     Attributes:
         recomputed: Nodes of the forward that the backward computes again by itself.
         copied: By the copy of a root that has the strides it came with, the root as it was made.
+        made: By region, the nodes that hold its values, in the order in which they were made.
+        shown: By leaf and phase, the node that shows it as a matrix.
     """
 
     def __init__(self, task: Task, writer: Writer) -> None:
@@ -50,6 +53,8 @@ class Emitter:
         self._sums = Sums(self._scope, values, products, broadcasts)
         self._emission = Emission(self._scope, values, products, self._sums, broadcasts)
         self._made: dict[Value, Laid] = {}
+        self.made: defaultdict[int, list[fx.Node]] = defaultdict(list)
+        self.shown: dict[tuple[int, bool], fx.Node] = {}
         self._of_values: set[fx.Node] = set()
         self.recomputed: list[fx.Node] = []
         self.copied: dict[fx.Node, fx.Node] = {}
@@ -61,7 +66,7 @@ class Emitter:
             EmissionError: If the graph cannot express it.
         """
         self._scope.writer.move_to(root.node)
-        with self._scope.writer.making(rule_of_root(root, self._scope.leaves)):
+        with self._scope.writer.making(rule_of_root(root)):
             return self._emitted(root)
 
     def _emitted(self, root: Root) -> fx.Node:
@@ -92,7 +97,7 @@ class Emitter:
             return emitted
         order = memory_order(root.node, self._scope.hint)
         if order is not None:
-            with self._scope.writer.making(f"copy: the strides of {root.node.name}"):
+            with self._scope.writer.making(COPY):
                 copied = self._scope.writer.laid_out(emitted, order)
             self.copied[copied] = emitted
             return copied
@@ -142,9 +147,38 @@ class Emitter:
 
     def _laid(self, value: Value, transposed: bool) -> Laid:
         """The same; what has no step of its own, as a row that is repeated, is made as asked."""
+        factor = value.core.leaf
+        if factor is not None and value not in self._task.steps:
+            return Laid(self._shown(factor, value.backward), False)
         if value not in self._made:
-            self._made[value] = self._make(value, self._task.lies.get(value.core, transposed))
+            laid = self._make(value, self._task.lies.get(value.core, transposed))
+            self._take_note(value, laid)
         return self._made[value]
+
+    def know(self, value: Value, laid: Laid) -> None:
+        """Take a value as made by a node."""
+        self._made[value] = laid
+
+    def _take_note(self, value: Value, laid: Laid) -> None:
+        self._made[value] = laid
+        region = self._task.regions.get(value)
+        if region is None:
+            region = self._task.regions[Value(value.core, False)]
+        self.made[region].append(laid.node)
+        if self._scope.writer.recording is not None:
+            node, transposed = laid
+            self._scope.writer.recording.made(region, value, node, transposed=transposed)
+
+    def _shown(self, factor: Factor, backward: bool) -> fx.Node:
+        """A leaf as a matrix."""
+        key, recording = (factor.leaf, backward), self._scope.writer.recording
+        if recording is not None:
+            recording.asked(*key, key in self.shown)
+        if key not in self.shown:
+            self.shown[key] = self._scope.leaf(factor)
+            if recording is not None:
+                recording.showed(*key, self.shown[key])
+        return self.shown[key]
 
     def is_made(self, value: Value) -> bool:
         """Whether a value was emitted already."""
@@ -152,8 +186,6 @@ class Emitter:
 
     def _make(self, value: Value, transposed: bool) -> Laid:
         step, twin = self._task.steps.get(value), Value(value.core, False)
-        if step is None and value.core.leaf is not None:
-            return Laid(self._scope.leaf(value.core.leaf), False)
         if step is None or isinstance(step, Keep):
             if not value.backward:
                 raise EmissionError(f"the plan has no step for {value}")
@@ -163,14 +195,8 @@ class Emitter:
             return self._made[twin]
         again = self._task.steps.get(Value(value.core, True), Keep())
         is_repeated = not value.backward and not isinstance(again, Keep)
-        known = self._task.existing.get((value, step))
-        if (
-            known is not None
-            and self._task.runs_as_usual(value)
-            and self._scope.writer.is_before(known.node)
-            and dtype_of(known.node) == self._scope.dtype(value)
-            and self._task.came_so(value, step)
-        ):
+        known = self._came(value, step)
+        if known is not None:
             if is_repeated:
                 self.recomputed.append(known.node)
             seen = self._scope.reader.cuts[known.node].extents(shape_of(known.node))
@@ -178,7 +204,7 @@ class Emitter:
                 self._scope.writer.reshape(known.node, matrix_shape(*seen)), known.transposed
             )
         begin = len(self._scope.writer.written)
-        with self._scope.writer.making(rule_of(value, step, self._scope.leaves)):
+        with self._scope.writer.making(rule_of(value, step)):
             write = writing(self._task.implementations[value])
             node = write(self._emission, value, step, transposed)
         # Not the value alone, but all it is made by: the partitioner would save the last of them.
@@ -187,3 +213,21 @@ class Emitter:
         if is_repeated:
             self.recomputed += [node, *own]
         return Laid(node, transposed)
+
+    def _came(self, value: Value, step: Step) -> Laid | None:
+        """The node of the incoming graph that makes a value by a step, if it can be taken."""
+        known = self._task.existing.get((value, step))
+        if known is None:
+            return None
+        laid, writer = known.laid, self._scope.writer
+        is_before = writer.is_before(laid.node)
+        if writer.recording is not None:
+            facts = self._task.facts_of(known)
+            writer.recording.met(*known.place, laid.node, is_before=is_before, facts=facts)
+        is_alike = (
+            is_before
+            and self._task.runs_as_usual(value)
+            and dtype_of(laid.node) == self._scope.dtype(value)
+            and self._task.came_so(value, step)
+        )
+        return laid if is_alike else None

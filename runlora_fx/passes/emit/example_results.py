@@ -21,7 +21,7 @@ from torch import fx
 from runlora_fx._torch_compat import fake_like, in_fake_mode, is_plain_fake, storage_of
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
     """What is known of a tensor without its numbers."""
 
     shape: tuple[int, ...]
@@ -87,7 +87,7 @@ class ExampleResults:
             if not is_plain_fake(value, self._mode):
                 raise _NotPlainError
             tensors.append(value)
-            return _layout(value)
+            return layout_of(value)
         if isinstance(x, list | tuple):
             return tuple([self._frozen(y, tensors) for y in x])
         if isinstance(x, dict):
@@ -99,9 +99,10 @@ class _NotPlainError(Exception):
     """An argument of which a call may depend on more than the key says."""
 
 
-def _layout(value: torch.Tensor) -> _Layout:
+def layout_of(value: torch.Tensor) -> Layout:
+    """The layout of a tensor."""
     offset = int(value.storage_offset())
-    return _Layout(tuple(value.shape), value.stride(), offset, value.dtype, value.device)
+    return Layout(tuple(value.shape), value.stride(), offset, value.dtype, value.device)
 
 
 def values_of(x: Any) -> Any:

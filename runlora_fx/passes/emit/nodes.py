@@ -32,6 +32,7 @@ class Inserter:
         self.rule = rule
         self._graph = graph
         self._anchor: fx.Node | None = None
+        self._lent: dict[str, Any] = {}
         self.mode = fake_mode_of(node.meta.get("val") for node in graph.nodes)
         self._results = ExampleResults(self.mode)
         self.written: list[fx.Node] = []
@@ -45,13 +46,20 @@ class Inserter:
     def move_to(self, anchor: fx.Node) -> None:
         """Write in front of this node from now on."""
         self._anchor = anchor
+        self._lent = {name: anchor.meta[name] for name in COPIED_META if name in anchor.meta}
+        if self._lent.get("recompute") in _SAVED:
+            del self._lent["recompute"]  # it is the anchor's result that the user saves
 
     def __call__(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """Write one call."""
-        anchor = self.anchor
         # Computed before the node is made: a call that fails leaves nothing in the graph.
-        value = self._results(target, args, kwargs)
-        with self._graph.inserting_before(anchor):
+        return self.known(target, args, kwargs, self._results(target, args, kwargs))
+
+    def known(
+        self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], value: Any
+    ) -> fx.Node:
+        """Write one call whose example value is known."""
+        with self._graph.inserting_before(self.anchor):
             node = self._graph.call_function(target, args, kwargs)
         return self._described(node, value)
 
@@ -64,11 +72,7 @@ class Inserter:
 
     def _described(self, node: fx.Node, value: Any) -> fx.Node:
         """A new node with its metadata."""
-        anchor = self.anchor
-        node.meta = {name: anchor.meta[name] for name in COPIED_META if name in anchor.meta}
-        if node.meta.get("recompute") in _SAVED:
-            del node.meta["recompute"]  # it is the anchor's result that the user saves
-        node.meta["val"] = value
+        node.meta = {**self._lent, "val": value}
         if self.rule:
             node.meta[RULE] = self.rule
         self.written.append(node)

@@ -2,10 +2,17 @@
 
     node.meta["runlora"] == "sum: primals_2 + 2 primals_4 primals_3"
 
-Reports and debuggers show it. Invariant: it is for reading only; no pass decides by it.
+A rule is kept in pieces: texts, and numbers of leaves in the places of their names. So the rule of
+an equal step of another layer is the same but for the numbers.
+
+Invariant: a rule is for reading only; no pass decides by it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import chain
+from typing import Literal, NamedTuple, TypeAlias
 
 from runlora_fx.passes.algebra.polynomials import Polynomial
 from runlora_fx.passes.algebra.problem import Value
@@ -27,61 +34,104 @@ from runlora_fx.passes.read.regions import Root
 _LONGEST = 100
 
 
-def rule_of(value: Value, step: Step, leaves: Leaves) -> str:
-    """The rule and the formula that a step of a plan computes a value by."""
-    operands = step.operands
-    if isinstance(step, Sum):
-        return _cut("sum: " + " + ".join(_text(p, leaves) for p in operands))
-    if isinstance(step, Accumulate):
-        product = step.left @ step.right
-        return _cut(f"sum: {_text(step.addend, leaves)} + {_text(product, leaves)}")
-    texts = [_in_brackets(p, leaves) for p in operands]
-    match step:
-        case Unpack():
-            return _cut(f"unpack: {_text(value.core, leaves)}")
-        case Pick(_, k):
-            return _cut(f"pick: {texts[0]}[{leaves.assignments[k].node.name}]")
-        case Scatter(_, k) | GroupedOuter(_, _, k):
-            name = leaves.assignments[k].node.name
-            return _cut(f"sum by expert: sum_{name}({' '.join(texts)})")
-        case GroupedProduct(_, _, k, side):
-            texts[side == "right"] += f"[{leaves.assignments[k].node.name}]"
-            return _cut(f"grouped product: {' '.join(texts)}")
-    left, right = texts
-    if value.core.is_diag_part:
-        return _cut(f"diagonal of a product: {left} {right}")
-    if any(p.is_diagonal for p in operands):
-        return _cut(f"scaling: {left} {right}")
-    return _cut(f"product: {left} {right}")
+class Name(NamedTuple):
+    """The place of a name.
+
+    Attributes:
+        kind: Whether it is that of a leaf, a scalar leaf, an assignment, or the root to write.
+        number: The number of the leaf or assignment.
+        slot: What gives it this number: see :class:`~runlora_fx.passes.emit.recording.Slot`.
+    """
+
+    kind: Literal["matrix", "scalar", "assignment", "root"]
+    number: int
+    slot: int = 0
 
 
-def rule_of_root(root: Root, leaves: Leaves) -> str:
-    """The rule and the formula that the parts of a root are put together by."""
-    return _cut("sum: " + " + ".join(_text(p, leaves) for p in root.parts))
+#: What a node is written for.
+Rule: TypeAlias = tuple[str | Name, ...]
+
+#: What a copy is written for that has the strides of a root.
+COPY: Rule = ("copy: the strides of ", Name("root", 0))
 
 
-def _cut(text: str) -> str:
+def text_of(rule: Rule, named: Callable[[Name], str]) -> str:
+    """A rule as a text, with the names that a function gives."""
+    text = "".join([piece if isinstance(piece, str) else named(piece) for piece in rule])
     return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
 
 
-def _in_brackets(p: Polynomial, leaves: Leaves) -> str:
-    return _text(p, leaves) if len(p) == 1 else f"({_text(p, leaves)})"
+def name_in(leaves: Leaves, name: Name, root: str) -> str:
+    """What a leaf of a graph is called.
+
+    Args:
+        leaves: The leaves of the graph.
+        name: The place of the name.
+        root: The name of the root that is written.
+    """
+    match name.kind:
+        case "matrix":
+            return leaves.matrices[name.number].origin.name
+        case "scalar":
+            return leaves.scalars[name.number].node.name
+        case "assignment":
+            return leaves.assignments[name.number].node.name
+    return root
 
 
-def _text(p: Polynomial, leaves: Leaves) -> str:
-    return " + ".join(_term(word, c, leaves) for word, c in p.terms)
+def rule_of(value: Value, step: Step) -> Rule:
+    """The rule and the formula that a step of a plan computes a value by."""
+    operands = step.operands
+    if isinstance(step, Sum):
+        return ("sum: ", *_joined(" + ", [_text(p) for p in operands]))
+    if isinstance(step, Accumulate):
+        product = step.left @ step.right
+        return ("sum: ", *_joined(" + ", [_text(step.addend), _text(product)]))
+    texts = [_in_brackets(p) for p in operands]
+    match step:
+        case Unpack():
+            return ("unpack: ", *_text(value.core))
+        case Pick(_, k):
+            return ("pick: ", *texts[0], "[", Name("assignment", k), "]")
+        case Scatter(_, k) | GroupedOuter(_, _, k):
+            name = Name("assignment", k)
+            return ("sum by expert: sum_", name, "(", *_joined(" ", texts), ")")
+        case GroupedProduct(_, _, k, side):
+            texts[side == "right"] += ("[", Name("assignment", k), "]")
+            return ("grouped product: ", *_joined(" ", texts))
+    if value.core.is_diag_part:
+        return ("diagonal of a product: ", *_joined(" ", texts))
+    if any(p.is_diagonal for p in operands):
+        return ("scaling: ", *_joined(" ", texts))
+    return ("product: ", *_joined(" ", texts))
 
 
-def _term(word: Word, c: float, leaves: Leaves) -> str:
-    scalars = [leaves.scalars[i].node.name for i in word.scalars]
-    factors = [_factor(factor, leaves) for factor in word.factors] or ["I"]
-    number = [] if c == 1.0 else [f"{c:g}"]
-    return " ".join([*number, *scalars, *factors])
+def rule_of_root(root: Root) -> Rule:
+    """The rule and the formula that the parts of a root are put together by."""
+    return ("sum: ", *_joined(" + ", [_text(p) for p in root.parts]))
 
 
-def _factor(factor: Factor, leaves: Leaves) -> str:
-    leaf = leaves.matrices[factor.leaf]
-    name = leaf.origin.name
-    if leaf.diagonal:
-        return f"diag({name})"
-    return f"{name}'" if factor.transposed else name
+def _joined(between: str, rules: list[Rule]) -> Rule:
+    return tuple(chain.from_iterable((between, *rule) for rule in rules))[1:]
+
+
+def _in_brackets(p: Polynomial) -> Rule:
+    return _text(p) if len(p) == 1 else ("(", *_text(p), ")")
+
+
+def _text(p: Polynomial) -> Rule:
+    return _joined(" + ", [_term(word, c) for word, c in p.terms])
+
+
+def _term(word: Word, c: float) -> Rule:
+    scalars: list[Rule] = [(Name("scalar", i),) for i in word.scalars]
+    factors = [_factor(factor) for factor in word.factors] or [("I",)]
+    number: list[Rule] = [] if c == 1.0 else [(f"{c:g}",)]
+    return _joined(" ", [*number, *scalars, *factors])
+
+
+def _factor(factor: Factor) -> Rule:
+    name = Name("matrix", factor.leaf)
+    if factor.diagonal:
+        return ("diag(", name, ")")
+    return (name, "'") if factor.transposed else (name,)

@@ -85,7 +85,7 @@ class Sums:
         step = self._products.unshared_product(value) if is_first else None
         if step is None:
             return self._scope.scaled(self._values.matrix(value, turned), part.scalar)
-        with self._scope.writer.making(rule_of(value, step, self._scope.leaves)):
+        with self._scope.writer.making(rule_of(value, step)):
             a, b, by = self._products.operands(value, step, turned)
             return self._products.product(a, b, by * part.scalar)
 
@@ -95,7 +95,7 @@ class Sums:
         step = self._products.unshared_product(value)
         if step is None:
             return self._scope.added(total, self._matrix(part, flip, backward, is_first=False))
-        with self._scope.writer.making(rule_of(value, step, self._scope.leaves)):
+        with self._scope.writer.making(rule_of(value, step)):
             a, b, by = self._products.operands(value, step, turned)
         return self._products.accumulated(total, Operands(a, b, by * part.scalar))
 
@@ -114,6 +114,7 @@ class Sums:
 
     def _identity_like(self, total: fx.Node) -> fx.Node:
         """The identity matrix of the graph that can be added to a square matrix."""
+        self._scope.writer.forget()  # another layer may have none
         shape, dtype = shape_of(total), dtype_of(total)
         for node, form in self._scope.reader.forms.items():
             fits = isinstance(form, Identity) and dtype_of(node) == dtype

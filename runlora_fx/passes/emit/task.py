@@ -1,17 +1,21 @@
-"""Tasks: what is to be emitted, as data, before anything is written.
+"""Tasks: what is to be emitted, as data in the numbers of the graph's leaves.
 
-    plans of two regions      ->      one plan for the graph, the roots that they touch,
-                                      and the nodes that already compute a step of it
+    plans of two regions      ->      the roots that they touch; once a root of a region is to be
+                                      written, its steps, and the nodes that already compute one
 
-Invariant: a task never changes, and says nothing of what the emitted nodes look like.
+Regions have problems with numbers of their own, and most equal another region: what is written for
+one is written for the other (:mod:`runlora_fx.passes.emit.replay`). So the numbers of the graph are
+put into a plan only where a root is emitted step by step.
+
+Invariant: a task says nothing of what the emitted nodes look like. What it says of a region does
+not depend on which other regions were taken up.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from collections.abc import Hashable, Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from torch import fx
@@ -22,9 +26,10 @@ from runlora_fx.passes.algebra.polynomials import IDENTITY, Polynomial, normalis
 from runlora_fx.passes.algebra.problem import Problem, Value
 from runlora_fx.passes.algebra.steps import Keep, Step
 from runlora_fx.passes.algebra.sums import accumulated
+from runlora_fx.passes.emit.example_results import layout_of
+from runlora_fx.passes.levels.sizes import example_of
 from runlora_fx.passes.read.analysis import Analysis
 from runlora_fx.passes.read.reader import GraphReader
-from runlora_fx.passes.read.regions import Root
 
 
 class Laid(NamedTuple):
@@ -34,47 +39,107 @@ class Laid(NamedTuple):
     transposed: bool
 
 
-@dataclass(frozen=True)
+class Existing(NamedTuple):
+    """A product that the incoming graph computes.
+
+    Attributes:
+        laid: The node, and whether it holds the transpose of the value.
+        place: The region, and which of its incoming steps it is.
+    """
+
+    laid: Laid
+    place: tuple[int, int]
+
+
 class Task:
     """What is to be emitted into one graph.
 
     Attributes:
         analysis: The graph as it came.
-        steps: A step for every value that the roots need, in leaves of the graph.
+        plans: By the index of a region, what to compute it by; the others stay as they came.
+        roots: All roots that are emitted, in graph order.
+        places: By root and part of it, the region of the part and which of its demands it is.
+        steps: Of the regions taken up: a step for every value that the roots need.
         implementations: What runs each step, by name.
         lies: By value that has a step, whether it is computed transposed.
-        roots: All roots that are emitted, in graph order.
+        regions: By value that has a step, its region.
         existing: Nodes of the incoming graph that compute a value by a step.
-        incoming: Every step of the incoming graph.
+        uses: How often each value is read, by steps of either phase and by roots.
     """
 
-    analysis: Analysis
-    steps: Mapping[Value, Step]
-    implementations: Mapping[Value, str]
-    lies: Mapping[Polynomial, bool]
-    roots: tuple[Root, ...]
-    existing: Mapping[tuple[Value, Step], Laid]
-    incoming: frozenset[tuple[Value, Step]]
+    def __init__(self, analysis: Analysis, plans: Mapping[int, Plan]) -> None:
+        """The task of putting plans into a graph; no region is taken up yet."""
+        self.analysis = analysis
+        self.plans = plans
+        regions = analysis.regions
+        touched = {root.node for i in plans for root, _ in regions.regions[i].demands}
+        self.roots = tuple(root for root in regions.roots if root.node in touched)
+        self.places = {
+            (root.node, part): (i, k)
+            for i, region in enumerate(regions.regions)
+            for k, (root, part) in enumerate(region.demands)
+            if root.node in touched
+        }
+        self.steps: dict[Value, Step] = {}
+        self.implementations: dict[Value, str] = {}
+        self.lies: dict[Polynomial, bool] = {}
+        self.regions: dict[Value, int] = {}
+        self.existing: dict[tuple[Value, Step], Existing] = {}
+        self.uses: Counter[Value] = Counter()
+        self._incoming: set[tuple[Value, Step]] = set()
+        self._taken: set[int] = set()
+
+    # -- regions -------------------------------------------------------------------------------
+
+    def take_up(self, region: int) -> None:
+        """Put the numbers of the graph into the plan of a region, and into its incoming steps."""
+        if region in self._taken:
+            return
+        self._taken.add(region)
+        posed = self.analysis.posed[region]
+        # Sums also as they accumulate.
+        came = [posed.step_in_graph(value, step) for value, step in _all_steps(posed.problem)]
+        plan = posed.in_graph(self.plans.get(region) or _as_it_came(posed.problem))
+        self.steps.update(plan.steps)
+        self.implementations.update(plan.implementations)
+        self.lies.update(plan.lies or {})
+        self.regions.update(dict.fromkeys(plan.steps, region))
+        self._incoming.update(came)
+        self._count_uses(region, plan)
+        self._find_existing(region)
+
+    def _count_uses(self, region: int, plan: Plan) -> None:
+        for root, part in self.analysis.regions.regions[region].demands:
+            if (root.node, part) in self.places:
+                self.uses[self.value(normalise(part).core, root.backward)] += 1
+        for value, step in plan.steps.items():
+            if isinstance(step, Keep):
+                self.uses[Value(value.core, False)] += 1
+            else:
+                operands = (normalise(p).core for p in step.operands)
+                self.uses.update(self.value(core, value.backward) for core in operands)
+
+    def _find_existing(self, region: int) -> None:
+        """Find interior nodes that are products: a plan that makes the same can take them."""
+        reader = self.analysis.reader
+        for k, made in enumerate(self.analysis.regions.regions[region].incoming):
+            is_plain = reader.forms[made.node].is_product
+            if not (made.is_product and is_plain) or made.node in reader.stops:
+                continue
+            scalar, transposed, core = normalise(made.polynomial)
+            if not scalar.is_one or _reads_identity(reader, made.node):
+                continue  # the latter would drag a product with the identity matrix along
+            step = made.step.making(made.polynomial)
+            found = Existing(Laid(made.node, transposed), (region, k))
+            self.existing.setdefault((Value(core, made.backward), step), found)
+
+    # -- questions -----------------------------------------------------------------------------
 
     def value(self, core: Polynomial, backward: bool) -> Value:
         """The value of a normalised polynomial, in the phase in which it is computed."""
         matrices, gradients = self.analysis.reader.leaves.matrices, self.analysis.phases.gradients
         nodes = (node for i in core.leaves for node in matrices[i].sources)
         return Value(core, backward or any(node in gradients for node in nodes))
-
-    @cached_property
-    def uses(self) -> Counter[Value]:
-        """How often each value is read, by steps of either phase and by roots."""
-        uses: Counter[Value] = Counter()
-        for root in self.roots:
-            uses.update(self.value(normalise(p).core, root.backward) for p in root.parts)
-        for value, step in self.steps.items():
-            if isinstance(step, Keep):
-                uses[Value(value.core, False)] += 1
-            else:
-                operands = (normalise(p).core for p in step.operands)
-                uses.update(self.value(core, value.backward) for core in operands)
-        return uses
 
     def is_alike(self, one: Value, other: Value) -> bool:
         """Whether two values are made by the same step, which runs in the same way."""
@@ -83,11 +148,29 @@ class Task:
 
     def came(self, value: Value, step: Step) -> bool:
         """Whether the incoming graph takes a step, and runs it as the plan does."""
-        return self.runs_as_usual(value) and (value, step) in self.incoming
+        return self.runs_as_usual(value) and (value, step) in self._incoming
 
     def runs_as_usual(self, value: Value) -> bool:
         """Whether a step runs as in a graph that takes it."""
         return named(self.implementations[value]).is_usual
+
+    def facts_of(self, known: Existing) -> tuple[object, ...]:
+        """All of an incoming product that decides whether it is taken, but for where it stands."""
+        return self.facts_at(*known.place)
+
+    def facts_at(self, region: int, k: int) -> tuple[object, ...]:
+        """The same of an incoming step of a region."""
+        made, reader = self.analysis.regions.regions[region].incoming[k], self.analysis.reader
+        value, form = example_of(made.node), reader.forms[made.node]
+        posed = self.analysis.posed[region]
+        return (
+            made.backward,
+            made.node in reader.stops,
+            form.is_product,
+            reader.cuts[made.node],
+            None if value is None else layout_of(value),
+            numbered(made.polynomial, posed.matrices, posed.scalars),
+        )
 
     def came_so(self, value: Value, step: Step) -> bool:
         """Whether the incoming graph makes all that a step reads as the plan does.
@@ -114,30 +197,21 @@ def task_of(analysis: Analysis, plans: Mapping[int, Plan]) -> Task:
         analysis: The graph as it came.
         plans: By the index of a region, what to compute it by; the others stay as they came.
     """
-    regions, plan = analysis.regions, _whole_plan(analysis, plans)
-    touched = {root.node for i in plans for root, _ in regions.regions[i].demands}
-    return Task(
-        analysis,
-        plan.steps,
-        plan.implementations,
-        plan.lies or {},
-        tuple(root for root in regions.roots if root.node in touched),
-        _existing(analysis),
-        frozenset(_incoming(analysis)),
+    return Task(analysis, plans)
+
+
+def numbered(p: Polynomial, matrices: Sequence[int], scalars: Sequence[int]) -> Hashable:
+    """A polynomial in other numbers: the places of its leaves among some."""
+    return tuple(
+        [
+            (
+                tuple([(matrices.index(leaf), *rest) for leaf, *rest in word.factors]),
+                tuple([scalars.index(scalar) for scalar in word.scalars]),
+                *(word.diag_part, word.scattered, c),
+            )
+            for word, c in p.terms
+        ]
     )
-
-
-def _whole_plan(analysis: Analysis, plans: Mapping[int, Plan]) -> Plan:
-    """One plan for the graph: the chosen steps where it changes, the incoming ones elsewhere."""
-    steps: dict[Value, Step] = {}
-    implementations: dict[Value, str] = {}
-    lies: dict[Polynomial, bool] = {}
-    for i, posed in enumerate(analysis.posed):
-        whole = posed.in_graph(plans.get(i) or _as_it_came(posed.problem))
-        steps.update(whole.steps)
-        implementations.update(whole.implementations)
-        lies.update(whole.lies or {})
-    return Plan(steps, implementations, lies)
 
 
 @lru_cache(maxsize=4096)
@@ -149,37 +223,11 @@ def _as_it_came(problem: Problem) -> Plan:
     return accumulated(problem, Plan(first)).laid(problem)
 
 
-def _incoming(analysis: Analysis) -> set[tuple[Value, Step]]:
-    """Every step of the graph as it came, in its own leaves; sums also as they accumulate."""
-    return {
-        posed.step_in_graph(value, step)
-        for posed in analysis.posed
-        for value, step in _all_steps(posed.problem)
-    }
-
-
 @lru_cache(maxsize=4096)
 def _all_steps(problem: Problem) -> tuple[tuple[Value, Step], ...]:
+    """Every step of the incoming graph; sums also as they accumulate."""
     steps = (*problem.incoming, *_as_it_came(problem).steps.items())
     return tuple(dict.fromkeys(steps))
-
-
-def _existing(analysis: Analysis) -> dict[tuple[Value, Step], Laid]:
-    """Interior nodes that are products: a plan that makes the same product can take them."""
-    found: dict[tuple[Value, Step], Laid] = {}
-    reader = analysis.reader
-    for region in analysis.regions.regions:
-        for made in region.incoming:
-            is_plain = reader.forms[made.node].is_product
-            if not (made.is_product and is_plain) or made.node in reader.stops:
-                continue
-            if _reads_identity(reader, made.node):
-                continue  # it would drag a product with the identity matrix along
-            scalar, transposed, core = normalise(made.polynomial)
-            if scalar.is_one:
-                step = made.step.making(made.polynomial)
-                found.setdefault((Value(core, made.backward), step), Laid(made.node, transposed))
-    return found
 
 
 def _reads_identity(reader: GraphReader, node: fx.Node) -> bool:

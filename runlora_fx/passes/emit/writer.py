@@ -11,10 +11,12 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from runlora_fx._torch_compat import in_fake_mode, is_sym_int
+from runlora_fx._torch_compat import fake_like, in_fake_mode, is_sym_int
 from runlora_fx.passes.algebra.posed import Dim
 from runlora_fx.passes.emit.example_results import values_of
 from runlora_fx.passes.emit.nodes import Inserter
+from runlora_fx.passes.emit.recording import Call, Recording
+from runlora_fx.passes.emit.rules import Rule, name_in, text_of
 from runlora_fx.passes.levels.assigned import TokenAssignment
 from runlora_fx.passes.levels.cuts import inverse
 from runlora_fx.passes.levels.forms import (
@@ -56,31 +58,39 @@ class Writer:
     Attributes:
         materialised: What computes virtual leaves that a plan needs.
         picked: What was picked: as cheap to pick again as a view, and as large as all rows.
+        own: All that was written.
+        rule: What is written for.
+        recording: What takes down what is written, if anything.
     """
 
     def __init__(self, graph: fx.Graph, reader: GraphReader, dialect: Dialect) -> None:
         """Write into the graph that the reader has read."""
         self._insert = Inserter(graph)
-        self._own: set[fx.Node] = set()
+        self.own: set[fx.Node] = set()
         self._reader = reader
         self._calls = dialect.calls
         self.materialised: list[fx.Node] = []
         self.picked: list[fx.Node] = []
         self._position = {node: i for i, node in enumerate(graph.nodes)}
         self._viewable: dict[Hashable, bool] = {}
+        self.rule: Rule = ()
+        self.recording: Recording | None = None
 
     def move_to(self, anchor: fx.Node) -> None:
         """Write in front of this node from now on."""
         self._insert.move_to(anchor)
 
     @contextmanager
-    def making(self, rule: str) -> Iterator[None]:
+    def making(self, rule: Rule) -> Iterator[None]:
         """A context in which nodes are written for a step, and say so in their metadata."""
-        outer, self._insert.rule = self._insert.rule, rule
+        outer = self.rule, self._insert.rule
+        root = self._insert.anchor.name
+        self.rule = rule
+        self._insert.rule = text_of(rule, lambda name: name_in(self._reader.leaves, name, root))
         try:
             yield
         finally:
-            self._insert.rule = outer
+            self.rule, self._insert.rule = outer
 
     @property
     def written(self) -> list[fx.Node]:
@@ -171,7 +181,7 @@ class Writer:
         """The transpose of a matrix, or of each in a batch."""
         n = len(shape_of(a))
         swapped = [*range(n - 2), n - 1, n - 2]
-        if a in self._own and a.target is self._calls.permute and a.args[1] == swapped:
+        if a in self.own and a.target is self._calls.permute and a.args[1] == swapped:
             return cast(fx.Node, a.args[0])
         return self._call(self._calls.permute, a, swapped)
 
@@ -180,7 +190,7 @@ class Writer:
         if same_shape(shape_of(a), shape):
             return a
         # A view that the graph made may be a leaf: then what it shows is none.
-        if a in self._own and a.target is self._calls.view:
+        if a in self.own and a.target is self._calls.view:
             viewed = a.args[0]
             if isinstance(viewed, fx.Node) and same_shape(shape_of(viewed), shape):
                 return viewed
@@ -300,22 +310,48 @@ class Writer:
 
     def attribute(self, name: str, tensor: torch.Tensor) -> fx.Node:
         """The node that reads an attribute of the graph's module."""
-        node = self._insert.attribute(name, tensor)
-        return self._placed(node)
+        self.forget()
+        return self._placed(self._insert.attribute(name, tensor))
+
+    def again(
+        self, call: Call, args: tuple[Any, ...], base: torch.Tensor | None, rule: str
+    ) -> fx.Node:
+        """A call that was made for an equal root.
+
+        Args:
+            call: The call as it was made.
+            args: Its arguments.
+            base: What the result is a view of, if it is one.
+            rule: What it is written for.
+        """
+        self._insert.rule = rule
+        value = fake_like(call.value, call.layout.shape, call.layout.strides, base)
+        return self._placed(self._insert.known(call.target, args, call.kwargs, value))
+
+    def find(self, target: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> fx.Node | None:
+        """The node before what is written now that makes this very call."""
+        return self._reader.values.find(target, args, kwargs, self.is_before)
+
+    def forget(self) -> None:
+        """Have nothing remembered of what is written now."""
+        if self.recording is not None:
+            self.recording.spoil()
 
     def _call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        known = self._reader.values.find(target, args, kwargs, self.is_before)
-        if known is not None:
-            return known
-        node = self._placed(self._insert(target, *args, **kwargs))
-        self._reader.classify(node)
+        known = self.find(target, args, kwargs)
+        node = known or self._placed(self._insert(target, *args, **kwargs))
+        if known is None:
+            self._reader.classify(node)
+        if self.recording is not None:
+            found = None if known is None else known in self.own
+            self.recording.called(target, args, kwargs, node, self.rule, found)
         return node
 
     def _placed(self, node: fx.Node) -> fx.Node:
         # After the anchor's operands and before the anchor: as early as anything written here.
         self._position[node] = self._position[self._insert.anchor] - 1
         self._reader.values.of(node)
-        self._own.add(node)
+        self.own.add(node)
         return node
 
     def erase(self) -> None:
