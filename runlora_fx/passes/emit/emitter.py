@@ -17,9 +17,10 @@ from weakref import proxy
 from torch import fx
 
 import runlora_fx.passes.emit.implementations  # noqa: F401  what it registers writes the steps
-from runlora_fx.passes.algebra.polynomials import Factor, Normalised, Polynomial, Scalar, normalise
+from runlora_fx.passes.algebra.polynomials import Normalised, Polynomial, Scalar, normalise
 from runlora_fx.passes.algebra.problem import Value
 from runlora_fx.passes.algebra.steps import Keep, Step, Sum
+from runlora_fx.passes.algebra.words import Factor
 from runlora_fx.passes.emit.broadcasts import Broadcasts
 from runlora_fx.passes.emit.layout import is_relied_on, memory_order
 from runlora_fx.passes.emit.products import Products

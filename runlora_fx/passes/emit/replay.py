@@ -177,12 +177,9 @@ class Replays:
             if start is not None:
                 demands = tuple(
                     [
-                        (
-                            (root.node, part) in task.places,
-                            numbered(part, slot.matrices, slot.scalars),
-                            root.backward,
-                        )
+                        (root.backward, numbered(part, slot.matrices, slot.scalars))
                         for root, part in task.analysis.regions.regions[region].demands
+                        if (root.node, part) in task.places
                     ]
                 )
                 plan = task.plans.get(region)
