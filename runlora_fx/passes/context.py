@@ -53,7 +53,7 @@ class Outcome:
 
     Attributes:
         findings: What it found and maybe changed, for the report to describe.
-        is_joint: Whether the graph has a forward and a backward.
+        is_joint: True if the graph has a forward and a backward.
     """
 
     findings: tuple[Any, ...] = ()
@@ -69,7 +69,7 @@ class Context:
         level: The level of the graph.
         options: What is asked of the passes.
         machine: What is known about the devices.
-        may_guard: Whether guards on symbolic sizes can be made: they are checked before each call,
+        may_guard: True if guards on symbolic sizes can be made: they are checked before each call,
             and another size gets another graph.
         parameters: Which of the graph's inputs are parameters, the same tensors in every call.
         failures: What went wrong so far; passes add to it.
@@ -97,11 +97,11 @@ class Context:
         return size_hint(sympy.sympify(size), self.mode, fallback)
 
     def guard(self, size: sympy.Expr, low: int, high: int | None) -> bool:
-        """Have Dynamo check ``low <= size < high`` before every call; whether that is possible."""
+        """Have Dynamo check ``low <= size < high`` before every call; False if it cannot."""
         return self.may_guard and guard_range(size, low, high, self.mode)
 
     def is_current(self, size: Dim) -> bool:
-        """Whether a size is still what it was: a guard may have put a number in its place."""
+        """True if a size is still what it was: a guard may have put a number in its place."""
         return isinstance(size, int) or is_current(size, self.mode)
 
     # -- the graph -----------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def _copy(into: Any, source: Any, *_: Any) -> Form | None:
 
 
 def _einsum(equation: str, operands: Any, path: Any = None) -> Form | None:
-    return builders.einsum(equation, operands) or builders.row_dots(equation, operands)
+    return builders.einsum(equation, operands) or builders.summed_rows(equation, operands)
 
 
 def _sum(x: Any, dims: Any, keepdim: Any = False) -> Form | None:
@@ -77,7 +77,7 @@ def _is_iota(node: object) -> bool:
 
 
 def _compare(node: fx.Node) -> bool:
-    """Whether a node is ``iota[:, None] == iota``: how decompositions spell eye."""
+    """True if a node is ``iota[:, None] == iota``: how decompositions spell eye."""
     if node.target is not _aten.eq.Tensor:
         return False
     row, column = node.args

@@ -124,7 +124,7 @@ class Repetition(NamedTuple):
 
     Attributes:
         cut: Shows the smaller tensor as one row, or as one column.
-        rows: Whether it is a row, repeated for every row of the matrix; else a column.
+        rows: True if it is a row, repeated for every row of the matrix; else a column.
     """
 
     cut: Cut

@@ -38,7 +38,7 @@ def level_of(graph: fx.Graph) -> Dialect:
 
 
 def _is_torch_call(node: fx.Node) -> bool:
-    """Whether a node computes a tensor by a torch function, a method or a module."""
+    """True if a node computes a tensor by a torch function, a method or a module."""
     if example_of(node) is None:
         return False
     if node.op != "call_function":

@@ -57,7 +57,7 @@ class Calls:
 
 
 def asks_about(node: fx.Node) -> bool:
-    """Whether a node reads the dtype or the device of a tensor, and no element."""
+    """True if a node reads the dtype or the device of a tensor, and no element."""
     is_attribute = node.op == "call_function" and node.target is getattr
     return is_attribute and node.args[1] in ("dtype", "device")
 
@@ -123,12 +123,12 @@ class Dialect:
         return reader
 
     def is_absorbed(self, node: fx.Node) -> bool:
-        """Whether every user reads a node as a part of itself."""
+        """True if every user reads a node as a part of itself."""
         forms = map(self.read, node.users)
         return bool(node.users) and all(f is not None and node in f.absorbed for f in forms)
 
     def is_readable(self, node: fx.Node) -> bool:
-        """Whether a node has a form, or is a part of one that has."""
+        """True if a node has a form, or is a part of one that has."""
         return self.read(node) is not None or self.is_absorbed(node)
 
     def users_of(self, node: fx.Node) -> list[fx.Node]:
@@ -138,7 +138,7 @@ class Dialect:
         return list(dict.fromkeys(reader for group in readers for reader in group))
 
     def is_made_of_product(self, node: fx.Node, depth: int = _DEPTH) -> bool:
-        """Whether a product of matrices is added up, scaled, viewed or cast to a node."""
+        """True if a product of matrices is added up, scaled, viewed or cast to a node."""
         form = self.read(node)
         if form is None or depth == 0:
             return False

@@ -28,7 +28,7 @@ from runlora_fx.passes.levels.sizes import example_of
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether calling a module also calls hooks, or a ``forward`` of its own."""
+    """True if calling a module also calls hooks, or a ``forward`` of its own."""
     hooks = (
         *(module._forward_hooks, module._forward_pre_hooks),
         *(module._backward_hooks, module._backward_pre_hooks),
@@ -37,13 +37,13 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether calling the module is exactly ``F.linear`` with its parameters."""
+    """True if calling the module is exactly ``F.linear`` with its parameters."""
     is_changed = is_hooked(module) or parametrize.is_parametrized(module)
     return type(module) is nn.Linear and not is_changed
 
 
 def drops_nothing(module: nn.Module) -> bool:
-    """Whether calling the module is the identity, in training or not."""
+    """True if calling the module is the identity, in training or not."""
     if type(module) is nn.Dropout:
         return module.p == 0 and not module.inplace and not is_hooked(module)
     return type(module) is nn.Identity and not is_hooked(module)

@@ -1,4 +1,4 @@
-"""Forms of the usual linear-algebra calls, shared by all dialects.
+"""Forms of the usual linear-algebra calls, shared by all levels.
 
 Example: ``addmm(b, x, w, 1, 2)`` is the sum of the broadcast ``b`` and twice the product ``x w``.
 
@@ -39,7 +39,7 @@ def ndim(node: object) -> int:
 
 
 def is_scalar(x: object, of: object) -> bool:
-    """Whether x scales a tensor as one number: a number, a symbol or a tensor of one element."""
+    """True if x scales a tensor as one number: a number, a symbol or a tensor of one element."""
     if isinstance(x, bool):
         return False
     if isinstance(x, int | float):
@@ -125,8 +125,8 @@ def einsum(equation: str, operands: Any) -> Form | None:
     return None
 
 
-def row_dots(equation: str, operands: Any) -> DiagonalOfProduct | None:
-    """An einsum that multiplies two tensors elementwise and sums up rows or columns."""
+def summed_rows(equation: str, operands: Any) -> DiagonalOfProduct | None:
+    """An einsum that multiplies two tensors elementwise, and adds up each row or each column."""
     inputs, _, out = equation.replace(" ", "").partition("->")
     letters, _, again = inputs.partition(",")
     n = len(letters)

@@ -48,7 +48,7 @@ class TensorFacts(NamedTuple):
         tensor: The tensor.
         shape: Its sizes.
         kind: Its dtype, device and layout; the same object for all tensors of one kind.
-        is_plain: Whether it is a dense tensor of floating-point numbers.
+        is_plain: True if it is a dense tensor of floating-point numbers.
     """
 
     tensor: weakref.ref[torch.Tensor]

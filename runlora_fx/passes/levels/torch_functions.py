@@ -47,7 +47,7 @@ def _neg(a: Any) -> Form | None:
 def _einsum(equation: str, *operands: Any) -> Form | None:
     nested = len(operands) == 1 and isinstance(operands[0], list | tuple)
     factors = operands[0] if nested else operands
-    return builders.einsum(equation, factors) or builders.row_dots(equation, factors)
+    return builders.einsum(equation, factors) or builders.summed_rows(equation, factors)
 
 
 def _addmm(c: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any = 1) -> Form | None:

@@ -1,6 +1,6 @@
 """Analysis: what a graph computes, as problems to plan.
 
-Example: a graph of 32 equal layers has 128 regions, which pose four different problems.
+Example: ``Y = X W' + 2 X A' B'`` and its gradients are one region, and one problem.
 
 Invariant: a region that cannot be posed as a problem costs no other region.
 """

@@ -42,7 +42,7 @@ class _Schema(NamedTuple):
         names: Of its arguments.
         written: Names of the arguments that it modifies.
         viewed: Names of the arguments that its results may be views of.
-        may_view_any: Whether it may return a view of any argument.
+        may_view_any: True if it may return a view of any argument.
     """
 
     names: tuple[str, ...]
@@ -56,9 +56,9 @@ class Operator(NamedTuple):
 
     Attributes:
         target: The operator.
-        is_pure: Whether they are pure; None if that depends on the arguments.
-        never_writes: Whether none modifies an argument.
-        never_views: Whether each returns new memory.
+        is_pure: True if they are pure; None if that depends on the arguments.
+        never_writes: True if none modifies an argument.
+        never_views: True if each returns new memory.
     """
 
     target: torch._ops.OpOverload
@@ -94,7 +94,7 @@ def operator_facts(target: object) -> Operator | None:
 
 
 def is_pure(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether two such calls on equal arguments return equal tensors, and nothing else happens.
+    """True if two such calls on equal arguments return equal tensors, and nothing else happens.
 
     Args:
         target: An operator, a function, or the name of a tensor method.
@@ -118,14 +118,14 @@ def is_pure(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bo
 
 @cache
 def _is_pure_operator(operator: torch._ops.OpOverload) -> bool:
-    """Whether calls of an operator that modify no argument are pure."""
+    """True if calls of an operator that modify no argument are pure."""
     is_random = torch.Tag.nondeterministic_seeded in operator.tags
     is_trusted = operator.namespace in known.TRUSTED_NAMESPACES
     return is_trusted and not is_random and name_of(operator) not in known.UNINITIALISED
 
 
 def is_random(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether two such calls may return different tensors for equal arguments.
+    """True if two such calls may return different tensors for equal arguments.
 
     True for what is not torch's own, unless it is an operator: those are tagged.
     """
@@ -141,13 +141,13 @@ def is_random(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
 
 @cache
 def _is_tagged_random(name: str) -> bool:
-    """Whether an ATen operator of this name is random."""
+    """True if an ATen operator of this name is random."""
     overloads = _overloads(getattr(torch.ops.aten, name, None))
     return any(torch.Tag.nondeterministic_seeded in overload.tags for overload in overloads)
 
 
 def _drops(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether dropout may drop anything."""
+    """True if dropout may drop anything."""
     given = {**dict(zip(("input", "p", "training"), args, strict=False)), **kwargs}
     training = given.get("training", given.get("train", True))
     p = given.get("p", 0.5)
@@ -217,7 +217,7 @@ def _statistics(
 
 
 def _is_true(x: Any) -> bool:
-    """Whether an argument may be true: what only the run knows may be."""
+    """True if an argument may be true: what only the run knows may be."""
     return isinstance(x, fx.Node) or bool(x)
 
 
@@ -276,7 +276,7 @@ def _schema(operator: torch._ops.OpOverload) -> _Schema:
 
 
 def _may_view(operator: torch._ops.OpOverload) -> bool:
-    """Whether an operator may return a view that its schema does not declare.
+    """True if an operator may return a view that its schema does not declare.
 
     Kernels must obey the schema. Operators that are composed of others need not.
     """
@@ -287,7 +287,7 @@ def _may_view(operator: torch._ops.OpOverload) -> bool:
 
 
 def _is_fresh(name: str) -> bool:
-    """Whether a function of torch always returns new memory: einsum may only permute."""
+    """True if a function of torch always returns new memory: einsum may only permute."""
     return name in known.PURE_AND_FRESH and name != "einsum"
 
 
@@ -337,10 +337,10 @@ def _origin(target: Any) -> str:
 
 
 def is_functional(target: Any) -> bool:
-    """Whether a higher-order operator is known to modify nothing."""
+    """True if a higher-order operator is known to modify nothing."""
     return getattr(target, "__name__", "") in known.FUNCTIONAL
 
 
 def is_foreign(target: Any) -> bool:
-    """Whether nothing is known about a function."""
+    """True if nothing is known about a function."""
     return _origin(target) == "foreign"

@@ -37,8 +37,8 @@ class ResolvedCast(NamedTuple):
 
     Attributes:
         form: The tensor that it shows.
-        widens: Whether it casts products to a wider dtype only for a sum.
-        is_undone: Whether every user casts it back.
+        widens: True if it casts products to a wider dtype only for a sum.
+        is_undone: True if every user casts it back.
     """
 
     form: Form
@@ -94,7 +94,7 @@ class CastRules:
         return None
 
     def may_cross(self, *dtypes: torch.dtype) -> bool:
-        """Whether a cast between dtypes may be ignored."""
+        """True if a cast between dtypes may be ignored."""
         return self.policy == "crossed" and _CROSSED.issuperset(dtypes)
 
     def _cast_back(
@@ -117,7 +117,7 @@ class CastRules:
             node = view.same_elements_as
 
     def _is_undone(self, node: fx.Node, source: torch.dtype) -> bool:
-        """Whether a cast to a wider dtype is undone by all that read it."""
+        """True if a cast to a wider dtype is undone by all that read it."""
         here = example_of(node)
         return (
             here is not None
@@ -132,7 +132,7 @@ class CastRules:
         )
 
     def _is_widened_addend(self, node: fx.Node) -> bool:
-        """Whether products are cast to a wider dtype only to be added up.
+        """True if products are cast to a wider dtype only to be added up.
 
         Autocast adds the gradients of an activation up so. Each was rounded to the narrower dtype,
         and so may their sum be.
@@ -145,7 +145,7 @@ class CastRules:
         )
 
     def _widens(self, node: fx.Node) -> bool:
-        """Whether a node casts what is made of a product to a wider dtype."""
+        """True if a node casts what is made of a product to a wider dtype."""
         form, here = self.dialect.read(node), example_of(node)
         source = example_of(form.source) if isinstance(form, Cast) else None
         return (
@@ -158,7 +158,7 @@ class CastRules:
         )
 
     def _adds_widened(self, node: fx.Node) -> bool:
-        """Whether a node adds up nothing but what was widened."""
+        """True if a node adds up nothing but what was widened."""
         form = self.dialect.read(node)
         return (
             form is not None

@@ -58,7 +58,7 @@ class Effects:
     # -- questions -----------------------------------------------------------------------------
 
     def is_pure(self, node: fx.Node) -> bool:
-        """Whether a node's value is determined by the values that it reads, and nothing else is.
+        """True if a node's value is determined by the values that it reads, and nothing else is.
 
         Inputs and attributes are. A pure node may still read memory that another node modifies:
         see :meth:`is_movable`.
@@ -72,7 +72,7 @@ class Effects:
         return calls.is_pure(node.target, node.args, node.kwargs)
 
     def is_random(self, node: fx.Node) -> bool:
-        """Whether a node may compute another value when it is called again on the same values."""
+        """True if a node may compute another value when it is called again on the same values."""
         if node.op == "call_module":
             return self._memories.module(node).is_random
         if node.op not in ("call_function", "call_method"):
@@ -101,7 +101,7 @@ class Effects:
         return self._writes.version(self.memory_of(node), self._position[at])
 
     def is_movable(self, node: fx.Node, to: fx.Node) -> bool:
-        """Whether a node computes the same value in front of another node.
+        """True if a node computes the same value in front of another node.
 
         Args:
             node: A node of the graph.
@@ -118,7 +118,7 @@ class Effects:
         return all(self._writes.version(m, here) == self._writes.version(m, there) for m in seen)
 
     def is_overwritten(self, node: fx.Node) -> bool:
-        """Whether a node behind this one modifies the memory of its result."""
+        """True if a node behind this one modifies the memory of its result."""
         if not self._writes.by_node:
             return False
         return self._writes.last(self.memory_of(node)) > self._position.get(node, -1)
@@ -138,7 +138,7 @@ class Effects:
 
     @property
     def writes_inputs(self) -> bool:
-        """Whether the graph modifies an input or an attribute."""
+        """True if the graph modifies an input or an attribute."""
         ops = ("placeholder", "get_attr")
         given = (self.memory_of(node) for node in self._position if node.op in ops)
         return any(map(self._writes.any_to, given))
@@ -170,7 +170,7 @@ class Effects:
         * is readable, and what it reads is modified before the last node that it may move to.
 
         Args:
-            is_readable: Whether a node is one that a rewrite may read through.
+            is_readable: True if a node is one that a rewrite may read through.
         """
         if not self._writes.by_node:
             alone = (*self._unusual, *self._mode)
@@ -214,7 +214,7 @@ class Effects:
             yield from (user for user, version in versions.items() if version != usual)
 
     def _changes(self, node: fx.Node, until: int) -> bool:
-        """Whether what a node reads is modified behind it, in front of a position."""
+        """True if what a node reads is modified behind it, in front of a position."""
         here = self._position[node]
         read = self._read(node)
         return any(self._writes.version(m, here) != self._writes.version(m, until) for m in read)
@@ -259,7 +259,7 @@ class Effects:
 
 
 def _has_no_effect(node: fx.Node) -> bool:
-    """Whether a node is an input, or a call that is pure whatever its arguments are."""
+    """True if a node is an input, or a call that is pure whatever its arguments are."""
     if node.op == "call_function":
         known = calls.operator_facts(node.target)
         return known is not None and bool(known.is_pure)

@@ -121,7 +121,7 @@ class Incoming:
         return Made(Product(left, right), made, backward, node)
 
     def _in_backward(self, addends: Addends) -> bool:
-        """Whether a sum is of the backward: the forward may have added it up already."""
+        """True if a sum is of the backward: the forward may have added it up already."""
         leaves = total(addends).leaves
         nodes = (node for i in leaves for node in self._reader.leaves.matrices[i].sources)
         return any(node in self._phases.gradients for node in nodes)
@@ -197,5 +197,5 @@ class Incoming:
 
 
 def _has_factors(p: Polynomial) -> bool:
-    """Whether a polynomial is more than a multiple of the identity."""
+    """True if a polynomial is more than a multiple of the identity."""
     return any([word.factors for word, _ in p.terms])

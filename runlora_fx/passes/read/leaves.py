@@ -35,8 +35,8 @@ class Leaf:
         batch: Matrices in the batch; 1 for a plain matrix.
         rows: Rows of each.
         cols: Columns of each.
-        batched: Whether it is a batch of matrices.
-        diagonal: Whether it is the diagonal matrix of a vector.
+        batched: True if it is a batch of matrices.
+        diagonal: True if it is the diagonal matrix of a vector.
         picked: What it is picked from, if it is what tokens have of the matrices of all experts.
     """
 
@@ -55,7 +55,7 @@ class Leaf:
 
     @property
     def is_ones(self) -> bool:
-        """Whether it is the column of ones that repeats a row."""
+        """True if it is the column of ones that repeats a row."""
         return isinstance(self.origin, OnesColumn)
 
     @property

@@ -173,7 +173,7 @@ class LinearFinder:
             self._widened.add(node)
 
     def _keeps_dtype(self, here: TensorFacts, form: Form) -> bool:
-        """Whether all operands have the node's own dtype: no hidden promotion."""
+        """True if all operands have the node's own dtype: no hidden promotion."""
         for source in form.sources:
             there = self._facts.get(source) or facts_of(source)
             if there is None or there.kind is here.kind or source in form.scalars:
@@ -229,7 +229,7 @@ class LinearFinder:
         return all(self._dialect.read(user) for user in self._dialect.users_of(source))
 
     def _meets_product(self, node: fx.Node) -> bool:
-        """Whether a product of the forward takes a node as it is, or a view of it."""
+        """True if a product of the forward takes a node as it is, or a view of it."""
         for user in node.users:
             form = None if user in self._gradients else self._dialect.read(user)
             if form is None:

@@ -45,16 +45,16 @@ class Made:
 
     @property
     def is_product(self) -> bool:
-        """Whether two matrices are multiplied."""
+        """True if two matrices are multiplied."""
         return isinstance(self.step, Product)
 
     @property
     def diag_part(self) -> bool:
-        """Whether only the diagonal of the product is computed."""
+        """True if only the diagonal of the product is computed."""
         return self.is_product and self.polynomial.is_diag_part
 
     @property
     def reads_itself(self) -> bool:
-        """Whether the graph adds a value to itself: ``X A + X A`` is no way to make ``X A``."""
+        """True if the graph adds a value to itself: ``X A + X A`` is no way to make ``X A``."""
         core = normalise(self.polynomial).core
         return any(normalise(operand).core == core for operand in self.operands)

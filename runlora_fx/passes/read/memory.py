@@ -123,7 +123,7 @@ class Writes:
             self._at.setdefault(memory, []).append(position)
 
     def any_to(self, memory: frozenset[Memory]) -> bool:
-        """Whether some node writes to some of the memory."""
+        """True if some node writes to some of the memory."""
         return not self._at.keys().isdisjoint(memory)
 
     def version(self, memory: frozenset[Memory], position: int) -> int:

@@ -40,9 +40,9 @@ class ModuleEffects:
     """What one call of a module does.
 
     Attributes:
-        is_random: Whether two calls on equal arguments may return different tensors.
-        is_fresh: Whether the result is new memory.
-        writes_arguments: Whether its arguments may be modified.
+        is_random: True if two calls on equal arguments may return different tensors.
+        is_fresh: True if the result is new memory.
+        writes_arguments: True if its arguments may be modified.
         written: The memory of its state that may be modified.
         state: The memory of all its parameters and buffers.
     """
@@ -55,7 +55,7 @@ class ModuleEffects:
 
     @property
     def is_pure(self) -> bool:
-        """Whether a call does nothing but return what its arguments and the state determine."""
+        """True if a call does nothing but return what its arguments and the state determine."""
         return not (self.is_random or self.writes_arguments or self.written)
 
 
@@ -81,7 +81,7 @@ def module_effects(module: nn.Module, memory: Callable[[torch.Tensor], Hashable]
 
 
 def _is_known(module: nn.Module) -> bool:
-    """Whether a module is one of torch's own and computes what its class says."""
+    """True if a module is one of torch's own and computes what its class says."""
     is_own = type(module).__module__.startswith("torch.nn.modules.")
     return is_own and not is_hooked(module) and not parametrize.is_parametrized(module)
 

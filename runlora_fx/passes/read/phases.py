@@ -43,11 +43,11 @@ class Phases:
         )
 
     def runs_backward(self, node: fx.Node) -> bool:
-        """Whether the backward runs the node: it needs gradients, or nothing else needs it."""
+        """True if the backward runs the node: it needs gradients, or nothing else needs it."""
         return self.is_joint and (node in self.gradients or node not in self._forward)
 
     def held(self, reader: GraphReader, node: fx.Node) -> bool:
-        """Whether the backward can use a tensor without more being saved for it.
+        """True if the backward can use a tensor without more being saved for it.
 
         True for inputs of the graph (held by their owner), for what the backward makes itself, and
         for what the incoming backward uses already.
@@ -70,7 +70,7 @@ class Phases:
 
 
 def recomputed(node: fx.Node) -> bool:
-    """Whether activation checkpointing makes the backward compute the node again."""
+    """True if activation checkpointing makes the backward compute the node again."""
     return node.meta.get("recompute") in (
         CheckpointPolicy.MUST_RECOMPUTE,
         CheckpointPolicy.PREFER_RECOMPUTE,

@@ -128,7 +128,7 @@ class GraphReader(PolynomialReader):
         return self.forms[node].factors(self.cuts[node], self)
 
     def is_read(self, node: fx.Node) -> bool:
-        """Whether a node has a form, or is a part of one that has."""
+        """True if a node has a form, or is a part of one that has."""
         return node in self.forms or node in self.linear.absorbed
 
     def classify(self, node: fx.Node) -> None:
@@ -202,7 +202,7 @@ class GraphReader(PolynomialReader):
         return self.diagonal(form.scaling_vector).leaves
 
     def _cancels(self, node: fx.Node, addends: Addends) -> bool:
-        """Whether a word that a linear node adds up is not in the sum.
+        """True if a word that a linear node adds up is not in the sum.
 
         A bias may be taken off again, and ``P + P (diag(g) - I)`` is ``P diag(g)``.
         """

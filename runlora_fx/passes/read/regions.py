@@ -1,7 +1,7 @@
 """Regions: the roots of a graph, grouped into problems that can be planned apart.
 
-Example: the four projections of an attention layer are one region if they read one activation: the
-gradient of that activation adds up products of all of them. The layer behind is another region.
+Example: the projections to queries, keys and values read one activation, whose gradient adds up
+products of all three: they are one region. The projection of the output is another.
 
 A root is a sum of parts between which nothing can be shared. Two parts, of the same root or of
 others, belong to one region if some value other than a leaf could serve both.
@@ -94,7 +94,7 @@ class Regions:
         return [region for region in regions.values() if region.demands]
 
     def _is_trivial(self, part: Polynomial) -> bool:
-        """Whether a part needs no computation of its own: a leaf, or a bias to broadcast."""
+        """True if a part needs no computation of its own: a leaf, or a bias to broadcast."""
         if len(part) != 1:
             return False
         return sum([not self._leaves[f.leaf].is_ones for f in part.terms[0][0].factors]) <= 1

@@ -76,7 +76,7 @@ def _grows(linear: Linear, node: fx.Node, users: Sequence[fx.Node]) -> bool:
 
 
 def _is_multiplied(linear: Linear, node: fx.Node) -> bool:
-    """Whether a product takes a node, or another view of it."""
+    """True if a product takes a node, or another view of it."""
     for user in linear.users_of(node):
         form = linear.forms.get(user)
         if form is None:

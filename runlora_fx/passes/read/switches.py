@@ -60,7 +60,7 @@ def mode_of_nodes(nodes: Sequence[fx.Node]) -> dict[fx.Node, int]:
 
 
 def _is_switch(name: str) -> bool:
-    """Whether a function of a name switches a mode."""
+    """True if functions of a name switch a mode."""
     is_border = name.startswith((_ENTERS[0], _EXITS[0])) or name.endswith((_ENTERS[1], _EXITS[1]))
     return is_border or name in _GRAD or name.strip("_").startswith(_SETTERS)
 

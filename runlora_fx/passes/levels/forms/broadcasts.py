@@ -91,7 +91,7 @@ class Total(Form):
 
     Attributes:
         source: Seen as a matrix by its last dimension.
-        rows: Whether its rows are added up; else its columns.
+        rows: True if its rows are added up; else its columns.
     """
 
     source: fx.Node

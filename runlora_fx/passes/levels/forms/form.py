@@ -155,7 +155,7 @@ class Form:
 
     @property
     def multiplies(self) -> bool:
-        """Whether its polynomial has more words than those of its sources together."""
+        """True if its polynomial has more words than those of its sources together."""
         return bool(self.products)
 
     @property
@@ -173,7 +173,7 @@ class Form:
         return None
 
     def is_vector(self, vectors: Collection[fx.Node]) -> bool:
-        """Whether it makes a vector that is no matrix: the diagonal of a product, or of a sum.
+        """True if it makes a vector that is no matrix: the diagonal of a product, or of a sum.
 
         Args:
             vectors: The nodes before it that are such vectors.
@@ -250,7 +250,7 @@ class VirtualOperand:
         origin: How it is written where a plan needs it.
         rows: Its rows, untransposed.
         cols: Its columns.
-        transposed: Whether the transpose is meant.
+        transposed: True if the transpose is meant.
     """
 
     origin: Origin

@@ -27,7 +27,7 @@ class ScalarMultiple(Form):
     Attributes:
         source: What is scaled.
         by: What it is scaled by.
-        divides: Whether it is divided by it instead.
+        divides: True if it is divided by it instead.
     """
 
     source: fx.Node
@@ -81,7 +81,7 @@ class DiagonalMultiple(Form):
     Attributes:
         source: A tensor of the result's shape.
         by: The vector, with the other dimensions of the result's missing or 1.
-        rows: Whether rows are scaled: the vector has the result's dimensions but the last.
+        rows: True if rows are scaled: the vector has the result's dimensions but the last.
     """
 
     source: fx.Node

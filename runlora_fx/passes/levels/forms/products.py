@@ -144,7 +144,7 @@ def aligned_factors(
         a: A tensor, seen as a matrix by its last dimension.
         b: Another of its shape.
         rank: Their number of dimensions.
-        rows: Whether rows are multiplied; else columns.
+        rows: True if rows are multiplied; else columns.
     """
     cut = last_dim_cut(rank)
     left, right = Operand(a, cut, transposed=not rows), Operand(b, cut, transposed=rows)
