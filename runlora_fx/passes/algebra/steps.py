@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 from runlora_fx.passes.algebra.polynomials import (
@@ -63,8 +64,13 @@ class Step:
         Args:
             made: What this step makes: the value up to a scalar and a transpose.
         """
-        scalar, transposed, _ = normalise(made)
-        return (self.turned if transposed else self).divided(scalar)
+        return _making(self, made)
+
+
+@lru_cache(maxsize=1 << 14)
+def _making(step: Step, made: Polynomial) -> Step:
+    scalar, transposed, _ = normalise(made)
+    return (step.turned if transposed else step).divided(scalar)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Products: how two matrices are multiplied, given both.
 
     2 x (left @ right)      ->      mm, bmm, matmul; scaled where that costs least
-    x W', W a virtual leaf  ->      the operator that makes no W, if there is one
 
 Invariant: a product is scaled once, at the smallest of its operands and its result.
 """
