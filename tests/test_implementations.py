@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from test_search import FLOPS, lora_layer
+from test_search import FLOPS, lora_layer, sum_step
 
 from runlora_fx.cost_model.objective import Objective
 from runlora_fx.cost_model.ops import Elementwise
@@ -19,7 +19,6 @@ from runlora_fx.passes.algebra.steps import (
     Sum,
     Unpack,
     product_step,
-    sum_step,
 )
 from runlora_fx.passes.algebra.sums import accumulated
 from runlora_fx.passes.search.decide import decide

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 import runlora_fx
 from runlora_fx.cost_model.objective import Objective
+from runlora_fx.passes.algebra.addends import total
 from runlora_fx.passes.algebra.plan import incoming_cost, incoming_operations, step_operations
 from runlora_fx.passes.algebra.polynomials import Polynomial, Scalar, leaf, normalise, polynomial
 from runlora_fx.passes.algebra.problem import LeafSpec, Problem, Value
-from runlora_fx.passes.algebra.steps import Keep, Product, Step, Sum, product_step, sum_step
+from runlora_fx.passes.algebra.steps import Keep, Product, Step, Sum, product_step
 from runlora_fx.passes.algebra.words import Factor, Word
 from runlora_fx.passes.search import frontiers
 from runlora_fx.passes.search.decide import alternatives, decide
@@ -29,6 +30,11 @@ from runlora_fx.passes.search.ways import Ways
 FLOPS = Objective("flops")
 
 # -- brute force -------------------------------------------------------------------------------
+
+
+def sum_step(parts: Sequence[Polynomial]) -> Step:
+    """The sum as a step that makes its normalised value."""
+    return Sum(tuple(parts)).making(total(tuple(parts)))
 
 
 def product_splits(p: Polynomial) -> Iterator[Product]:

@@ -11,7 +11,7 @@ Invariant: a step is immutable, and it makes exactly one polynomial.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
@@ -21,7 +21,6 @@ from runlora_fx.passes.algebra.polynomials import (
     Scalar,
     divided,
     normalise,
-    polynomial,
     without_scalar,
 )
 
@@ -265,9 +264,6 @@ def _divided_product(
     return left, divided(right, Scalar(1.0, by.leaves))
 
 
-# -- normalised steps --------------------------------------------------------------------------
-
-
 def product_step(left: Polynomial, right: Polynomial, *, diag_part: bool = False) -> Product:
     """The product, or its diagonal, as a step that makes its normalised value."""
     if not diag_part and normalise(left @ right).transposed:
@@ -276,10 +272,3 @@ def product_step(left: Polynomial, right: Polynomial, *, diag_part: bool = False
     made = left @ right
     again = normalise(made.diag_part if diag_part else made).scalar.number
     return Product(left, right.scaled(Scalar(1.0 / again)))
-
-
-def sum_step(parts: Sequence[Polynomial]) -> Sum:
-    """The sum as a step that makes its normalised value."""
-    total = polynomial(term for p in parts for term in p)
-    scalar, transposed, _ = normalise(total)
-    return Sum(tuple(divided(p.T if transposed else p, scalar) for p in parts))
