@@ -91,6 +91,22 @@ def test_an_empty_gradient_has_its_strides() -> None:
     _check_joint(_rank_zero, [(2, 5, 8), (0, 8), (8, 0), (0, 3), (3, 0)])
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_view_of_an_empty_tensor_names_all_its_sizes(rank: int) -> None:
+    """Where a size is 0, any other would do for -1."""
+    torch._dynamo.reset()
+    given = _given([(3, 5, 8), (7, 8), (8, rank), (rank, 7), (7, rank), (rank, 9)])
+
+    def fn(x: Tensor, w: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Any:
+        y = F.linear(x, w) + x @ a @ b
+        return (y @ c).relu(), y @ c @ d
+
+    compiled: Any = torch.compile(
+        fn, backend="runlora_eager", fullgraph=True, dynamic=True, options=OPTIONS
+    )
+    _same(outputs_and_grads(compiled, given), outputs_and_grads(fn, given))
+
+
 # -- vectors -----------------------------------------------------------------------------------
 
 

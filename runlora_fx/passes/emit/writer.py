@@ -40,6 +40,7 @@ from runlora_fx.passes.levels.sizes import (
     example_of,
     factors_of,
     index_of,
+    is_zero,
     same_shape,
     shape_of,
 )
@@ -361,6 +362,9 @@ class Writer:
     # -- sizes ---------------------------------------------------------------------------------
 
     def _sizes(self, shape: Shape) -> list[int | fx.Node]:
+        """The arguments of a view: -1 for a size that follows from the others."""
+        if any(map(is_zero, shape)):  # any size would follow
+            return list(map(self._size, shape))
         if self._calls.stacked is not None and len(shape) == 2:
             rows, cols = shape
             if isinstance(cols, int):
