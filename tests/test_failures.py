@@ -31,8 +31,9 @@ from torch._dynamo.exc import BackendCompilerFailed
 import runlora_fx
 from runlora_fx import joint_pass
 from runlora_fx.options import Options
+from runlora_fx.passes.emit.node_writer import EmissionError
 from runlora_fx.passes.emit.verify import VerificationError
-from runlora_fx.passes.emit.writer import EmissionError, Writer
+from runlora_fx.passes.emit.writer import Writer
 from runlora_fx.passes.levels.aten import ATEN
 from runlora_fx.passes.pipeline import rewrite_graph
 

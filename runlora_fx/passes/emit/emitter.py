@@ -23,13 +23,14 @@ from runlora_fx.passes.algebra.steps import Keep, Step, Sum
 from runlora_fx.passes.algebra.words import Factor
 from runlora_fx.passes.emit.broadcasts import Broadcasts
 from runlora_fx.passes.emit.layout import is_relied_on, memory_order
+from runlora_fx.passes.emit.node_writer import EmissionError
 from runlora_fx.passes.emit.products import Products
 from runlora_fx.passes.emit.registry import Emission, writing
 from runlora_fx.passes.emit.rules import COPY, rule_of, rule_of_root
 from runlora_fx.passes.emit.scope import Scope, dtype_of, matrix_shape
 from runlora_fx.passes.emit.sums import Sums
 from runlora_fx.passes.emit.task import Laid, Task
-from runlora_fx.passes.emit.writer import EmissionError, Writer
+from runlora_fx.passes.emit.writer import Writer
 from runlora_fx.passes.levels.sizes import is_column_major, same_shape, same_strides, shape_of
 from runlora_fx.passes.read.regions import Root
 

@@ -78,12 +78,6 @@ class Inserter:
         self.written.append(node)
         return node
 
-    def erase(self) -> None:
-        """Take back everything that was written."""
-        for node in reversed(self.written):
-            self._graph.erase_node(node)
-        self.written = []
-
 
 def hand_over(old: fx.Node, new: fx.Node) -> None:
     """Put a node in the place of another: what the user has saved of one is saved of the other."""

@@ -1,22 +1,25 @@
-"""Writing nodes: one call at a time, with metadata, and never the same call twice."""
+"""Writing: the calls that the steps of plans are made of.
+
+    ``x A'``       ->      permute(a), mm(x, permute)
+
+A call whose form cannot be told from its arguments is given its form here: a column times a column
+could be read as an elementwise product.
+
+Invariant: read back, each call is what its method says.
+"""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import reduce
-from typing import Any, cast
+from collections.abc import Hashable, Sequence
+from typing import cast
 
 import torch
 from torch import fx
 
-from runlora_fx._torch_compat import fake_like, in_fake_mode, is_sym_int
+from runlora_fx._torch_compat import in_fake_mode
 from runlora_fx.passes.algebra.posed import Dim
 from runlora_fx.passes.emit.example_results import values_of
-from runlora_fx.passes.emit.nodes import Inserter
-from runlora_fx.passes.emit.recording import Call, Recording
-from runlora_fx.passes.emit.rules import Rule, name_in, text_of
+from runlora_fx.passes.emit.node_writer import NodeWriter
 from runlora_fx.passes.levels.assigned import TokenAssignment
 from runlora_fx.passes.levels.cuts import inverse
 from runlora_fx.passes.levels.forms import (
@@ -35,12 +38,7 @@ from runlora_fx.passes.levels.level import Dialect
 from runlora_fx.passes.levels.origins import Computed, Origin
 from runlora_fx.passes.levels.sizes import (
     Shape,
-    dim_of,
-    equal,
     example_of,
-    factors_of,
-    index_of,
-    is_zero,
     same_shape,
     shape_of,
 )
@@ -49,63 +47,25 @@ from runlora_fx.passes.read.reader import GraphReader
 _aten = torch.ops.aten
 
 
-class EmissionError(RuntimeError):
-    """A plan cannot be written into this graph."""
-
-
-class Writer:
-    """Writes nodes in front of an anchor, which lends them its metadata.
+class Writer(NodeWriter):
+    """Writes the calls that the steps of plans are made of.
 
     Attributes:
         materialised: What computes virtual leaves that a plan needs.
         picked: What was picked: as cheap to pick again as a view, and as large as all rows.
-        own: All that was written.
-        rule: What is written for.
-        recording: What takes down what is written, if anything.
     """
 
     def __init__(self, graph: fx.Graph, reader: GraphReader, dialect: Dialect) -> None:
         """Write into the graph that the reader has read."""
-        self._insert = Inserter(graph)
-        self.own: set[fx.Node] = set()
-        self._reader = reader
-        self._calls = dialect.calls
+        super().__init__(graph, reader, dialect.calls)
         self.materialised: list[fx.Node] = []
         self.picked: list[fx.Node] = []
-        self._position = {node: i for i, node in enumerate(graph.nodes)}
         self._viewable: dict[Hashable, bool] = {}
-        self.rule: Rule = ()
-        self.recording: Recording | None = None
-
-    def move_to(self, anchor: fx.Node) -> None:
-        """Write in front of this node from now on."""
-        self._insert.move_to(anchor)
-
-    @contextmanager
-    def making(self, rule: Rule) -> Iterator[None]:
-        """A context in which nodes are written for a step, and say so in their metadata."""
-        outer = self.rule, self._insert.rule
-        root = self._insert.anchor.name
-        self.rule = rule
-        self._insert.rule = text_of(rule, lambda name: name_in(self._reader.leaves, name, root))
-        try:
-            yield
-        finally:
-            self.rule, self._insert.rule = outer
-
-    @property
-    def written(self) -> list[fx.Node]:
-        """The nodes made so far, in order."""
-        return self._insert.written
 
     @property
     def flattens(self) -> bool:
         """Whether products take matrices only, so that activations must be flattened."""
         return self._calls.stacked is None
-
-    def is_before(self, node: fx.Node) -> bool:
-        """Whether a node stands before what is written now."""
-        return self._position[node] < self._position[self._insert.anchor]
 
     # -- calls ---------------------------------------------------------------------------------
 
@@ -113,43 +73,43 @@ class Writer:
         """``a @ b`` of matrices or batches of matrices."""
         calls, ranks = self._calls, (len(shape_of(a)), len(shape_of(b)))
         if ranks == (2, 2):
-            return self._call(calls.mm, a, b)
+            return self.call(calls.mm, a, b)
         if calls.stacked is not None and ranks[1] == 2:
-            return self._call(calls.stacked, a, b)
-        return self._call(calls.bmm, a, b)
+            return self.call(calls.stacked, a, b)
+        return self.call(calls.bmm, a, b)
 
     def addmm(self, c: fx.Node, a: fx.Node, b: fx.Node, alpha: float) -> fx.Node:
         """``c + alpha * (a @ b)`` in one kernel."""
         kwargs = {} if alpha == 1.0 else {"alpha": _number(alpha)}
-        return self._call(self._calls.addmm, c, a, b, **kwargs)
+        return self.call(self._calls.addmm, c, a, b, **kwargs)
 
     def merged_weight(self, c: fx.Node, a: fx.Node, b: fx.Node, alpha: float) -> fx.Node:
         """``c + alpha * (a @ b)``, kept from call to call."""
         assert self._calls.merged_weight is not None
-        return self._call(self._calls.merged_weight, c, a, b, float(alpha))
+        return self.call(self._calls.merged_weight, c, a, b, float(alpha))
 
     def add(self, a: fx.Node, b: fx.Node) -> fx.Node:
         """``a + b``. Never with ``alpha``: Inductor (2.13) loses it where it fuses mm and add."""
-        return self._call(self._calls.add, a, b)
+        return self.call(self._calls.add, a, b)
 
     def scale(self, a: fx.Node, by: float | fx.Node) -> fx.Node:
         """``a * by``."""
-        return a if by == 1.0 else self._call(self._calls.mul, a, by)
+        return a if by == 1.0 else self.call(self._calls.mul, a, by)
 
     def shift(self, a: fx.Node, by: float) -> fx.Node:
         """``a + by`` for a number."""
-        return a if by == 0.0 else self._call(self._calls.add, a, by)
+        return a if by == 0.0 else self.call(self._calls.add, a, by)
 
     def stretch(self, a: fx.Node, vector: fx.Node, *, rows: bool) -> fx.Node:
         """``a * vector``: each row of a matrix, or each column, times an entry of the vector."""
-        node = self._call(self._calls.mul, a, vector)
+        node = self.call(self._calls.mul, a, vector)
         # A column times a column could as well be read as an elementwise product.
         self._reader.forms[node] = DiagonalMultiple(a, vector, rows)
         return node
 
     def divide(self, a: fx.Node, by: fx.Node) -> fx.Node:
         """``a / by``."""
-        return self._call(self._calls.div, a, by)
+        return self.call(self._calls.div, a, by)
 
     def cast(self, a: fx.Node, dtype: torch.dtype) -> fx.Node:
         """``a`` in another dtype."""
@@ -157,7 +117,7 @@ class Writer:
         assert val is not None
         if val.dtype == dtype:
             return a
-        node = self._call(self._calls.cast, a, dtype)
+        node = self.call(self._calls.cast, a, dtype)
         # Whoever casts here may: also a leaf to a narrower dtype, where the reader would stop.
         self._reader.forms[node] = Reshape(a)
         return node
@@ -165,7 +125,7 @@ class Writer:
     def laid_out(self, a: fx.Node, order: Sequence[int]) -> fx.Node:
         """A copy of ``a`` that lies in memory with its dimensions in an order, outermost first."""
         permuted = self._permute(a, order)
-        copied = self._call(self._calls.clone, permuted, memory_format=torch.contiguous_format)
+        copied = self.call(self._calls.clone, permuted, memory_format=torch.contiguous_format)
         # The reader stops where a copy changes the layout; this one is read through. A cut that
         # flattens two dimensions shows no matrix of the copy while they stand in another order, so
         # the result names what it is a copy of.
@@ -176,7 +136,7 @@ class Writer:
 
     def _permute(self, a: fx.Node, dims: Sequence[int]) -> fx.Node:
         is_trivial = list(dims) == list(range(len(dims)))
-        return a if is_trivial else self._call(self._calls.permute, a, list(dims))
+        return a if is_trivial else self.call(self._calls.permute, a, list(dims))
 
     def transpose(self, a: fx.Node) -> fx.Node:
         """The transpose of a matrix, or of each in a batch."""
@@ -184,7 +144,7 @@ class Writer:
         swapped = [*range(n - 2), n - 1, n - 2]
         if a in self.own and a.target is self._calls.permute and a.args[1] == swapped:
             return cast(fx.Node, a.args[0])
-        return self._call(self._calls.permute, a, swapped)
+        return self.call(self._calls.permute, a, swapped)
 
     def reshape(self, a: fx.Node, shape: Shape) -> fx.Node:
         """The same elements in another shape."""
@@ -198,7 +158,7 @@ class Writer:
         val, sizes = example_of(a), self._sizes(shape)
         assert val is not None
         target = self._calls.view if self._is_viewable(val, sizes) else self._calls.reshape
-        return self._call(target, a, sizes)
+        return self.call(target, a, sizes)
 
     def _is_viewable(self, val: torch.Tensor, sizes: list[int | fx.Node]) -> bool:
         """Whether the strides of a tensor allow a view of some sizes; equal ones tried once."""
@@ -206,7 +166,7 @@ class Writer:
         is_static = all(size is None or isinstance(size, int) for size in key)
         if not is_static or key not in self._viewable:
             try:
-                with in_fake_mode(self._insert.mode), torch.no_grad():
+                with in_fake_mode(self.mode), torch.no_grad():
                     val.view(values_of(sizes))
             except (RuntimeError, ValueError):
                 is_viewable = False
@@ -231,59 +191,59 @@ class Writer:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the root that is written now."""
-        like = example_of(self._insert.anchor)
+        like = example_of(self.anchor)
         assert like is not None
         return like.dtype
 
     def ones(self, rows: Dim) -> fx.Node:
         """A column of ones of shape (rows, 1), in the dtype and on the device of the root."""
-        like = example_of(self._insert.anchor)
+        like = example_of(self.anchor)
         assert like is not None
         sizes = [self._size(rows), 1]
-        return self._call(self._calls.full, sizes, 1.0, dtype=like.dtype, device=like.device)
+        return self.call(self._calls.full, sizes, 1.0, dtype=like.dtype, device=like.device)
 
     def zeros(self, shape: Shape) -> fx.Node:
         """Zeros of a shape, in the dtype and on the device of the root."""
-        like = example_of(self._insert.anchor)
+        like = example_of(self.anchor)
         assert like is not None
         sizes = [self._size(size) for size in shape]
-        return self._call(self._calls.full, sizes, 0, dtype=like.dtype, device=like.device)
+        return self.call(self._calls.full, sizes, 0, dtype=like.dtype, device=like.device)
 
     def outer(self, column: fx.Node, row: fx.Node) -> fx.Node:
         """A column times a row for each matrix in a batch, elementwise."""
-        node = self._call(self._calls.mul, column, row)
+        node = self.call(self._calls.mul, column, row)
         self._reader.forms[node] = OuterProduct(Operand(column, STACK), Operand(row, STACK), STACK)
         return node
 
     def pick(self, stack: fx.Node, by: TokenAssignment) -> fx.Node:
         """The matrices of the tokens' experts."""
-        node = self._call(_aten.index.Tensor, stack, [by.node])
+        node = self.call(_aten.index.Tensor, stack, [by.node])
         self.picked.append(node)
         return node
 
     def summed_by_expert(self, rows: fx.Node, by: TokenAssignment) -> fx.Node:
         """For each expert the sum of the matrices of its tokens."""
         zeros = self.zeros((by.experts, *shape_of(rows)[1:]))
-        node = self._call(_aten.index_put.default, zeros, [by.node], rows, True)
+        node = self.call(_aten.index_put.default, zeros, [by.node], rows, True)
         self._reader.forms[node] = SumOfRows(by, rows, zeros)
         return node
 
     def grouped_product(self, rows: fx.Node, stack: fx.Node, by: TokenAssignment) -> fx.Node:
         """Each row times the matrix of its expert."""
         if by.kind == "aten":
-            return self._call(_aten._grouped_mm.default, rows, stack, by.node)
+            return self.call(_aten._grouped_mm.default, rows, stack, by.node)
         operator = torch.ops.transformers.grouped_mm_fallback.default
-        return self._call(operator, rows, stack, by.node)
+        return self.call(operator, rows, stack, by.node)
 
     def grouped_outer(self, columns: fx.Node, rows: fx.Node, by: TokenAssignment) -> fx.Node:
         """For each expert the sum of columns times rows of its tokens; both given as rows."""
-        columns = self._call(self._calls.permute, columns, [1, 0])
-        return self._call(_aten._grouped_mm.default, columns, rows, by.node)
+        columns = self.call(self._calls.permute, columns, [1, 0])
+        return self.call(_aten._grouped_mm.default, columns, rows, by.node)
 
     def repeat(self, a: fx.Node, times: Dim, *, rows: bool) -> fx.Node:
         """One row repeated to a number of rows, or one column to a number of columns."""
         sizes = [self._size(times), -1] if rows else [-1, self._size(times)]
-        node = self._call(self._calls.expand, a, sizes)
+        node = self.call(self._calls.expand, a, sizes)
         self._reader.forms[node] = Broadcast(a)
         return node
 
@@ -291,111 +251,17 @@ class Writer:
         """The sum of the rows of a matrix as one row, or of its columns as one column."""
         n = len(shape_of(a))
         dims = list(range(n - 1)) if rows else [n - 1]
-        node = self._call(self._calls.sum, a, dims, True)
+        node = self.call(self._calls.sum, a, dims, True)
         self._reader.forms[node] = Total(a, rows)
         return self.reshape(node, (1, shape_of(a)[-1])) if rows else node
 
     def row_dots(self, a: fx.Node, b: fx.Node, *, rows: bool) -> fx.Node:
         """The dot products of the rows of two matrices, or those of their columns."""
-        multiplied = self._call(self._calls.mul, a, b)
-        node = self._call(self._calls.sum, multiplied, [1 if rows else 0])
+        multiplied = self.call(self._calls.mul, a, b)
+        node = self.call(self._calls.sum, multiplied, [1 if rows else 0])
         # Also where something else reads the multiplication, or nothing here is a product.
         self._reader.forms[node] = DiagonalOfProduct(*aligned_factors(a, b, 2, rows=rows))
         return node
-
-    # -- nodes ---------------------------------------------------------------------------------
-
-    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        """Any call that computes a tensor from others; an equal one that stands before it."""
-        return self._call(target, *args, **kwargs)
-
-    def attribute(self, name: str, tensor: torch.Tensor) -> fx.Node:
-        """The node that reads an attribute of the graph's module."""
-        self.forget()
-        return self._placed(self._insert.attribute(name, tensor))
-
-    def again(
-        self, call: Call, args: tuple[Any, ...], base: torch.Tensor | None, rule: str
-    ) -> fx.Node:
-        """A call that was made for an equal root.
-
-        Args:
-            call: The call as it was made.
-            args: Its arguments.
-            base: What the result is a view of, if it is one.
-            rule: What it is written for.
-        """
-        self._insert.rule = rule
-        value = fake_like(call.value, call.layout.shape, call.layout.strides, base)
-        return self._placed(self._insert.known(call.target, args, call.kwargs, value))
-
-    def find(self, target: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> fx.Node | None:
-        """The node before what is written now that makes this very call."""
-        return self._reader.values.find(target, args, kwargs, self.is_before)
-
-    def forget(self) -> None:
-        """Have nothing remembered of what is written now."""
-        if self.recording is not None:
-            self.recording.spoil()
-
-    def _call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        known = self.find(target, args, kwargs)
-        node = known or self._placed(self._insert(target, *args, **kwargs))
-        if known is None:
-            self._reader.classify(node)
-        if self.recording is not None:
-            found = None if known is None else known in self.own
-            self.recording.called(target, args, kwargs, node, self.rule, found)
-        return node
-
-    def _placed(self, node: fx.Node) -> fx.Node:
-        # After the anchor's operands and before the anchor: as early as anything written here.
-        self._position[node] = self._position[self._insert.anchor] - 1
-        self._reader.values.of(node)
-        self.own.add(node)
-        return node
-
-    def erase(self) -> None:
-        """Take back everything that was written."""
-        self._insert.erase()
-
-    # -- sizes ---------------------------------------------------------------------------------
-
-    def _sizes(self, shape: Shape) -> list[int | fx.Node]:
-        """The arguments of a view: -1 for a size that follows from the others."""
-        if any(map(is_zero, shape)):  # any size would follow
-            return list(map(self._size, shape))
-        if self._calls.stacked is not None and len(shape) == 2:
-            rows, cols = shape
-            if isinstance(cols, int):
-                return [-1, cols]
-            return [rows, -1] if isinstance(rows, int) else [-1, self._size(cols)]
-        unknown = [size for size in shape if not isinstance(size, int)]
-        if len(unknown) <= 1:
-            return [size if isinstance(size, int) else -1 for size in shape]
-        return [size if isinstance(size, int) else self._size(size) for size in shape]
-
-    def _size(self, size: Dim) -> int | fx.Node:
-        """A size, or a node that holds it: from the graph, or from a tensor that has it."""
-        if isinstance(size, int):
-            return size
-        limit = self._position[self._insert.anchor]
-        tensors: list[tuple[fx.Node, int]] = []
-        for node, position in self._position.items():
-            if position >= limit:
-                continue
-            if is_sym_int(node) and equal(dim_of(node.meta["val"]), size):
-                return cast(fx.Node, node)
-            where = None if example_of(node) is None else index_of(size, shape_of(node))
-            if where is not None:
-                tensors.append((node, where))
-        factors = [] if tensors else factors_of(size)
-        if factors:
-            first, *others = map(self._size, factors)
-            return reduce(lambda a, b: self._call(operator.mul, a, b), others, first)
-        if not tensors:
-            raise EmissionError(f"no tensor before {self._insert.anchor.name} has the size {size}")
-        return self._call(self._calls.size, *tensors[0])
 
 
 def _number(x: float) -> int | float:
