@@ -25,17 +25,15 @@ from typing import Any
 
 from torch import fx
 
-from runlora_fx._torch_compat import fake_mode_of, is_plain_fake
-from runlora_fx.passes.algebra.polynomials import Polynomial, normalise, substitute
+from runlora_fx._torch_compat import fake_mode_of
+from runlora_fx.passes.algebra.polynomials import normalise, substitute
 from runlora_fx.passes.algebra.problem import Value
 from runlora_fx.passes.emit.emitter import Emitter
-from runlora_fx.passes.emit.example_results import Layout, layout_of
+from runlora_fx.passes.emit.keys import Keys
 from runlora_fx.passes.emit.recording import Recording, Role, Slot, Template
 from runlora_fx.passes.emit.rules import Name, name_in, text_of
-from runlora_fx.passes.emit.task import Laid, Task, numbered
+from runlora_fx.passes.emit.task import Laid, Task
 from runlora_fx.passes.emit.writer import Writer
-from runlora_fx.passes.levels.origins import Held, OnesColumn
-from runlora_fx.passes.levels.sizes import example_of
 from runlora_fx.passes.read.regions import Root
 
 
@@ -51,12 +49,8 @@ class Replays:
         self._reader = analysis.reader
         self._leaves = analysis.reader.leaves
         self._mode: Any = fake_mode_of(node.meta.get("val") for node in analysis.graph.nodes)
+        self._keys = Keys(task, self._mode)
         self._templates: dict[Hashable, list[Template]] = {}
-        #: By region, all that was written for it; None once something was that has no template.
-        self._states: dict[int, int | None] = {}
-        self._numbers: dict[Hashable, int] = {}
-        self._facts: dict[int, int | None] = {}
-        self._layouts: dict[fx.Node, Layout | None] = {}
         # By region, the replays whose values the emitter does not know yet.
         self._unknown: dict[int, list[tuple[Template, int, Slot, list[fx.Node]]]] = {}
         self._made = 0
@@ -70,7 +64,7 @@ class Replays:
 
         Nothing is written where None is returned.
         """
-        key, slots = self._key(root)
+        key, slots = self._keys.key(root)
         self._writer.move_to(root.node)
         for template in self._templates.get(key, ()):
             registers = self._registers(template, slots)
@@ -83,7 +77,7 @@ class Replays:
 
     def emitted(self, root: Root) -> fx.Node:
         """Write a root step by step and take that down for equal ones; it is still to be proven."""
-        key, slots = self._key(root)
+        key, slots = self._keys.key(root)
         for slot in slots:
             if slot.region is not None:
                 self._task.take_up(slot.region)
@@ -99,13 +93,13 @@ class Replays:
         finally:
             writer.recording = None
         template = None
-        if recording is not None and self._layout(new) == self._layout(root.node):
+        if recording is not None and self._keys.layout(new) == self._keys.layout(root.node):
             again, copies = emitter.recomputed[recomputed:], [*emitter.copied.items()][copied:]
             template = recording.template(self._made, new, again, copies)
             self._made += 1
         for slot in slots:
             if slot.region is not None:
-                self._advance(slot.region, template, slots.index(slot))
+                self._keys.advance(slot.region, template, slots.index(slot))
         if template is not None:
             self._templates.setdefault(key, []).append(template)
         self._read(new)
@@ -126,114 +120,6 @@ class Replays:
                 form = template.form(call, registers, self._reader.forms)
                 if form is not None:
                     self._reader.forms[node] = form
-
-    def _advance(self, region: int, template: Template | None, slot: int) -> None:
-        """Take note that a root was written for a region."""
-        state = self._states[region]
-        known = None if template is None or state is None else (state, template.number, slot)
-        self._states[region] = None if known is None else self._number(known)
-
-    # -- keys ----------------------------------------------------------------------------------
-
-    def _key(self, root: Root) -> tuple[Hashable | None, tuple[Slot, ...]]:
-        """What equal roots have in common, None if that is not known; and the slots of a root."""
-        slots: list[Slot] = []
-        parts: list[Hashable] = []
-        states: list[int | None] = []
-        for part in root.parts:
-            place = self._task.places.get((root.node, part))
-            region = None if place is None else place[0]
-            slot = self._slot(region, part)
-            if slot not in slots:
-                slots.append(slot)
-                states.append(self._start(slot) if region is None else self._state(region, slot))
-            parts.append(
-                (
-                    slots.index(slot),
-                    numbered(part, slot.matrices, slot.scalars) if place is None else place[1],
-                )
-            )
-        layout = self._layout(root.node)
-        if layout is None or None in states:
-            return None, tuple(slots)
-        first: dict[int, int] = {}
-        joint = [leaf for slot in slots for leaf in slot.matrices] if len(slots) > 1 else ()
-        pattern = tuple([first.setdefault(leaf, len(first)) for leaf in joint])
-        key = (layout, root.backward, self._reader.cuts[root.node], *parts, *states, pattern)
-        return key, tuple(slots)
-
-    def _slot(self, region: int | None, part: Polynomial) -> Slot:
-        if region is not None:
-            posed = self._task.analysis.posed[region]
-            return Slot(region, posed.matrices, posed.scalars)
-        leaves = dict.fromkeys(factor.leaf for word in part.words for factor in word.factors)
-        scalars = dict.fromkeys(scalar for word in part.words for scalar in word.scalars)
-        return Slot(None, tuple(leaves), tuple(scalars))
-
-    def _state(self, region: int, slot: Slot) -> int | None:
-        if region not in self._states:
-            task, posed = self._task, self._task.analysis.posed[region]
-            start = None if posed.assignments else self._start(slot)
-            if start is not None:
-                demands = tuple(
-                    [
-                        (root.backward, numbered(part, slot.matrices, slot.scalars))
-                        for root, part in task.analysis.regions.regions[region].demands
-                        if (root.node, part) in task.places
-                    ]
-                )
-                plan = task.plans.get(region)
-                start = self._number((start, posed.problem, id(plan), demands))
-            self._states[region] = start
-        return self._states[region]
-
-    def _start(self, slot: Slot) -> int | None:
-        """What the leaves of a slot are, but for their numbers; None if that is not known."""
-        leaves = [self._facts_of(leaf) for leaf in slot.matrices]
-        scalars = [
-            (self._leaves.scalars[s].inverse, self._layout(self._leaves.scalars[s].node))
-            for s in slot.scalars
-        ]
-        if None in leaves or any(layout is None for _, layout in scalars):
-            return None
-        nodes: dict[fx.Node | None, int] = {}
-        held = [self._leaves.matrices[leaf].node for leaf in slot.matrices]
-        return self._number(
-            (
-                tuple(leaves),
-                tuple(scalars),
-                # Equal polynomials are sorted in equal ways if the numbers of leaves are.
-                _ranks(slot.matrices),
-                _ranks(slot.scalars),
-                tuple([nodes.setdefault(node, len(nodes)) for node in held]),
-            )
-        )
-
-    def _facts_of(self, number: int) -> int | None:
-        """What is known of a leaf, but for its number; None if that is not all."""
-        if number not in self._facts:
-            leaf = self._leaves.matrices[number]
-            facts: Hashable = None
-            if isinstance(leaf.origin, OnesColumn) and isinstance(leaf.rows, int):
-                facts = ("ones", leaf.rows)
-            elif isinstance(leaf.origin, Held):
-                layout = self._layout(leaf.origin.node)
-                sizes = (leaf.batch, leaf.rows, leaf.cols, leaf.batched, leaf.diagonal)
-                facts = None if layout is None else (layout, sizes)
-            self._facts[number] = None if facts is None else self._number(facts)
-        return self._facts[number]
-
-    def _layout(self, node: fx.Node) -> Layout | None:
-        """The layout of a tensor of known sizes."""
-        if node not in self._layouts:
-            value = example_of(node)
-            is_plain = value is not None and is_plain_fake(value, self._mode)
-            self._layouts[node] = layout_of(value) if is_plain and value is not None else None
-        return self._layouts[node]
-
-    def _number(self, key: Hashable) -> int:
-        """A number for a key, the same for equal ones."""
-        return self._numbers.setdefault(key, len(self._numbers))
 
     # -- replaying -----------------------------------------------------------------------------
 
@@ -270,7 +156,9 @@ class Replays:
             if (known is None) != (call.found is None):
                 return None
             if known is not None:
-                if (known in self._writer.own) != call.found or self._layout(known) != call.layout:
+                if (known in self._writer.own) != call.found or self._keys.layout(
+                    known
+                ) != call.layout:
                     return None
                 registers[i] = known
         return registers
@@ -292,7 +180,7 @@ class Replays:
             if registers[i] is None:
                 base = None if call.view_of is None else registers[call.view_of].meta["val"]
                 node = self._writer.again(call, call.arguments(registers), base, texts[call.rule])
-                self._layouts[node] = call.layout
+                self._keys.layouts[node] = call.layout
                 self._formless[node] = (template, i, registers)
                 registers[i] = node
 
@@ -311,7 +199,7 @@ class Replays:
         for i, slot in enumerate(slots):
             if slot.region is not None:
                 self._unknown.setdefault(slot.region, []).append((template, i, slot, registers))
-                self._advance(slot.region, template, i)
+                self._keys.advance(slot.region, template, i)
 
     def _catch_up(self, region: int) -> None:
         """Tell the emitter of the values that were replayed."""
@@ -362,8 +250,3 @@ class Replays:
             for role in roles:
                 found.setdefault(self._node(role, slots), []).append(role)
         return found
-
-
-def _ranks(numbers: tuple[int, ...]) -> tuple[int, ...]:
-    """The order of some numbers."""
-    return tuple(sorted(range(len(numbers)), key=numbers.__getitem__))
