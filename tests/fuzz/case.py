@@ -113,14 +113,23 @@ class Case:
     lines: tuple[Line, ...]
     outputs: tuple[str, ...]
 
-    def other_sizes(self) -> dict[str, int]:
-        """Sizes for a second call: others where only inputs have them, and they are not 0 or 1."""
+    def other_sizes(self, *, alike: bool = False) -> dict[str, int]:
+        """Sizes for a second call: others where only inputs have them, and they are not 0 or 1.
+
+        Args:
+            alike: Whether sizes that are equal now stay equal: ``make_fx`` takes them for one
+                symbol, and checks nothing when the graph is run.
+        """
         held = {dim for g in self.given if g.kind not in ("input", "module") for dim in g.dims}
         if any(g.kind == "module" for g in self.given):
             held |= {"i", "o", "r", "q", "k"}
         spared = {dim for g in self.given if g.layout == "expanded" for dim in g.dims[:1]}
+        kept = {dim for dim, size in self.sizes.items() if dim in held | spared or size < 2}
+        if alike:
+            kept |= {d for d, size in self.sizes.items() if size in {self.sizes[k] for k in kept}}
+        first = {size: k for k, size in reversed([*enumerate(self.sizes.values())])}
         return {
-            dim: size if dim in held | spared or size < 2 else size + 3 + 2 * k
+            dim: size if dim in kept else size + 3 + 2 * (first[size] if alike else k)
             for k, (dim, size) in enumerate(self.sizes.items())
         }
 
