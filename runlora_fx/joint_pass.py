@@ -20,6 +20,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 
 from runlora_fx import __version__, history
 from runlora_fx._torch_compat import never_overwrite
+from runlora_fx.cost_model.devices.elsewhere import machine_for
 from runlora_fx.cost_model.devices.machine import Machine
 from runlora_fx.options import Options
 from runlora_fx.passes.levels.aten import ATEN
@@ -115,7 +116,7 @@ class RunloraPass(CustomGraphPass):
             # Compiled code must not reuse the memory of a kept weight.
             never_overwrite(torch.ops.runlora.merged_weight.default)
         # A snapshot, so that the plan and the cache key are made from the same numbers.
-        self._machine = Machine(use_stored=self._options.tune != "off")
+        self._machine = machine_for(self._options.device, use_stored=self._options.tune != "off")
         self.ran = False
 
     def __call__(self, graph: fx.Graph) -> None:

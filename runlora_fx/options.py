@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from typing import Any, Literal, TypeAlias, get_args
 
 from runlora_fx.cost_model.objective import ObjectiveName
+from runlora_fx.cost_model.published import profiles_of
 
 TuneName: TypeAlias = Literal["off", "profile", "shapes", "plans"]
 
@@ -51,6 +52,9 @@ class Options:
             that of the model in dtypes of less than 32 bits. ``"relaxed"`` also reorders across
             casts between floating-point dtypes.
         memory_budget: What ``"fast"`` may save in one graph beyond ``"balanced"`` [B].
+        device: The device to plan for, wherever the graph is compiled: a name such as ``"h100"``
+            (rates that its maker publishes), or a file that ``calibrate --export`` wrote. Empty for
+            the device that the graph runs on.
     """
 
     strict: bool = False
@@ -61,6 +65,7 @@ class Options:
     memory_budget: int = 0
     reuse: bool = False
     numerics: NumericsName = "default"
+    device: str = ""
 
     def __post_init__(self) -> None:
         """Check every value.
@@ -91,9 +96,24 @@ class Options:
             )
         if self.reuse and self.memory != "fast":
             raise ValueError(f"runlora.reuse=True needs runlora.memory='fast', not {self.memory!r}")
+        self._check_device()
         number = isinstance(self.margin, int | float) and not isinstance(self.margin, bool)
         if not number or not 0 <= self.margin < 1:
             raise ValueError(f"runlora.margin must be a number in [0, 1), not {self.margin!r}")
+
+    def _check_device(self) -> None:
+        """Check the device to plan for."""
+        if self.device == "":
+            return
+        try:
+            profiles_of(self.device)
+        except ValueError as error:
+            raise ValueError(f"runlora.device {error}") from error
+        if self.tune in ("shapes", "plans"):
+            raise ValueError(
+                "runlora.tune must be 'off' or 'profile' with runlora.device, for nothing can be "
+                f"measured on it; not {self.tune!r}"
+            )
 
     @classmethod
     def of(cls, given: Mapping[str, Any], prefix: str = "") -> Options:

@@ -25,6 +25,7 @@ from runlora_fx.options import Options
 from runlora_fx.passes.levels.differentiable import level_of
 from runlora_fx.passes.read.example_values import annotate
 from runlora_fx.report.data import Report, combined
+from runlora_fx.without_data import without_data
 
 
 def rewrite(
@@ -95,7 +96,8 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     compiled before).
 
     Args:
-        model: A module or function. Runs forward once, without Inductor.
+        model: A module or function. Runs forward once, without Inductor; of meta or fake tensors
+            it is only traced, which takes no memory.
         *args: Its arguments.
         **kwargs: Its keyword arguments, and options: a keyword that no ``forward`` of the model
             names is an option of :class:`~runlora_fx.Options`; ``"runlora.NAME"`` is always one.
@@ -113,7 +115,8 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     with history.collecting() as reports, without_a_trace():
         # A new function for every call, because Dynamo keeps compiled code by backend.
         look = torch.compile(model, backend=own_backend(lambda *graph: backend(*graph)), **APART)
-        look(*args, **inputs)
+        with without_data(model, args, inputs) as (positional, named):
+            look(*positional, **named)
     report = combined(reports)
     history.record(report)
     return report

@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # What a plan is and what it costs; no torch up to here.
     (
         *("cost_model", "cost_model.cost", "cost_model.ops", "cost_model.profile"),
-        *("cost_model.objective", "cost_model.store"),
+        *("cost_model.objective", "cost_model.store", "cost_model.published"),
     ),
     ("passes", "passes.algebra", "passes.algebra.*"),
     ("passes.search", "passes.search.*"),
@@ -54,6 +54,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("integrations", "integrations.*"),
     ("aot",),
     ("backend",),
+    ("without_data",),
     ("trace",),
     ("",),  # the package itself
     ("cli", "cli.*"),
@@ -62,7 +63,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 
 WITHOUT_TORCH = (
     *("cost_model.cost", "cost_model.ops", "cost_model.profile", "cost_model.objective"),
-    *("cost_model.store", "report.notation"),
+    *("cost_model.store", "cost_model.published", "report.notation"),
     *(
         f"passes.{room}.{path.stem}"
         for room in ("algebra", "search")

@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import product
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -25,6 +26,7 @@ from rich.table import Table
 
 from runlora_fx.cost_model import store
 from runlora_fx.cost_model.cost import TERMS
+from runlora_fx.cost_model.devices.elsewhere import export
 from runlora_fx.cost_model.devices.fit import fit
 from runlora_fx.cost_model.devices.machine import default_profile, key_of
 from runlora_fx.cost_model.devices.measure import (
@@ -81,6 +83,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=float, default=45.0, help="the time after which measuring stops"
     )
+    parser.add_argument(
+        "--export",
+        type=Path,
+        metavar="FILE",
+        help="write the profile into a file as well: with the option `runlora.device` another "
+        "machine plans by it",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -125,6 +134,9 @@ def _run(arguments: argparse.Namespace, device: torch.device) -> int:
             _show(console, device, dtype, checked)
     if any(results):
         console.print(f"Stored in {store.folder()}.", soft_wrap=True)
+    if any(results) and arguments.export:
+        dtypes = ", ".join(export(device, arguments.export))
+        console.print(f"Exported {dtypes} to {arguments.export}.", soft_wrap=True)
     return 0 if all(results) else 1
 
 

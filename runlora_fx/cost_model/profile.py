@@ -27,6 +27,9 @@ import sympy
 from runlora_fx.cost_model.cost import TERMS, Term
 from runlora_fx.cost_model.ops import GemmShape, MatMul, Operation
 
+#: The dtypes whose products are planned for time.
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
 #: Seconds: a number, or an expression in the graph's symbols.
 Seconds: TypeAlias = float | sympy.Expr
 

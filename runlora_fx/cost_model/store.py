@@ -148,6 +148,37 @@ def add(key: Key, newer: Record) -> Record:
         return load(key).updated(newer)
 
 
+def write(path: Path, records: Mapping[str, Record]) -> None:
+    """Write records by dtype into a file of its own, for another machine to read.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    dtypes = {dtype: _to_json(record) for dtype, record in records.items()}
+    _write(path, {"format": _FORMAT, "dtypes": dtypes})
+
+
+def read(path: str | Path) -> dict[str, Record]:
+    """The records of a file that :func:`write` wrote, by dtype; at least one.
+
+    Raises:
+        ValueError: If the file is none of those.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if content["format"] != _FORMAT:
+            raise ValueError("made by another version")
+        records = {str(dtype): _from_json(part) for dtype, part in content["dtypes"].items()}
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"must be a file that `calibrate --export` wrote, not {path}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not records:
+        raise ValueError(f"must be a file that `calibrate --export` wrote; {path} has no dtype")
+    return records
+
+
 @lru_cache(maxsize=1024)
 def _warn(message: str) -> None:
     """Warn of what is wrong with a file, once: every compilation looks at the files again."""

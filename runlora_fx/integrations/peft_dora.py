@@ -15,7 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from runlora_fx._torch_compat import FakeTensor
 from runlora_fx.integrations.own_compile import is_own_compilation
+
+#: Parameters that are not quantised; a model without data has fake ones.
+_PLAIN = (nn.Parameter, FakeTensor)
 
 _FUNCTION = "dequantize_module_weight"
 
@@ -41,6 +45,6 @@ def substitute(module: ModuleType) -> None:
             return original_copy(module)
         if hasattr(module, "W_q"):  # HQQ's layers have no weight
             return module.dequantize()  # type: ignore[operator]
-        if type(module.weight) is nn.Parameter:
+        if type(module.weight) in _PLAIN:
             return module.weight
         return outside_the_graph(module)

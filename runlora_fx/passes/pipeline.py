@@ -16,6 +16,7 @@ from contextlib import contextmanager
 
 from torch import fx
 
+from runlora_fx.cost_model.devices.elsewhere import machine_for
 from runlora_fx.cost_model.devices.machine import Machine
 from runlora_fx.options import Options
 from runlora_fx.passes.context import Context, Outcome
@@ -58,10 +59,11 @@ def rewrite_graph(
     Raises:
         Exception: Under ``strict``, whatever fails; the graph is then as it came.
     """
-    known = Machine(use_stored=options.tune != "off") if machine is None else machine
+    if machine is None:
+        machine = machine_for(options.device, use_stored=options.tune != "off")
     with _collection_paused():
         # All that the passes made is gone once this returns: nothing is left to look through.
-        return _rewritten(Context(graph, level, options, known, may_guard, tuple(parameters)))
+        return _rewritten(Context(graph, level, options, machine, may_guard, tuple(parameters)))
 
 
 def _rewritten(context: Context) -> Report:

@@ -16,11 +16,8 @@ import torch
 from runlora_fx.cost_model import store
 from runlora_fx.cost_model.devices import registry
 from runlora_fx.cost_model.devices.device import Settings
-from runlora_fx.cost_model.profile import MachineProfile
+from runlora_fx.cost_model.profile import DTYPES, MachineProfile
 from runlora_fx.cost_model.store import Key, Record
-
-#: The dtypes whose products are planned for time.
-DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 def key_of(device: torch.device, dtype: str) -> Key:

@@ -17,11 +17,11 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from runlora_fx.cost_model.devices.machine import DTYPES, Machine, settings_of
+from runlora_fx.cost_model.devices.machine import Machine, settings_of
 from runlora_fx.cost_model.devices.measure import matmul_seconds, undisturbed
 from runlora_fx.cost_model.objective import Objective
 from runlora_fx.cost_model.ops import GemmShape
-from runlora_fx.cost_model.profile import DEFAULT_PROFILE
+from runlora_fx.cost_model.profile import DEFAULT_PROFILE, DTYPES
 from runlora_fx.cost_model.store import Record
 from runlora_fx.options import Options
 from runlora_fx.passes.algebra.problem import Problem

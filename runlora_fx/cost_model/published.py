@@ -1,0 +1,110 @@
+"""Devices by name: what their makers publish, so that a graph can be planned for one elsewhere.
+
+    profiles_of("h100")["bfloat16"]  ->  642 TFLOP/s, 2.7 TB/s, 4 us a launch
+
+Invariant: a number of the table is a published peak of dense products, from the source that stands
+next to it. Nothing in it was measured by us. :data:`REACHED_FLOPS` and :data:`REACHED_BANDWIDTH`
+are the shares of the peaks that a plan is priced by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from runlora_fx.cost_model import store
+from runlora_fx.cost_model.profile import DEFAULT_PROFILE, DTYPES, MachineProfile
+
+#: The share of the peak rate that products of real sizes reach.
+REACHED_FLOPS = 0.6
+
+#: The share of the peak bandwidth that kernels reach.
+REACHED_BANDWIDTH = 0.8
+
+#: The time from one kernel of a queue to the next [s].
+LAUNCH_S = 4e-6
+
+_TERA = 1e12
+
+
+@dataclass(frozen=True)
+class PublishedDevice:
+    """The peaks of one device.
+
+    Attributes:
+        title: The device and its variant.
+        bandwidth: Of its memory [B/s].
+        half: Dense products in bfloat16 and float16, accumulated in float32 [FLOP/s].
+        single: Dense products in float32 without TF32 [FLOP/s].
+        double: Dense products in float64 [FLOP/s].
+        source: Where the numbers are published.
+    """
+
+    title: str
+    bandwidth: float
+    half: float
+    single: float
+    double: float
+    source: str
+
+    def peak(self, dtype: str) -> float:
+        """The rate of products in a dtype [FLOP/s]."""
+        return {"float32": self.single, "float64": self.double}.get(dtype, self.half)
+
+    def profile(self, dtype: str) -> MachineProfile:
+        """The profile that plans are priced by."""
+        return MachineProfile(
+            {
+                "flops.nn": 1 / (self.peak(dtype) * REACHED_FLOPS),
+                "read": 1 / (self.bandwidth * REACHED_BANDWIDTH),
+                "launches": LAUNCH_S,
+            }
+        )
+
+
+def _of(
+    title: str, bandwidth: float, half: float, single: float, double: float, source: str
+) -> PublishedDevice:
+    """A device from TB/s and TFLOP/s."""
+    rates = (bandwidth * _TERA, half * _TERA, single * _TERA, double * _TERA)
+    return PublishedDevice(title, *rates, source)
+
+
+#: By the name that the option ``device`` takes.
+PUBLISHED: Mapping[str, PublishedDevice] = {
+    "h100": _of("H100 SXM5 80 GB", 3.35, 989.4, 66.9, 66.9, "NVIDIA H100 datasheet"),
+    "h200": _of("H200 SXM 141 GB", 4.8, 989.4, 66.9, 66.9, "NVIDIA H200 datasheet"),
+    "a100": _of("A100 SXM4 80 GB", 2.039, 312.0, 19.5, 19.5, "NVIDIA A100 datasheet"),
+    "l4": _of("L4 24 GB", 0.3, 121.0, 30.3, 0.49, "NVIDIA L4 datasheet"),
+    "rtx4090": _of("RTX 4090 24 GB", 1.008, 165.2, 82.6, 1.29, "NVIDIA Ada whitepaper"),
+    "mi300x": _of("MI300X 192 GB", 5.3, 1307.4, 163.4, 163.4, "AMD MI300X datasheet"),
+    "xeon8480": _of(
+        "Xeon Platinum 8480+, 56 cores",
+        0.3072,
+        229.4,
+        7.17,
+        3.58,
+        "Intel ARK: 8 x DDR5-4800; AMX 2048 and AVX-512 64 FLOP a cycle at 2.0 GHz",
+    ),
+}
+
+
+def profiles_of(name: str) -> Mapping[str, MachineProfile]:
+    """The profiles of a device by dtype.
+
+    Args:
+        name: A name of :data:`PUBLISHED`, or a file that ``calibrate --export`` wrote.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if isinstance(name, str) and name in PUBLISHED:
+        return {dtype: PUBLISHED[name].profile(dtype) for dtype in DTYPES}
+    if not isinstance(name, str) or not Path(name).is_file():
+        valid = ", ".join(map(repr, PUBLISHED))
+        raise ValueError(
+            f"must be one of {valid}, or a file that `python -m runlora_fx calibrate --export` "
+            f"wrote, not {name!r}"
+        )
+    return {dtype: record.profile(DEFAULT_PROFILE) for dtype, record in store.read(name).items()}
