@@ -1,0 +1,426 @@
+"""What real recipes cost: bytes moved, kernels, FLOPs and bytes kept, counted without running.
+
+    python benchmarks/traffic.py [CASE ...] [--scale 4] [--device h100]
+
+Every case is one layer of a real model with LoRA on all of its projections. It is compiled three
+ways: frozen under Inductor, with PEFT under Inductor, and with PEFT under runlora. Forward and
+backward are compiled as far as Inductor's scheduler, which says what each kernel reads and writes.
+Nothing is run and no tensor has data, so a full-size layer takes seconds. ``--scale 4`` divides
+widths, heads and tokens by four.
+
+*Moved* is the sum over the kernels of what they read and write. *Kept* is what the forward leaves
+for the backward, parameters and the layer's input apart. *Tax* is what the adapters add to the
+frozen layer's bytes, as a share of what they add under PEFT + Inductor. *Roofline* is predicted
+from these counts and published peaks: a kernel takes the longer of its bytes and its FLOPs. No
+time is measured.
+
+Invariant: equal versions of torch, PEFT and this package give equal numbers on every machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import torch._functorch.config as functorch_config
+import torch._inductor.config as inductor_config
+import transformers
+from peft import LoraConfig, get_peft_model
+from rich.progress import track
+from torch import Tensor, fx, nn
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.fx_utils import count_flops_fx
+from torch._inductor.graph import GraphLowering
+from torch._inductor.scheduler import BaseSchedulerNode
+from torch.utils.checkpoint import checkpoint
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RotaryEmbedding
+from transformers.models.vit.modeling_vit import ViTLayer
+
+from runlora_fx.backend import runlora
+from runlora_fx.cost_model.published import PUBLISHED, PublishedDevice
+from runlora_fx.integrations.own_compile import own_backend
+from runlora_fx.without_data import without_data
+
+GB, MB = 1e9, 1e6
+
+#: By variant, our options; None is Inductor's own backend.
+POLICIES: dict[str, dict[str, Any] | None] = {
+    "PEFT + Inductor": None,
+    "runlora": {},
+    'runlora, memory="low"': {"memory": "low"},
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A layer of a real model.
+
+    Attributes:
+        width: Of the residual stream.
+        inner: Of the feed-forward part.
+        heads: Of attention.
+        groups: Heads of keys and values.
+    """
+
+    width: int
+    inner: int
+    heads: int
+    groups: int
+
+    def scaled(self, by: int) -> Shape:
+        """The same proportions, divided."""
+        return Shape(
+            self.width // by, self.inner // by, self.heads // by, max(1, self.groups // by)
+        )
+
+
+SHAPES = {
+    "Llama-3-8B": Shape(4096, 14336, 32, 8),
+    "Qwen2.5-7B": Shape(3584, 18944, 28, 4),
+    "ViT-L": Shape(1024, 4096, 16, 16),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to train a layer.
+
+    Attributes:
+        shape: The layer.
+        rank: Of the adapters.
+        rows: Sequences.
+        length: Tokens of each.
+        dropout: Of the adapters' inputs.
+        autocast: Whether the adapters are in float32, and the step runs under autocast.
+        dora: Whether the weights are decomposed.
+        checkpointed: Whether the layer is checkpointed.
+    """
+
+    shape: str = "Llama-3-8B"
+    rank: int = 16
+    rows: int = 4
+    length: int = 2048
+    dropout: float = 0.0
+    autocast: bool = False
+    dora: bool = False
+    checkpointed: bool = False
+
+
+CASES: dict[str, Recipe] = {
+    "no dropout": Recipe(),
+    "dropout 0.05": Recipe(dropout=0.05),
+    "autocast, fp32 adapters": Recipe(autocast=True),
+    "autocast, dropout 0.05": Recipe(autocast=True, dropout=0.05),
+    "DoRA": Recipe(dora=True),
+    "checkpointing": Recipe(checkpointed=True),
+    "checkpointing, dropout 0.05": Recipe(checkpointed=True, dropout=0.05),
+    "rank 8": Recipe(rank=8),
+    "rank 64": Recipe(rank=64),
+    "rank 128": Recipe(rank=128),
+    "512 tokens": Recipe(rows=1, length=512),
+    "16384 tokens": Recipe(rows=8),
+    "Qwen2.5-7B": Recipe(shape="Qwen2.5-7B"),
+    "ViT-L": Recipe(shape="ViT-L", rows=32, length=256),
+}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel of Inductor's schedule.
+
+    Attributes:
+        moved: Bytes that it reads and writes [B].
+        flops: Of its products [FLOP].
+        dtype: Of what it makes, as torch names it.
+    """
+
+    moved: int
+    flops: int
+    dtype: str
+
+    def seconds(self, device: PublishedDevice) -> float:
+        """The longer of its bytes and its FLOPs at a device's published peaks [s]."""
+        return max(self.moved / device.bandwidth, self.flops / device.peak(self.dtype))
+
+
+@dataclass
+class Count:
+    """What one variant costs.
+
+    Attributes:
+        kernels: Of forward and backward.
+        kept: From the forward to the backward [B].
+        results: Of the forward that is compiled now.
+    """
+
+    kernels: list[Kernel] = field(default_factory=list)
+    kept: int = 0
+    results: int = 1
+
+    @property
+    def moved(self) -> int:
+        """Bytes moved [B]."""
+        return sum(kernel.moved for kernel in self.kernels)
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of products [FLOP]."""
+        return sum(kernel.flops for kernel in self.kernels)
+
+    def milliseconds(self, device: PublishedDevice) -> float:
+        """The roofline of a device: predicted from counts [ms]."""
+        return 1e3 * sum(kernel.seconds(device) for kernel in self.kernels)
+
+
+class Layer(nn.Module):
+    """One decoder layer, from the residual stream to the residual stream."""
+
+    def __init__(self, name: str, shape: Shape, checkpointed: bool) -> None:
+        """Make the layer of a model that transformers knows."""
+        super().__init__()
+        self.checkpointed = checkpointed
+        self.rotary: nn.Module | None = None
+        sizes = {
+            "hidden_size": shape.width,
+            "intermediate_size": shape.inner,
+            "num_attention_heads": shape.heads,
+            "num_hidden_layers": 1,
+        }
+        if name == "ViT-L":
+            config: Any = transformers.ViTConfig(**sizes)
+            config._attn_implementation = "sdpa"
+            self.layer: nn.Module = ViTLayer(config)
+            return
+        sizes["num_key_value_heads"] = shape.groups
+        is_qwen = name.startswith("Qwen")
+        config = transformers.Qwen2Config(**sizes) if is_qwen else transformers.LlamaConfig(**sizes)
+        config._attn_implementation = "sdpa"
+        make: Any = Qwen2DecoderLayer if is_qwen else LlamaDecoderLayer
+        rotary: Any = Qwen2RotaryEmbedding if is_qwen else LlamaRotaryEmbedding
+        self.layer, self.rotary = make(config, 0), rotary(config)
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        """The layer's output for x (rows, length, width)."""
+        given: dict[str, Any] = {}
+        if self.rotary is not None:
+            given["position_embeddings"] = self.rotary(x, positions)
+        if self.checkpointed:
+            made = checkpoint(self.layer, x, use_reentrant=False, **given)
+        else:
+            made = self.layer(x, **given)
+        result: Tensor = made[0] if isinstance(made, tuple) else made
+        return result
+
+
+def model_of(recipe: Recipe, shape: Shape, *, is_adapted: bool) -> nn.Module:
+    """A layer on the meta device, in bfloat16."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            layer = Layer(recipe.shape, shape, recipe.checkpointed).requires_grad_(False)
+            if is_adapted:
+                config = LoraConfig(
+                    r=recipe.rank,
+                    lora_alpha=2 * recipe.rank,
+                    lora_dropout=recipe.dropout,
+                    use_dora=recipe.dora,
+                    target_modules="all-linear",
+                )
+                # PEFT leaves adapters in the weights' dtype or casts them to float32.
+                layer = get_peft_model(layer, config, autocast_adapter_dtype=recipe.autocast)  # type: ignore[arg-type, assignment]
+    finally:
+        torch.set_default_dtype(before)
+    return layer.train()
+
+
+@contextmanager
+def counting(count: Count) -> Iterator[None]:
+    """Have Inductor count the kernels of what it schedules, and write no code."""
+
+    def counted(graph: GraphLowering) -> Any:
+        graph.init_wrapper_code()
+        graph._update_scheduler()
+        for node in graph.scheduler.nodes:
+            moved = node.get_read_write_buffers_sizes()
+            if moved:
+                # An operator with several results, such as attention, has no dtype of its own.
+                layout = node.get_nodes()[0].get_outputs()[0].node.layout
+                dtype = str(getattr(layout, "dtype", torch.bfloat16)).removeprefix("torch.")
+                count.kernels.append(Kernel(moved, flops_of(node), dtype))
+        if not graph.is_backward and not graph.is_inference:
+            count.kept = kept_bytes(graph.orig_gm.graph, count.results)
+        return _Nothing()
+
+    original = GraphLowering.compile_to_module
+    GraphLowering.compile_to_module = counted  # type: ignore[method-assign]
+    try:
+        with (
+            inductor_config.patch(fx_graph_cache=False),
+            functorch_config.patch(
+                force_non_lazy_backward_lowering=True, enable_autograd_cache=False
+            ),
+        ):
+            yield
+    finally:
+        GraphLowering.compile_to_module = original  # type: ignore[method-assign]
+
+
+class _Nothing:
+    """What stands for a compiled module that is never called."""
+
+    __file__ = key = "none"
+    call = staticmethod(lambda inputs: None)
+
+
+def flops_of(node: BaseSchedulerNode) -> int:
+    """The FLOPs of the products that a kernel computes [FLOP]."""
+    products = [part for part in node.get_nodes() if part.is_extern() or part.is_template()]
+    total = 0
+    for product in products:
+        # A product that a pattern of Inductor's made has several origins, each with its count.
+        origins = product.node.get_origins() if product.node is not None else ()
+        total += max((int(count_flops_fx(origin) or 0) for origin in origins), default=0)
+    return total
+
+
+def kept_bytes(forward: fx.Graph, results: int) -> int:
+    """What a forward leaves for the backward, its inputs apart; each storage once [B]."""
+    outputs = forward.output_node().args[0]
+    assert isinstance(outputs, Sequence)
+    # The results come first.
+    saved = [n for n in outputs[results:] if isinstance(n, fx.Node) and n.op != "placeholder"]
+    storages = {n.meta["val"].untyped_storage()._cdata: n.meta["val"] for n in saved}
+    return sum(val.untyped_storage().nbytes() for val in storages.values())
+
+
+def counted(
+    recipe: Recipe, scale: int, options: Mapping[str, Any] | None, *, is_adapted: bool
+) -> Count:
+    """Compile a layer as far as Inductor's scheduler."""
+    torch._dynamo.reset()
+    shape = SHAPES[recipe.shape].scaled(scale)
+    model = model_of(recipe, shape, is_adapted=is_adapted)
+    length = recipe.length // scale
+    x = torch.empty(recipe.rows, length, shape.width, dtype=torch.bfloat16, device="meta")
+    positions = torch.empty(1, length, dtype=torch.long, device="meta")
+    count = Count()
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        count.results = len(gm.graph.output_node().args[0])  # type: ignore[arg-type]
+        if options is None:
+            compile_fx(gm, inputs)  # type: ignore[arg-type]
+        else:
+            runlora(gm, inputs, options={f"runlora.{k}": v for k, v in options.items()})
+        return gm.forward  # traced once more, and never run on data
+
+    cast = torch.autocast("cpu", torch.bfloat16) if recipe.autocast else nullcontext()
+    inputs = (x.requires_grad_(), positions)
+    with counting(count), without_data(model, inputs, {}) as (given, _), cast:
+        # PEFT's DoRA breaks the graph, and runs the parts between unseen. As our own compilation it
+        # is traced whole, under Inductor too, which favours the baseline.
+        torch.compile(model, backend=own_backend(backend), fullgraph=True, dynamic=False)(*given)
+    return count
+
+
+def rows(name: str, recipe: Recipe, scale: int, device: str) -> list[dict[str, Any]]:
+    """The rows of one case: a mapping for each variant."""
+    variants: dict[str, Count] = {"frozen": counted(recipe, scale, None, is_adapted=False)}
+    for policy, options in POLICIES.items():
+        chosen = None if options is None else {"strict": True, "device": device, **options}
+        variants[policy] = counted(recipe, scale, chosen, is_adapted=True)
+    frozen, baseline = variants["frozen"], variants["PEFT + Inductor"]
+    return [
+        {
+            "case": name,
+            "variant": variant,
+            "moved_B": count.moved,
+            "kept_B": count.kept,
+            "flop": count.flops,
+            "kernels": len(count.kernels),
+            "tax": (count.moved - frozen.moved) / (baseline.moved - frozen.moved),
+            "kept_over_frozen": count.kept / frozen.kept if frozen.kept else None,
+            "roofline_ms": {n: count.milliseconds(d) for n, d in PUBLISHED.items()},
+        }
+        for variant, count in variants.items()
+    ]
+
+
+def table(found: Sequence[Mapping[str, Any]]) -> str:
+    """Counts as Markdown."""
+    lines = [
+        "| case | variant | moved, GB | tax | kept, MB | kept / frozen | TFLOP | kernels |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in found:
+        kept = row["kept_over_frozen"]
+        lines.append(
+            f"| {row['case']} | {row['variant']} | {row['moved_B'] / GB:.3f} | {row['tax']:.2f} "
+            f"| {row['kept_B'] / MB:.1f} | {'' if kept is None else f'{kept:.2f}'} "
+            f"| {row['flop'] / 1e12:.3f} | {row['kernels']} |"
+        )
+    return "\n".join(lines)
+
+
+def rooflines(found: Sequence[Mapping[str, Any]]) -> str:
+    """Predicted times over those of PEFT + Inductor, as Markdown."""
+    lines = [
+        f"| case | variant | {' | '.join(PUBLISHED)} |",
+        f"|---|---|{'---|' * len(PUBLISHED)}",
+    ]
+    base = {r["case"]: r["roofline_ms"] for r in found if r["variant"] == "PEFT + Inductor"}
+    for row in found:
+        ratios = (f"{t / base[row['case']][n]:.3f}" for n, t in row["roofline_ms"].items())
+        lines.append(f"| {row['case']} | {row['variant']} | {' | '.join(ratios)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Count the cases that are asked for, and write table and data."""
+    parser = argparse.ArgumentParser(description="Bytes moved and kept, counted by Inductor.")
+    parser.add_argument("cases", nargs="*", help="parts of names of cases; all if none")
+    parser.add_argument("--scale", type=int, default=4, help="divide widths and tokens by this")
+    parser.add_argument("--device", default="h100", help="the device to plan for")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    given = parser.parse_args()
+    wanted = {
+        name: recipe
+        for name, recipe in CASES.items()
+        if not given.cases or any(part in name for part in given.cases)
+    }
+    found: list[dict[str, Any]] = []
+    for name, recipe in track(wanted.items(), description="counting"):
+        found += rows(name, recipe, given.scale, given.device)
+    text = "\n\n".join(
+        [
+            f"Counted by Inductor's scheduler, torch {torch.__version__}, PEFT {peft.__version__}; "
+            f"widths and tokens / {given.scale}; planned for {given.device}.",
+            table(found),
+            "Predicted from counts (published peaks), relative to PEFT + Inductor:",
+            rooflines(found),
+        ]
+    )
+    print(text)
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "traffic.md").write_text(text + "\n", encoding="utf-8")
+    content = {
+        "torch": torch.__version__,
+        "peft": peft.__version__,
+        "scale": given.scale,
+        "device": given.device,
+        "recipes": {name: asdict(recipe) for name, recipe in wanted.items()},
+        "rows": found,
+    }
+    (given.out / "traffic.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
