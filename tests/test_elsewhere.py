@@ -146,6 +146,7 @@ def test_a_model_of_meta_tensors_is_explained_and_left_as_it_came() -> None:
     x = torch.empty(4096, HIDDEN, device="meta")
     report = runlora_fx.explain(model, x, device="h100", objective="flops", strict=True)
     assert [site.changed for site in report.sites] == [True, True]
+    assert "Planned for H100 SXM5 80 GB (rates of the NVIDIA H100 datasheet)" in str(report)
     assert report.flops_after < report.flops_before
     assert all(p is before[name] and p.is_meta for name, p in model.named_parameters())
 

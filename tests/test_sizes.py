@@ -39,7 +39,6 @@ def test_questions_about_symbols_add_no_guards() -> None:
     assert not sizes.equal(a, b)
     assert not sizes.is_one(a)
     assert sizes.index_of(b, shape) == 1
-    assert sizes.is_contiguous(node)
     assert sizes.same_strides(node, node)
     assert recut(shape, Cut(0, 2), (sizes.numel((a, b)), c)) == Cut(0, 1)
     assert permuted_cut(shape, Cut(0, 2), (2, 0, 1)) == (Cut(0, 1), True)

@@ -90,6 +90,14 @@ PUBLISHED: Mapping[str, PublishedDevice] = {
 }
 
 
+def title_of(name: str) -> str:
+    """What reports call a device, and where its rates are from; nothing for no name."""
+    known = PUBLISHED.get(name)
+    if known is None:
+        return name and f"the device of {name}"
+    return f"{known.title} (rates of the {known.source})"
+
+
 def profiles_of(name: str) -> Mapping[str, MachineProfile]:
     """The profiles of a device by dtype.
 

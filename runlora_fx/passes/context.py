@@ -1,8 +1,8 @@
 """The context of a pass: the graph, and all that may be asked about it.
 
-Every pass has the same signature. It changes ``context.graph`` and returns what it found:
+A pass takes a context, changes ``context.graph``, and returns what it found:
 
-    def split_picked_products(context: Context) -> Outcome
+    def plan_linear_algebra(context: Context) -> Outcome
 
 Invariant: a context never changes, but for the list of what failed in its passes. Passes change the
 graph, so what is derived from it (:meth:`Context.effects`) is derived anew when asked for.
@@ -10,10 +10,9 @@ graph, so what is derived from it (:meth:`Context.effects`) is derived anew when
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any
 
 import sympy
 import torch
@@ -127,7 +126,3 @@ class Context:
     def read(self) -> Analysis:
         """The linear algebra of the graph as it is now."""
         return Analysis(self.graph, self.level, casts=_CASTS[self.options.numerics])
-
-
-#: Changes the graph of a context.
-Pass: TypeAlias = Callable[[Context], Outcome]

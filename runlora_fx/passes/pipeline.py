@@ -18,6 +18,7 @@ from torch import fx
 
 from runlora_fx.cost_model.devices.elsewhere import machine_for
 from runlora_fx.cost_model.devices.machine import Machine
+from runlora_fx.cost_model.published import title_of
 from runlora_fx.options import Options
 from runlora_fx.passes.context import Context, Outcome
 from runlora_fx.passes.emit.transaction import Snapshot, note_failure
@@ -131,6 +132,7 @@ def _report(context: Context, came: Sequence[fx.Node], outcome: Outcome | None) 
         refusals=(*failed, *missed),
         flops_before=sum(before for before, _ in flops),
         flops_after=sum(after for _, after in flops),
+        planned_for=title_of(context.options.device),
     )
 
 

@@ -27,6 +27,7 @@ class Report:
         flops_before: All matrix products of the graph as it came [FLOP].
         flops_after: All matrix products that will run [FLOP].
         from_cache: Whether the compiled code came from a cache, so that no graph was seen.
+        planned_for: The device that was planned for, if another than the graph runs on.
     """
 
     graph: str
@@ -35,12 +36,16 @@ class Report:
     flops_before: int = 0
     flops_after: int = 0
     from_cache: bool = False
+    planned_for: str = ""
 
     def __str__(self) -> str:
         """Totals, a section for each kind of site, and what was left alone."""
         if self.from_cache:
             return FROM_CACHE
-        return lines(self.graph, self.sites, self.refusals, self.flops_before, self.flops_after)
+        text = lines(self.graph, self.sites, self.refusals, self.flops_before, self.flops_after)
+        if not self.planned_for:
+            return text
+        return f"{text}Planned for {self.planned_for}; nothing was measured on it.\n"
 
 
 def combined(reports: Iterable[Report]) -> Report:
@@ -53,4 +58,5 @@ def combined(reports: Iterable[Report]) -> Report:
         flops_before=sum(part.flops_before for part in parts),
         flops_after=sum(part.flops_after for part in parts),
         from_cache=bool(parts) and all(part.from_cache for part in parts),
+        planned_for=", ".join(dict.fromkeys(p.planned_for for p in parts if p.planned_for)),
     )

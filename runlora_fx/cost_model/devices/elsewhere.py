@@ -19,7 +19,7 @@ import torch
 from runlora_fx.cost_model import store
 from runlora_fx.cost_model.devices.machine import Machine, default_profile, key_of
 from runlora_fx.cost_model.profile import DTYPES, MachineProfile
-from runlora_fx.cost_model.published import PUBLISHED, profiles_of
+from runlora_fx.cost_model.published import profiles_of
 from runlora_fx.cost_model.store import Record
 
 _log = logging.getLogger("runlora_fx")
@@ -61,12 +61,6 @@ class Elsewhere(Machine):
 def machine_for(name: str, *, use_stored: bool) -> Machine:
     """The machine that is planned for: this one, unless another device is named."""
     return Elsewhere(name) if name else Machine(use_stored=use_stored)
-
-
-def title_of(name: str) -> str:
-    """What reports call a device, and where its rates are from."""
-    known = PUBLISHED.get(name)
-    return f"profile {name}" if known is None else f"{known.title} ({known.source})"
 
 
 def export(device: torch.device, path: Path) -> list[str]:

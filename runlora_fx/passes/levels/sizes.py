@@ -205,16 +205,6 @@ def same_strides(a: fx.Node, b: fx.Node) -> bool:
     )
 
 
-def is_contiguous(node: fx.Node) -> bool:
-    """True if a tensor is known to lie row by row in memory, without gaps."""
-    expected: Dim = 1
-    for size, stride in zip(reversed(shape_of(node)), reversed(strides_of(node)), strict=True):
-        if not is_one(size) and not equal(stride, expected):
-            return False
-        expected = numel((expected, size))
-    return True
-
-
 def is_column_major(node: fx.Node) -> bool:
     """True if a matrix is known to lie transposed in memory: column by column."""
     if example_of(node) is None or len(shape_of(node)) != 2:
