@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from checks import outputs_and_grads
 from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import runlora_fx
 from runlora_fx.passes.read.effects import Effects
@@ -78,6 +79,21 @@ def _gram_of_one_row(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def test_a_batch_of_numbers_is_transposed_as_it_is_written() -> None:
     _check_joint(_gram_of_one_row, [(2, 1, 8)])
+
+
+def _row_seen_as_a_column(
+    s: Tensor, x: Tensor, m: Tensor, u: Tensor, v: Tensor, w: Tensor
+) -> Tensor:
+    row = torch.bmm(torch.bmm(s, x), m)
+    return row.view(-1, 1).t() + u @ (v @ w)
+
+
+def test_a_product_of_one_row_is_added_up_through_its_transpose() -> None:
+    """The row is viewed as a column, and the transpose of the column is the row again."""
+    given = _given([(1, 1, 4), (1, 4, 5), (1, 5, 6), (1, 9), (9, 9), (9, 6)])
+    gm = make_fx(_row_seen_as_a_column)(*given)
+    rewritten = runlora_fx.rewrite(gm, strict=True, objective="flops")
+    _same({"output": rewritten(*given)}, {"output": _row_seen_as_a_column(*given)})
 
 
 # -- tensors without elements ------------------------------------------------------------------

@@ -53,6 +53,13 @@ def same_matrix(shape: Shape, one: Cut, other: Cut) -> bool:
     return one == other or same_shape(one.extents(shape), other.extents(shape))
 
 
+def turned_vector(shape: Shape, one: Cut, other: Cut) -> bool:
+    """True if one cut of a tensor shows a row where the other shows a column, for each matrix."""
+    batch, rows, cols = one.extents(shape)
+    is_vector = is_one(rows) != is_one(cols)
+    return is_vector and same_shape((batch, cols, rows), other.extents(shape))
+
+
 def last_dim_cut(ndim: int) -> Cut:
     """All dimensions but the last are rows: how linear layers see their input."""
     return Cut(0, ndim - 1)

@@ -17,11 +17,12 @@ from dataclasses import replace
 
 from torch import fx
 
-from runlora_fx.passes.algebra.addends import Addends, total, without_cancelled
+from runlora_fx.passes.algebra.addends import Addends, total, transposed, without_cancelled
 from runlora_fx.passes.algebra.polynomials import Polynomial, of_factors
 from runlora_fx.passes.algebra.words import Factor, NotInNormalForm, Word
-from runlora_fx.passes.levels.cuts import Cut
+from runlora_fx.passes.levels.cuts import Cut, turned_vector
 from runlora_fx.passes.levels.level import Dialect
+from runlora_fx.passes.levels.sizes import shape_of
 from runlora_fx.passes.read.casts import CastRules, Casts
 from runlora_fx.passes.read.effects import Effects
 from runlora_fx.passes.read.gradients import gradient_nodes
@@ -111,6 +112,10 @@ class GraphReader(PolynomialReader):
             below = None if form is None or form.is_leaf_alone else self.as_addends(node, cut)
         elif self.linear.shows(node, cut):
             below = self._addends[node]
+        elif node not in self.linear.vectors and turned_vector(
+            shape_of(node), self.cuts[node], cut
+        ):
+            below = transposed(self._addends[node])
         return (self.leaves.matrix(self.values, node, cut),) if below is None else below
 
     def _root(self, node: fx.Node, cut: Cut) -> Addends:

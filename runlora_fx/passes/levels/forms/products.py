@@ -16,7 +16,7 @@ from torch import fx
 
 from runlora_fx.passes.algebra.addends import Addends, total
 from runlora_fx.passes.algebra.polynomials import IDENTITY
-from runlora_fx.passes.levels.cuts import Cut, last_dim_cut, same_matrix
+from runlora_fx.passes.levels.cuts import Cut, last_dim_cut, same_matrix, turned_vector
 from runlora_fx.passes.levels.forms.form import (
     Cuts,
     Factor,
@@ -85,11 +85,13 @@ class MatrixProduct(_OfTwo):
         return (self,)
 
     def as_addends(self, shape: Shape, cut: Cut, reading: Reading) -> Addends | None:
-        """One addend, if the cut shows the product."""
-        if not same_matrix(shape, self.out, cut):
+        """One addend, if the cut shows the product, or a row of numbers as a column."""
+        is_turned = turned_vector(shape, self.out, cut)
+        if not is_turned and not same_matrix(shape, self.out, cut):
             return None
         left, right = self.operands(reading)
-        return (reading.multiplied(total(left), total(right)),)
+        made = reading.multiplied(total(left), total(right))
+        return (made.T if is_turned else made,)
 
 
 @dataclass(frozen=True)
