@@ -323,7 +323,7 @@ def test_identity_tells_every_option_and_every_users_pass(
     different = [Options(), Options(strict=True), Options(objective="flops"), Options(margin=0.5)]
     different += [Options(tune="off"), Options(memory="low"), Options(numerics="strict")]
     fast = Options(memory="fast", memory_budget=1)
-    different += [fast, replace(fast, reuse=True)]
+    different += [fast, replace(fast, reuse=True), Options(device="h100")]
     assert len(different) == 1 + len(fields(Options))
     passes = [RunloraPass(options) for options in different]
     passes += [RunloraPass(before=[_UsersPass(name) for name in names]) for names in ("a", "ab")]
