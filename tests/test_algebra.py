@@ -182,6 +182,17 @@ def test_normalising_loses_nothing(p: Polynomial) -> None:
     assert without_scalar(core) == (ONE, core)
 
 
+@pytest.mark.parametrize("a", [1 / 6, 1 / 3, 0.7, 16 / 8**0.5, 1e-3 / 7])
+@pytest.mark.parametrize("b", [0.5, 0.3, 32 / 24**0.5])
+def test_a_sum_that_is_scaled_twice_is_the_same_value(a: float, b: float) -> None:
+    """``a P + b Q``, divided by b and then by what is left of a, is divided by a."""
+    p, q = leaf(0), leaf(1)
+    made = p.scaled(Scalar(a)) + q.scaled(Scalar(b))
+    twice = divided(made, Scalar(b))
+    assert normalise(twice).core == normalise(made).core
+    assert divided(twice, Scalar(twice.terms[0][1])) == divided(made, Scalar(a))
+
+
 @often
 @given(polynomials(), scalars)
 def test_one_core_for_all_scalings_and_the_transpose(p: Polynomial, s: Scalar) -> None:

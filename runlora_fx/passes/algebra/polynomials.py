@@ -24,8 +24,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property, lru_cache
-from math import inf
+from math import copysign, inf, sqrt
 from typing import NamedTuple
 
 from runlora_fx.passes.algebra.words import Factor, Factors, NotInNormalForm, Word, in_order, merge
@@ -33,6 +34,12 @@ from runlora_fx.passes.algebra.words import Factor, Factors, NotInNormalForm, Wo
 #: Significant digits of a coefficient that are kept when a sum is divided by a scalar. They are few
 #: enough that 0.7 (P + Q / 3) and 0.5 (P + Q / 3) become the same sum, and enough for fp64.
 _DIGITS = 13
+
+#: The fractions that coefficients are taken for: their denominator, and how near they have to be.
+_DENOMINATOR, _TOLERANCE = 10_000, 1e-13
+
+#: Smaller numbers, and larger ones than its inverse, are taken for no fraction.
+_SMALLEST = 1e-100
 
 
 class Scalar(NamedTuple):
@@ -336,5 +343,19 @@ def _transposed(p: Polynomial) -> Polynomial:
     return _mapped(p, lambda word: word.T)
 
 
+@lru_cache(maxsize=1 << 14)
 def _rounded(c: float) -> float:
+    """A coefficient without the error that multiplying and dividing leaves in it.
+
+    A fraction, or the root of one, is the double next to it. So dividing by a rounded number and
+    rounding again finds what dividing once does: ``(1/2) / (1/6)`` is 3, whatever was rounded.
+    """
+    size = abs(c)
+    for power in (1, 2) if _SMALLEST < size < 1 / _SMALLEST else ():
+        inverted = size < 1
+        sought = (1 / size if inverted else size) ** power
+        near = Fraction(sought).limit_denominator(_DENOMINATOR)
+        if abs(near - sought) <= power * _TOLERANCE * sought:
+            exact = float(1 / near if inverted else near)
+            return copysign(exact if power == 1 else sqrt(exact), c)
     return float(f"{c:.{_DIGITS}g}")
