@@ -10,9 +10,10 @@ layers are no sites.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Mapping
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TypeAlias
 
 import sympy
@@ -30,6 +31,8 @@ from runlora_fx.passes.search.varying import Varying
 from runlora_fx.report.data import Candidate, Site
 from runlora_fx.report.notation import Names, algebra, first_step
 from runlora_fx.report.origin import modules_of
+
+_log = logging.getLogger("runlora_fx")
 
 #: Sites that are described already, by everything but their modules. The identity of a decision is
 #: part of the key, so the decision is kept too: no other object can take its address.
@@ -109,7 +112,7 @@ def _site(
         flops_after_expr=_expr(cost_after),
         changed=changed,
         is_exact=decision.proof == "exact",
-        break_even=_break_even(posed, names, objective) if is_easy else "",
+        find_break_even=partial(_break_even, posed, names, objective) if is_easy else str,
         reason=reason,
         considered=tuple(
             Candidate(first_step(problem, names, problem.demands[0], a.step), int(a.cost.flops))
@@ -135,7 +138,11 @@ def _break_even(posed: PosedProblem, names: Names, objective: Objective) -> str:
     is_symbol = not isinstance(tokens, int)
     same = (i for i, size in enumerate(posed.dims) if is_symbol and size == tokens)
     dims = frozenset([index, *same])
-    return _border(posed.problem, dims, objective, str(tokens) if is_symbol else "N")
+    try:
+        return _border(posed.problem, dims, objective, str(tokens) if is_symbol else "N")
+    except Exception:  # a report can be printed, whatever one of its parts comes to
+        _log.warning("runlora could not compute a break-even (please report this)", exc_info=True)
+        return ""
 
 
 @lru_cache(maxsize=4096)

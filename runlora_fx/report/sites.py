@@ -7,7 +7,9 @@ Invariant: sites and refusals are plain data, which programs can read.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import sympy
 
@@ -41,8 +43,8 @@ class Site:
         changed: Whether the graph was changed here.
         reason: Why it was changed or left alone.
         considered: The cheapest plan for every first step, cheapest first.
-        break_even: The numbers of tokens for which merging pays: ``"when N > 682"``, ``"never"``.
         is_exact: Whether all plans were compared, so that no cheaper one exists.
+        find_break_even: Computes :attr:`break_even`.
     """
 
     modules: tuple[str, ...]
@@ -56,8 +58,16 @@ class Site:
     changed: bool
     reason: str
     considered: tuple[Candidate, ...] = ()
-    break_even: str = ""
     is_exact: bool = True
+    find_break_even: Callable[[], str] = field(default=str, repr=False, compare=False)
+
+    @cached_property
+    def break_even(self) -> str:
+        """The numbers of tokens for which merging pays: ``"when N > 682"``, ``"never"``.
+
+        Computed when it is first asked for: it takes searches at other sizes.
+        """
+        return self.find_break_even()
 
 
 @dataclass(frozen=True)
