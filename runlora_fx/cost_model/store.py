@@ -43,6 +43,12 @@ _MAX_FILE_BYTES = 4 << 20
 _MAX_SIZE = (1 << 63) - 1
 _LOCK_TIMEOUT_S = 10.0
 
+#: What reading a file raises that is not ours, or damaged.
+_UNREADABLE = (
+    *(OSError, ValueError, TypeError, LookupError),
+    *(AttributeError, RecursionError),
+)
+
 #: No process takes so long to write a file: it was killed while it did [s].
 _ABANDONED_S = 3600.0
 
@@ -125,7 +131,7 @@ def load(key: Key) -> Record:
         return _from_json(content)
     except (FileNotFoundError, NotADirectoryError):
         return Record()
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+    except _UNREADABLE as error:
         _warn(f"runlora ignores its cache file {path}: {type(error).__name__}: {error}")
         return Record()
 
@@ -169,7 +175,7 @@ def read(path: str | Path) -> dict[str, Record]:
         if content["format"] != _FORMAT:
             raise ValueError("made by another version")
         records = {str(dtype): _from_json(part) for dtype, part in content["dtypes"].items()}
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+    except _UNREADABLE as error:
         raise ValueError(
             f"must be a file that `calibrate --export` wrote, not {path}: "
             f"{type(error).__name__}: {error}"

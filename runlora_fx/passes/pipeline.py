@@ -63,7 +63,7 @@ def rewrite_graph(
     if machine is None:
         machine = machine_for(options.device, use_stored=options.tune != "off")
     with _collection_paused():
-        # All that the passes made is gone once this returns: nothing is left to look through.
+        # The objects of the pass are freed when this returns, before the collector runs again.
         return _rewritten(Context(graph, level, options, machine, may_guard, tuple(parameters)))
 
 
@@ -91,10 +91,10 @@ def _rewritten(context: Context) -> Report:
 
 @contextmanager
 def _collection_paused() -> Iterator[None]:
-    """A context in which Python looks for no cycles of garbage.
+    """A context in which Python's garbage collector is off.
 
-    A pass makes many small objects and keeps most of them to its end. Each search for garbage would
-    walk over the model's whole graph, and find nothing.
+    The pass makes many small objects and keeps most of them to its end. Each collection would walk
+    over the model's whole graph and find nothing.
     """
     was_enabled = gc.isenabled()
     gc.disable()

@@ -16,9 +16,7 @@ import torch
 
 from runlora_fx.cost_model.devices.device import Device, Settings, environment, fp32_precision
 from runlora_fx.cost_model.profile import MachineProfile
-
-#: Of what a CPU can do at best, the share that products of real sizes reach.
-_EFFICIENCY = 0.6
+from runlora_fx.cost_model.published import REACHED_FLOPS
 
 #: FLOP in single precision per core and clock cycle, by instruction set.
 _FLOPS_PER_CYCLE = {"AVX512": 64, "AVX2": 32}
@@ -70,7 +68,7 @@ class Cpu(Device):
         per_cycle = _FLOPS_PER_CYCLE.get(
             torch.backends.cpu.get_cpu_capability(), _FLOPS_PER_CYCLE_OTHER
         )
-        rate = per_cycle * _HERTZ * torch.get_num_threads() * _EFFICIENCY
+        rate = per_cycle * _HERTZ * torch.get_num_threads() * REACHED_FLOPS
         if itemsize == 8:
             rate /= 2
         elif itemsize == 2:

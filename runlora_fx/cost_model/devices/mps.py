@@ -15,6 +15,7 @@ import torch
 
 from runlora_fx.cost_model.devices.device import Device, Settings, environment
 from runlora_fx.cost_model.profile import MachineProfile
+from runlora_fx.cost_model.published import REACHED_FLOPS
 
 #: Of one core: multiply-adds of 128 lanes at 1.4 GHz, in 32 and in 16 bits; its share of memory.
 _FLOPS_PER_S = 2 * 128 * 1.4e9
@@ -22,9 +23,6 @@ _BYTES_PER_S = 1e10
 
 #: The cores of the smallest model, for versions of torch that do not tell.
 _CORES = 8
-
-#: Of what a GPU can do at best, the share that products of real sizes reach.
-_EFFICIENCY = 0.6
 
 _ENVIRONMENT = ("PYTORCH_MPS_PREFER_METAL", "PYTORCH_MPS_FAST_MATH")
 
@@ -49,7 +47,7 @@ class Mps(Device):
 
     def profile(self, device: torch.device, dtype: str) -> MachineProfile:
         """By the number of cores."""
-        rate = _cores() * _FLOPS_PER_S * _EFFICIENCY
+        rate = _cores() * _FLOPS_PER_S * REACHED_FLOPS
         bandwidth = _cores() * _BYTES_PER_S
         return MachineProfile({"flops.nn": 1 / rate, "read": 1 / bandwidth, "launches": 1e-5})
 

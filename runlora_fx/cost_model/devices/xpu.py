@@ -14,14 +14,12 @@ import torch
 
 from runlora_fx.cost_model.devices.device import Device, Settings, environment, fp32_precision
 from runlora_fx.cost_model.profile import MachineProfile
+from runlora_fx.cost_model.published import REACHED_FLOPS
 
 #: FLOP per vector engine and clock cycle, in 16-bit floats and in single precision: those of Arc.
 _FLOPS_PER_CYCLE = (128, 16)
 _HERTZ = 2e9
 _BYTES_PER_S = 4.5e11
-
-#: Of what a GPU can do at best, the share that products of real sizes reach.
-_EFFICIENCY = 0.6
 
 _ENVIRONMENT = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")
 
@@ -57,7 +55,7 @@ class Xpu(Device):
         half, single = _FLOPS_PER_CYCLE
         per_cycle = {"float64": single / 2, "float32": single}.get(dtype, half)
         units = torch.xpu.get_device_properties(device).gpu_eu_count
-        rate = units * _HERTZ * per_cycle * _EFFICIENCY
+        rate = units * _HERTZ * per_cycle * REACHED_FLOPS
         return MachineProfile({"flops.nn": 1 / rate, "read": 1 / _BYTES_PER_S, "launches": 1e-5})
 
     def synchronise(self, device: torch.device) -> None:

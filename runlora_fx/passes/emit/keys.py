@@ -42,8 +42,8 @@ class Keys:
         self._mode = mode
         self._reader = task.analysis.reader
         self._leaves = task.analysis.reader.leaves
-        # By region, a number for all that was written for it; None once something was that has no
-        # template.
+        # By region, a number that stands for all that was written for it so far. None if some of
+        # it has no template.
         self._states: dict[int, int | None] = {}
         self._numbers: dict[Hashable, int] = {}
         self._facts: dict[int, int | None] = {}

@@ -14,7 +14,7 @@ Invariant: whoever makes the calls of a template on nodes of the same roles, lay
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -194,7 +194,6 @@ class Recording:
 
         Args:
             slots: The slots of the root.
-            leaves: The leaves of the graph.
             roles: What each node is to the root so far.
             mode: The fake mode that example values live in.
         """
@@ -240,7 +239,21 @@ class Recording:
         if self._is_spoiled or self._registers.get(node, -1) >= 0:
             return
         try:
-            call = self._call(target, args, kwargs, node, rule, found)
+            nodes = {i: arg for i, arg in enumerate(args) if isinstance(arg, fx.Node)}
+            rest = tuple(None if i in nodes else arg for i, arg in enumerate(args))
+            registers = {i: self._register(arg) for i, arg in nodes.items()}
+            call = Call(
+                target,
+                rest,
+                tuple(registers.items()),
+                dict(kwargs),
+                found,
+                self._is_open(registers.values(), is_found=found is not None),
+                layout_of(self._plain(node, (rest, kwargs))),
+                node.meta["val"],
+                None if found is not None else self._base(node.meta["val"], registers, nodes),
+                self._rules.setdefault(rule, len(self._rules)),
+            )
         except _NotRecordedError:
             return self.spoil()
         self._registers[node] = len(self._calls)
@@ -308,39 +321,21 @@ class Recording:
         except _NotRecordedError:
             return None
 
-    def _call(
-        self,
-        target: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        node: fx.Node,
-        rule: Rule,
-        found: bool | None,
-    ) -> Call:
-        nodes = {i: arg for i, arg in enumerate(args) if isinstance(arg, fx.Node)}
-        rest = tuple(None if i in nodes else arg for i, arg in enumerate(args))
+    def _plain(self, node: fx.Node, literals: Any) -> torch.Tensor:
+        """The example result of a call whose other arguments hold no node."""
         inside: list[fx.Node] = []
-        fx.node.map_arg((rest, kwargs), inside.append)
-        value = node.meta["val"]
+        fx.node.map_arg(literals, inside.append)
+        value: torch.Tensor = node.meta["val"]
         if inside or not is_plain_fake(value, self._mode):
             raise _NotRecordedError
-        registers = {i: self._register(arg) for i, arg in nodes.items()}
-        # What no node holds yet is read by no call.
-        is_open = all(r < 0 or self._calls[r].found is not None for r in registers.values())
-        if found is not None and not is_open:
+        return value
+
+    def _is_open(self, registers: Iterable[int], *, is_found: bool) -> bool:
+        """True if some node might make a call already: what no node holds yet is read by none."""
+        is_open = all(r < 0 or self._calls[r].found is not None for r in registers)
+        if is_found and not is_open:
             raise _NotRecordedError
-        return Call(
-            target,
-            rest,
-            tuple(registers.items()),
-            dict(kwargs),
-            found,
-            is_open,
-            layout_of(value),
-            value,
-            None if found is not None else self._base(value, registers, nodes),
-            self._rules.setdefault(rule, len(self._rules)),
-        )
+        return is_open
 
     def _base(
         self, value: torch.Tensor, registers: Mapping[int, int], nodes: Mapping[int, fx.Node]
