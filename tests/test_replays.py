@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import runlora_fx
-from runlora_fx.passes.emit.replay import Replays
+from runlora_fx.passes.emit.copies import Copies
 
 TOKENS, WIDTH, RANK = 48, 16, 2
 
@@ -117,16 +117,16 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
 @contextmanager
 def _replays(*, allowed: bool) -> Iterator[list[str]]:
     """A context in which roots are replayed or not, and the names of those that were."""
-    replayed, found = Replays.replayed, list[str]()
+    copied, found = Copies.copied, list[str]()
 
-    def counted(self: Replays, root: Any) -> fx.Node | None:
-        new = replayed(self, root) if allowed else None
+    def counted(self: Copies, first: Any, root: Any, slots: Any) -> Any:
+        new = copied(self, first, root, slots) if allowed else None
         if new is not None:
             found.append(root.node.name)
         return new
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Replays, "replayed", counted)
+        patch.setattr(Copies, "copied", counted)
         yield found
 
 

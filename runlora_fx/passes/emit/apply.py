@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import fx
 
 from runlora_fx.passes.algebra.plan import Plan
-from runlora_fx.passes.emit.emitter import Emitter
+from runlora_fx.passes.emit.copies import Copies
+from runlora_fx.passes.emit.emitter import Emitted, Emitter
 from runlora_fx.passes.emit.kept import stop_keeping_what_escapes
 from runlora_fx.passes.emit.layout import is_relied_on
 from runlora_fx.passes.emit.nodes import hand_over
 from runlora_fx.passes.emit.probe import probe
 from runlora_fx.passes.emit.recompute import recompute, recompute_dequantised
-from runlora_fx.passes.emit.replay import Replays
 from runlora_fx.passes.emit.results import keep_results_apart, memory_of_results
 from runlora_fx.passes.emit.task import Task, task_of
-from runlora_fx.passes.emit.verify import verify
 from runlora_fx.passes.emit.writer import Writer
 from runlora_fx.passes.levels.level import asks_about
 from runlora_fx.passes.read.analysis import Analysis
@@ -56,9 +55,8 @@ def apply(analysis: Analysis, plans: Mapping[int, Plan], *, probes: bool = False
         return
     task = task_of(analysis, plans)
     writer = Writer(analysis.graph, analysis.reader, analysis.dialect)
-    emitter = Emitter(task, writer)
     memory = memory_of_results(analysis.graph, analysis.effects)
-    _replace(task, writer, emitter, probes=probes)
+    _replace(task, writer, probes=probes)
     keep_results_apart(analysis.graph, memory, analysis.dialect.calls.clone)
     if analysis.phases.is_joint:
         matrices = analysis.reader.leaves.matrices
@@ -69,31 +67,27 @@ def apply(analysis: Analysis, plans: Mapping[int, Plan], *, probes: bool = False
         stop_keeping_what_escapes(analysis.graph, analysis.dialect.calls.addmm)
 
 
-def _replace(task: Task, writer: Writer, emitter: Emitter, *, probes: bool) -> None:
+def _replace(task: Task, writer: Writer, *, probes: bool) -> None:
     """Emit and verify every root, then put them all in the places of the old ones."""
     graph, reader = task.analysis.graph, task.analysis.reader
-    emitted: list[tuple[Root, fx.Node]] = []
-    replays = Replays(task, writer, emitter)
+    copies = Copies(task, writer, Emitter(task, writer))
+    emitted: list[tuple[Root, Emitted]] = []
     for root in task.roots:
         with _of_root(root):
-            new = replays.replayed(root)
-            if new is None:
-                new = replays.emitted(root)
-                verify(reader, new, root.node, root.polynomial)
-        # All roots are proven before any is replaced: until then the graph is only longer.
-        emitted.append((root, new))
+            # All roots are proven before any is replaced: until then the graph is only longer.
+            emitted.append((root, copies.write(root)))
+    for root, new in emitted if probes else ():
+        with _of_root(root):
+            probe(task.analysis, root.node, new.node, writer.written)
     for root, new in emitted:
         with _of_root(root):
-            if probes:
-                probe(task.analysis, root.node, new, writer.written)
-    for root, new in emitted:
-        with _of_root(root):
-            hand_over(root.node, new)
+            hand_over(root.node, new.node)
     for call, holder in reader.linear.asked_sizes.items():
         call.args = holder  # no product stays for its sizes alone
     # Without the tag the partitioner would keep them: for a merged weight a second copy of every
     # adapted weight, from forward to backward.
-    recompute([*emitter.recomputed, *writer.picked], writer.written)
+    again = [node for _, new in emitted for node in new.recomputed]
+    recompute([*again, *writer.picked], writer.written)
     # The same for a weight that was quantised to be small, and is written whole.
     recompute(writer.materialised, writer.written)
     for node in reversed(list(graph.nodes)):
@@ -101,7 +95,7 @@ def _replace(task: Task, writer: Writer, emitter: Emitter, *, probes: bool) -> N
             _ask_another(reader, node)
             if not node.users:
                 graph.erase_node(node)
-    _drop_copies(graph, emitter.copied)
+    _drop_copies(graph, [both for _, new in emitted for both in new.copied])
 
 
 def _ask_another(reader: GraphReader, node: fx.Node) -> None:
@@ -125,9 +119,9 @@ def _of_root(root: Root) -> Iterator[None]:
         raise NotAppliedError(root, error) from error
 
 
-def _drop_copies(graph: fx.Graph, copied: Mapping[fx.Node, fx.Node]) -> None:
+def _drop_copies(graph: fx.Graph, copied: Iterable[tuple[fx.Node, fx.Node]]) -> None:
     """Take out the copies of roots whose strides nobody relies on."""
-    for copy, made in copied.items():
+    for copy, made in copied:
         if is_relied_on(copy):
             continue
         node = copy

@@ -11,7 +11,8 @@ them.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from weakref import proxy
 
 from torch import fx
@@ -35,15 +36,47 @@ from runlora_fx.passes.levels.sizes import is_column_major, same_shape, same_str
 from runlora_fx.passes.read.regions import Root
 
 
-class Emitter:
-    """Emits the roots of a graph from one plan for all of them; every value is written once.
+@dataclass(frozen=True)
+class Emitted:
+    """A root that was written.
 
     Attributes:
+        node: It.
+        written: All nodes that were written for it, in order.
         recomputed: Nodes of the forward that the backward computes again by itself.
-        copied: By the copy of a root that has the strides it came with, the root as it was made.
-        made: By region, the nodes that hold its values, in the order in which they were made.
-        shown: By leaf and phase, the node that shows it as a matrix.
+        copied: The copy of the root that has the strides it came with, and the root as it was made.
+        values: The values that were made for it, and how they lie.
+        met: The products of the incoming graph that were asked about, and whether they stand in
+            front of it.
     """
+
+    node: fx.Node
+    written: tuple[fx.Node, ...]
+    recomputed: tuple[fx.Node, ...]
+    copied: tuple[tuple[fx.Node, fx.Node], ...]
+    values: tuple[tuple[Value, Laid], ...]
+    met: Mapping[fx.Node, bool]
+
+    @property
+    def held(self) -> Iterable[fx.Node]:
+        """The nodes that anything is said of."""
+        copied = (node for both in self.copied for node in both)
+        return (self.node, *self.recomputed, *copied, *[laid.node for _, laid in self.values])
+
+    def on(self, nodes: Mapping[fx.Node, fx.Node]) -> Emitted:
+        """The same root on other nodes, as a later stage sees it."""
+        return Emitted(
+            nodes[self.node],
+            tuple([nodes[node] for node in self.written]),
+            tuple([nodes[node] for node in self.recomputed]),
+            tuple([(nodes[copy], nodes[made]) for copy, made in self.copied]),
+            (),
+            {},
+        )
+
+
+class Emitter:
+    """Emits the roots of a graph from one plan for all of them; every value is written once."""
 
     def __init__(self, task: Task, writer: Writer) -> None:
         """Prepare to emit; nothing is written yet."""
@@ -55,21 +88,31 @@ class Emitter:
         self._sums = Sums(self._scope, values, products, broadcasts)
         self._emission = Emission(self._scope, values, products, self._sums, broadcasts)
         self._made: dict[Value, Laid] = {}
-        self.made: defaultdict[int, list[fx.Node]] = defaultdict(list)
-        self.shown: dict[tuple[int, bool], fx.Node] = {}
+        self._leaves: dict[tuple[int, bool], fx.Node] = {}
         self._of_values: set[fx.Node] = set()
-        self.recomputed: list[fx.Node] = []
-        self.copied: dict[fx.Node, fx.Node] = {}
+        self._start()
 
-    def emit(self, root: Root) -> fx.Node:
+    def _start(self) -> None:
+        """Have nothing noted of the root that is emitted."""
+        self._recomputed: list[fx.Node] = []
+        self._copied: list[tuple[fx.Node, fx.Node]] = []
+        self._values: list[tuple[Value, Laid]] = []
+        self._met: dict[fx.Node, bool] = {}
+
+    def emit(self, root: Root) -> Emitted:
         """Write a root anew, in front of the node that holds it now.
 
         Raises:
             EmissionError: If the graph cannot express it.
         """
-        self._scope.writer.move_to(root.node)
-        with self._scope.writer.making(rule_of_root(root)):
-            return self._emitted(root)
+        writer = self._scope.writer
+        writer.move_to(root.node)
+        self._start()
+        begin = len(writer.written)
+        with writer.making(rule_of_root(root)):
+            node = self._emitted(root)
+        noted = (tuple(self._recomputed), tuple(self._copied), tuple(self._values), self._met)
+        return Emitted(node, tuple(writer.written[begin:]), *noted)
 
     def _emitted(self, root: Root) -> fx.Node:
         shape = shape_of(root.node)
@@ -101,7 +144,7 @@ class Emitter:
         if order is not None:
             with self._scope.writer.making(COPY):
                 copied = self._scope.writer.laid_out(emitted, order)
-            self.copied[copied] = emitted
+            self._copied.append((copied, emitted))
             return copied
         if is_relied_on(root.node):
             raise EmissionError(f"{root.node.name} cannot be written with its strides")
@@ -154,33 +197,20 @@ class Emitter:
             return Laid(self._shown(factor, value.backward), False)
         if value not in self._made:
             laid = self._make(value, self._task.lies.get(value.core, transposed))
-            self._take_note(value, laid)
+            self._made[value] = laid
+            self._values.append((value, laid))
         return self._made[value]
 
     def know(self, value: Value, laid: Laid) -> None:
         """Take a value as made by a node."""
         self._made[value] = laid
 
-    def _take_note(self, value: Value, laid: Laid) -> None:
-        self._made[value] = laid
-        region = self._task.regions.get(value)
-        if region is None:
-            region = self._task.regions[Value(value.core, False)]
-        self.made[region].append(laid.node)
-        if self._scope.writer.recording is not None:
-            node, transposed = laid
-            self._scope.writer.recording.made(region, value, node, transposed=transposed)
-
     def _shown(self, factor: Factor, backward: bool) -> fx.Node:
         """A leaf as a matrix."""
-        key, recording = (factor.leaf, backward), self._scope.writer.recording
-        if recording is not None:
-            recording.asked(*key, key in self.shown)
-        if key not in self.shown:
-            self.shown[key] = self._scope.leaf(factor)
-            if recording is not None:
-                recording.showed(*key, self.shown[key])
-        return self.shown[key]
+        key = (factor.leaf, backward)
+        if key not in self._leaves:
+            self._leaves[key] = self._scope.leaf(factor)
+        return self._leaves[key]
 
     def is_made(self, value: Value) -> bool:
         """Whether a value was emitted already."""
@@ -200,7 +230,7 @@ class Emitter:
         known = self._came(value, step)
         if known is not None:
             if is_repeated:
-                self.recomputed.append(known.node)
+                self._recomputed.append(known.node)
             seen = self._scope.reader.cuts[known.node].extents(shape_of(known.node))
             return Laid(
                 self._scope.writer.reshape(known.node, matrix_shape(*seen)), known.transposed
@@ -213,7 +243,7 @@ class Emitter:
         own = [n for n in self._scope.writer.written[begin:] if n not in self._of_values]
         self._of_values.update(own)
         if is_repeated:
-            self.recomputed += [node, *own]
+            self._recomputed += [node, *own]
         return Laid(node, transposed)
 
     def _came(self, value: Value, step: Step) -> Laid | None:
@@ -221,11 +251,8 @@ class Emitter:
         known = self._task.existing.get((value, step))
         if known is None:
             return None
-        laid, writer = known.laid, self._scope.writer
-        is_before = writer.is_before(laid.node)
-        if writer.recording is not None:
-            facts = self._task.facts_of(known)
-            writer.recording.met(*known.place, laid.node, is_before=is_before, facts=facts)
+        laid, writer = known, self._scope.writer
+        is_before = self._met[laid.node] = writer.is_before(laid.node)
         is_alike = (
             is_before
             and self._task.runs_as_usual(value)

@@ -9,7 +9,7 @@ Invariant: what is written stands behind what it reads, and in front of the root
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import reduce
 from typing import Any, cast
@@ -19,8 +19,8 @@ from torch import fx
 
 from runlora_fx._torch_compat import fake_like, is_sym_int
 from runlora_fx.passes.algebra.posed import Dim
+from runlora_fx.passes.emit.example_results import Layout
 from runlora_fx.passes.emit.nodes import Inserter
-from runlora_fx.passes.emit.recording import Call, Recording
 from runlora_fx.passes.emit.rules import Rule, name_in, text_of
 from runlora_fx.passes.levels.level import Calls
 from runlora_fx.passes.levels.sizes import (
@@ -45,8 +45,7 @@ class NodeWriter:
 
     Attributes:
         own: All that was written.
-        rule: What is written for.
-        recording: What takes down what is written, if anything.
+        rules: What each node was written for, but for copies.
     """
 
     def __init__(self, graph: fx.Graph, reader: GraphReader, calls: Calls) -> None:
@@ -56,8 +55,8 @@ class NodeWriter:
         self._calls = calls
         self._position = {node: i for i, node in enumerate(graph.nodes)}
         self.own: set[fx.Node] = set()
-        self.rule: Rule = ()
-        self.recording: Recording | None = None
+        self.rules: dict[fx.Node, Rule] = {}
+        self._rule: Rule = ()
 
     def move_to(self, anchor: fx.Node) -> None:
         """Write in front of this node from now on."""
@@ -66,14 +65,14 @@ class NodeWriter:
     @contextmanager
     def making(self, rule: Rule) -> Iterator[None]:
         """A context in which nodes are written for a step, and say so in their metadata."""
-        outer = self.rule, self._insert.rule
+        outer = self._rule, self._insert.rule
         root = self.anchor.name
-        self.rule = rule
+        self._rule = rule
         self._insert.rule = text_of(rule, lambda name: name_in(self._reader.leaves, name, root))
         try:
             yield
         finally:
-            self.rule, self._insert.rule = outer
+            self._rule, self._insert.rule = outer
 
     @property
     def written(self) -> list[fx.Node]:
@@ -98,48 +97,75 @@ class NodeWriter:
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """Any call that computes a tensor from others; an equal one that stands before it."""
-        known = self.find(target, args, kwargs)
-        node = known or self._placed(self._insert(target, *args, **kwargs))
-        if known is None:
-            self._reader.classify(node)
-        if self.recording is not None:
-            found = None if known is None else known in self.own
-            self.recording.called(target, args, kwargs, node, self.rule, found)
-        return node
+        values = self._reader.values
+        key = values.key("call_function", target, args, kwargs)
+        known = self._known(key)
+        if known is not None:
+            return known
+        node = self._insert(target, *args, **kwargs)
+        self.rules[node] = self._rule
+        values.add(node, key)
+        self._reader.classify(node)
+        return self._placed(node)
 
     def attribute(self, name: str, tensor: torch.Tensor) -> fx.Node:
         """The node that reads an attribute of the graph's module."""
-        self.forget()
-        return self._placed(self._insert.attribute(name, tensor))
+        node = self._insert.attribute(name, tensor)
+        self._reader.values.of(node)
+        return self._placed(node)
 
     def again(
-        self, call: Call, args: tuple[Any, ...], base: torch.Tensor | None, rule: str
+        self,
+        was: fx.Node,
+        nodes: Mapping[fx.Node, fx.Node],
+        layout: Layout | None,
+        base: fx.Node | None,
+        rule: str,
     ) -> fx.Node:
-        """A call that was made for an equal root.
+        """The call of another node, on other nodes.
 
         Args:
-            call: The call as it was made.
-            args: Its arguments.
-            base: What the result is a view of, if it is one.
+            was: The node.
+            nodes: The other nodes, by what it reads.
+            layout: The layout of the result.
+            base: The node whose memory the result shows; None if it has its own.
             rule: What it is written for.
         """
+        values, args, kwargs = self._reader.values, _on(nodes, was.args), _on(nodes, was.kwargs)
+        key = values.key("call_function", was.target, args, kwargs)
+        known = self._known(key)
+        if known is not None:
+            return known
+        assert layout is not None
+        memory = None if base is None else base.meta["val"]
+        value = fake_like(was.meta["val"], layout.shape, layout.strides, memory)
         self._insert.rule = rule
-        value = fake_like(call.value, call.layout.shape, call.layout.strides, base)
-        return self._placed(self._insert.known(call.target, args, call.kwargs, value))
+        node = self._insert.known(cast(Any, was.target), args, kwargs, value)
+        values.add(node, key)
+        return self._placed(node)
 
-    def find(self, target: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> fx.Node | None:
-        """The node before what is written now that makes this very call."""
-        return self._reader.values.find(target, args, kwargs, self.is_before)
+    def find_again(self, was: fx.Node, nodes: Mapping[fx.Node, fx.Node]) -> fx.Node | None:
+        """The node before what is written now that makes the call of another, on other nodes."""
+        args, kwargs = _on(nodes, was.args), _on(nodes, was.kwargs)
+        return self._known(self._reader.values.key("call_function", was.target, args, kwargs))
 
-    def forget(self) -> None:
-        """Have nothing remembered of what is written now."""
-        if self.recording is not None:
-            self.recording.spoil()
+    def _known(self, key: Hashable | None) -> fx.Node | None:
+        """The node before what is written now that makes the call of a key; rather one of ours.
+
+        Ours stay in the graph, and what they are written for may have been all that read another.
+        """
+        nodes = self._reader.values.known(key)
+        found: fx.Node | None = None
+        for node in nodes:
+            if self.is_before(node):
+                if node in self.own:
+                    return node
+                found = found or node
+        return found
 
     def _placed(self, node: fx.Node) -> fx.Node:
         # After the anchor's operands and before the anchor: as early as anything written here.
         self._position[node] = self._position[self.anchor] - 1
-        self._reader.values.of(node)
         self.own.add(node)
         return node
 
@@ -180,3 +206,8 @@ class NodeWriter:
         if not tensors:
             raise EmissionError(f"no tensor before {self.anchor.name} has the size {size}")
         return self.call(self._calls.size, *tensors[0])
+
+
+def _on(nodes: Mapping[fx.Node, fx.Node], x: Any) -> Any:
+    """Arguments of a call with other nodes in the places of nodes."""
+    return fx.node.map_arg(x, nodes.__getitem__) if x else x

@@ -40,12 +40,10 @@ class Name(NamedTuple):
     Attributes:
         kind: Whether it is that of a leaf, a scalar leaf, an assignment, or the root to write.
         number: The number of the leaf or assignment.
-        slot: What gives it this number: see :class:`~runlora_fx.passes.emit.recording.Slot`.
     """
 
     kind: Literal["matrix", "scalar", "assignment", "root"]
     number: int
-    slot: int = 0
 
 
 #: What a node is written for.

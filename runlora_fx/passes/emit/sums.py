@@ -114,7 +114,6 @@ class Sums:
 
     def _identity_like(self, total: fx.Node) -> fx.Node:
         """The identity matrix of the graph that can be added to a square matrix."""
-        self._scope.writer.forget()  # another layer may have none
         shape, dtype = shape_of(total), dtype_of(total)
         for node, form in self._scope.reader.forms.items():
             fits = isinstance(form, Identity) and dtype_of(node) == dtype

@@ -4,7 +4,7 @@
                                       written, its steps, and the nodes that already compute one
 
 Regions have problems with numbers of their own, and most equal another region: what is written for
-one is written for the other (:mod:`runlora_fx.passes.emit.replay`). So the numbers of the graph are
+one is written for the other (:mod:`runlora_fx.passes.emit.copies`). So the numbers of the graph are
 put into a plan only where a root is emitted step by step.
 
 Invariant: a task says nothing of what the emitted nodes look like. What it says of a region does
@@ -14,7 +14,7 @@ not depend on which other regions were taken up.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -26,8 +26,6 @@ from runlora_fx.passes.algebra.polynomials import IDENTITY, Polynomial, normalis
 from runlora_fx.passes.algebra.problem import Problem, Value
 from runlora_fx.passes.algebra.steps import Keep, Step
 from runlora_fx.passes.algebra.sums import accumulated
-from runlora_fx.passes.emit.example_results import layout_of
-from runlora_fx.passes.levels.sizes import example_of
 from runlora_fx.passes.read.analysis import Analysis
 from runlora_fx.passes.read.reader import GraphReader
 
@@ -37,18 +35,6 @@ class Laid(NamedTuple):
 
     node: fx.Node
     transposed: bool
-
-
-class Existing(NamedTuple):
-    """A product that the incoming graph computes.
-
-    Attributes:
-        laid: The node, and whether it holds the transpose of the value.
-        place: The region, and which of its incoming steps it is.
-    """
-
-    laid: Laid
-    place: tuple[int, int]
 
 
 class Task:
@@ -62,7 +48,6 @@ class Task:
         steps: Of the regions taken up: a step for every value that the roots need.
         implementations: What runs each step, by name.
         lies: By value that has a step, whether it is computed transposed.
-        regions: By value that has a step, its region.
         existing: Nodes of the incoming graph that compute a value by a step.
         uses: How often each value is read, by steps of either phase and by roots.
     """
@@ -83,8 +68,7 @@ class Task:
         self.steps: dict[Value, Step] = {}
         self.implementations: dict[Value, str] = {}
         self.lies: dict[Polynomial, bool] = {}
-        self.regions: dict[Value, int] = {}
-        self.existing: dict[tuple[Value, Step], Existing] = {}
+        self.existing: dict[tuple[Value, Step], Laid] = {}
         self.uses: Counter[Value] = Counter()
         self._incoming: set[tuple[Value, Step]] = set()
         self._taken: set[int] = set()
@@ -103,7 +87,6 @@ class Task:
         self.steps.update(plan.steps)
         self.implementations.update(plan.implementations)
         self.lies.update(plan.lies or {})
-        self.regions.update(dict.fromkeys(plan.steps, region))
         self._incoming.update(came)
         self._count_uses(region, plan)
         self._find_existing(region)
@@ -122,7 +105,7 @@ class Task:
     def _find_existing(self, region: int) -> None:
         """Find interior nodes that are products: a plan that makes the same can take them."""
         reader = self.analysis.reader
-        for k, made in enumerate(self.analysis.regions.regions[region].incoming):
+        for made in self.analysis.regions.regions[region].incoming:
             is_plain = reader.forms[made.node].is_product
             if not (made.is_product and is_plain) or made.node in reader.stops:
                 continue
@@ -130,8 +113,8 @@ class Task:
             if not scalar.is_one or _reads_identity(reader, made.node):
                 continue  # the latter would drag a product with the identity matrix along
             step = made.step.making(made.polynomial)
-            found = Existing(Laid(made.node, transposed), (region, k))
-            self.existing.setdefault((Value(core, made.backward), step), found)
+            laid = Laid(made.node, transposed)
+            self.existing.setdefault((Value(core, made.backward), step), laid)
 
     # -- questions -----------------------------------------------------------------------------
 
@@ -153,24 +136,6 @@ class Task:
     def runs_as_usual(self, value: Value) -> bool:
         """Whether a step runs as in a graph that takes it."""
         return named(self.implementations[value]).is_usual
-
-    def facts_of(self, known: Existing) -> tuple[object, ...]:
-        """All of an incoming product that decides whether it is taken, but for where it stands."""
-        return self.facts_at(*known.place)
-
-    def facts_at(self, region: int, k: int) -> tuple[object, ...]:
-        """The same of an incoming step of a region."""
-        made, reader = self.analysis.regions.regions[region].incoming[k], self.analysis.reader
-        value, form = example_of(made.node), reader.forms[made.node]
-        posed = self.analysis.posed[region]
-        return (
-            made.backward,
-            made.node in reader.stops,
-            form.is_product,
-            reader.cuts[made.node],
-            None if value is None else layout_of(value),
-            numbered(made.polynomial, posed.matrices, posed.scalars),
-        )
 
     def came_so(self, value: Value, step: Step) -> bool:
         """Whether the incoming graph makes all that a step reads as the plan does.
@@ -198,20 +163,6 @@ def task_of(analysis: Analysis, plans: Mapping[int, Plan]) -> Task:
         plans: By the index of a region, what to compute it by; the others stay as they came.
     """
     return Task(analysis, plans)
-
-
-def numbered(p: Polynomial, matrices: Sequence[int], scalars: Sequence[int]) -> Hashable:
-    """A polynomial in other numbers: the places of its leaves among some."""
-    return tuple(
-        [
-            (
-                tuple([(matrices.index(leaf), *rest) for leaf, *rest in word.factors]),
-                tuple([scalars.index(scalar) for scalar in word.scalars]),
-                *(word.diag_part, word.scattered, c),
-            )
-            for word, c in p.terms
-        ]
-    )
 
 
 @lru_cache(maxsize=4096)

@@ -38,6 +38,7 @@ class Analysis:
         effects: What its nodes do besides computing a value.
         reader: Its linear algebra.
         phases: What of it is forward, what backward.
+        patterns: The patterns of its polynomials.
         regions: What is planned together.
         posed: The problem of each region.
         failures: The regions that cannot be posed as a problem, and why. They stay as they came.
@@ -57,12 +58,12 @@ class Analysis:
         self.effects = Effects(graph)
         self.reader = GraphReader(graph, dialect, self.effects, casts=casts)
         self.phases = Phases(graph, self.reader.gradients, self.effects)
-        patterns = Patterns()
-        self.regions = Regions(self.reader, self.phases, patterns)
+        self.patterns = Patterns()
+        self.regions = Regions(self.reader, self.phases, self.patterns)
         # No method of this object: Python keeps objects that refer to each other until it looks for
         # garbage.
         hint = partial(_hint, mode=self._mode)
-        self._poser = Poser(self.reader, self.phases, self.regions.incoming, patterns, hint)
+        self._poser = Poser(self.reader, self.phases, self.regions.incoming, self.patterns, hint)
         self.failures: list[tuple[Region, Exception]] = []
         self.posed = self._posed()
 

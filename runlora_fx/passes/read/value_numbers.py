@@ -9,7 +9,7 @@ Invariant: two nodes of one number hold equal tensors, to the last bit.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -45,7 +45,7 @@ class ValueNumbers:
         self._number: dict[fx.Node, int] = {}
         self._nodes: dict[int, list[fx.Node]] = {}
         for node in fixed:
-            self._set(node, next(self._fresh))
+            self.add(node, None)
         for node in graph.nodes:
             self.of(node)
 
@@ -58,15 +58,16 @@ class ValueNumbers:
             key: Hashable | None = ("get_attr", self._effects.attribute(node))
         else:
             key = self.key(node.op, node.target, node.args, node.kwargs)
+        return self.add(node, key)
+
+    def add(self, node: fx.Node, key: Hashable | None) -> int:
+        """Number a node that makes the call of a key."""
         number = next(self._fresh) if key is None else self._by_key.get(key)
         if number is None:
             number = self._by_key[key] = next(self._fresh)
-        self._set(node, number)
-        return number
-
-    def _set(self, node: fx.Node, number: int) -> None:
         self._number[node] = number
         self._nodes.setdefault(number, []).append(node)
+        return number
 
     def first(self, number: int) -> fx.Node:
         """The earliest node that holds a value."""
@@ -76,18 +77,10 @@ class ValueNumbers:
         """All nodes that hold the same value as this one, itself included."""
         return self._nodes[self.of(node)]
 
-    def find(
-        self,
-        target: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        is_usable: Callable[[fx.Node], bool],
-    ) -> fx.Node | None:
-        """The first usable node that already makes this very call."""
-        key = self.key("call_function", target, args, kwargs)
-        number = self._by_key.get(key) if key is not None else None
-        nodes = [] if number is None else self._nodes.get(number, [])
-        return next(filter(is_usable, nodes), None)
+    def known(self, key: Hashable | None) -> Sequence[fx.Node]:
+        """The nodes that make the call of a key, or hold the same value."""
+        number = None if key is None else self._by_key.get(key)
+        return () if number is None else self._nodes.get(number, ())
 
     def of_call(self, target: Any, args: tuple[Any, ...]) -> int:
         """The number of what a call computes, whether or not a node makes it.
