@@ -159,7 +159,7 @@ STAGES = {
     "search": PASSES + "planning.decide_all",
     "plan of the whole graph": PASSES + "emit.apply.task_of",
     "emit": PASSES + "emit.apply.Emitter.emit",
-    "verify": PASSES + "emit.apply.verify",
+    "verify": PASSES + "emit.copies.verify",
     "replace": "torch.fx.Node.replace_all_uses_with",
     "take copies out": PASSES + "emit.apply._drop_copies",
     # In graphs of ATen operators, or in joint ones.

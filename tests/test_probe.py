@@ -1,6 +1,7 @@
 """Probes: new nodes that compute something else are found, whatever the reader thinks of them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import runlora_fx
-from runlora_fx.passes.emit import apply
+from runlora_fx.passes.emit import copies
 from runlora_fx.passes.emit.probe import probe
 from runlora_fx.passes.emit.verify import VerificationError
 from runlora_fx.passes.levels.aten import ATEN
@@ -85,14 +86,14 @@ def test_strict_probes_what_the_verifier_believes(
     sizes = ((96, 16), (16, 16), (2, 16), (16, 2))
     inputs = [torch.randn(size) for size in sizes]
     gm = fx.symbolic_trace(_split)
-    emit = apply.Emitter.emit
+    emit = copies.Emitter.emit
 
-    def halved(self: apply.Emitter, root: apply.Root) -> fx.Node:
+    def halved(self: copies.Emitter, root: copies.Root) -> copies.Emitted:
         new = emit(self, root)
-        return self._scope.writer.scale(new, 0.5)
+        return replace(new, node=self._scope.writer.scale(new.node, 0.5))
 
-    monkeypatch.setattr(apply.Emitter, "emit", halved)
-    monkeypatch.setattr(apply, "verify", lambda *_: None)
+    monkeypatch.setattr(copies.Emitter, "emit", halved)
+    monkeypatch.setattr(copies, "verify", lambda *_: None)
     if strict:
         with pytest.raises(VerificationError, match="on random numbers"):
             runlora_fx.rewrite(gm, inputs, strict=True)

@@ -23,6 +23,7 @@ from runlora_fx.options import Options
 from runlora_fx.passes.context import Context, Outcome
 from runlora_fx.passes.emit.transaction import Snapshot, note_failure
 from runlora_fx.passes.levels.level import Dialect
+from runlora_fx.passes.levels.sizes import forget_shapes
 from runlora_fx.passes.planning import PlannedRegion, plan_linear_algebra
 from runlora_fx.report.data import Refusal, Report, Site
 from runlora_fx.report.describe import Known, describe
@@ -62,9 +63,13 @@ def rewrite_graph(
     """
     if machine is None:
         machine = machine_for(options.device, use_stored=options.tune != "off")
+    context = Context(graph, level, options, machine, may_guard, tuple(parameters))
     with _collection_paused():
-        # The objects of the pass are freed when this returns, before the collector runs again.
-        return _rewritten(Context(graph, level, options, machine, may_guard, tuple(parameters)))
+        try:
+            # Its objects are freed when this returns, before the collector runs again.
+            return _rewritten(context)
+        finally:
+            forget_shapes()
 
 
 def _rewritten(context: Context) -> Report:
@@ -73,7 +78,7 @@ def _rewritten(context: Context) -> Report:
     try:
         outcome: Outcome | None = None
         try:
-            outcome = plan_linear_algebra(context)
+            outcome = plan_linear_algebra(context, came)
         except Exception as error:
             if context.options.strict:
                 raise

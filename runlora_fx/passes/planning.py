@@ -23,7 +23,7 @@ from runlora_fx.passes.algebra.posed import PosedProblem
 from runlora_fx.passes.context import Context, Outcome
 from runlora_fx.passes.emit.apply import NotAppliedError, apply
 from runlora_fx.passes.emit.recompute import recompute_dropout_masks
-from runlora_fx.passes.emit.transaction import note_failure, transaction
+from runlora_fx.passes.emit.transaction import Snapshot, note_failure, transaction
 from runlora_fx.passes.levels.sizes import forget_shapes
 from runlora_fx.passes.read.analysis import Analysis
 from runlora_fx.passes.read.regions import Region
@@ -57,16 +57,22 @@ class PlannedRegion:
     objective: Objective
 
 
-def plan_linear_algebra(context: Context) -> Outcome:
-    """Rewrite the linear algebra of a graph into its cheapest plans."""
-    return _Planner(context).run()
+def plan_linear_algebra(context: Context, came: Snapshot | None = None) -> Outcome:
+    """Rewrite the linear algebra of a graph into its cheapest plans.
+
+    Args:
+        context: The graph.
+        came: What was noted of the graph as it came, if anything was.
+    """
+    return _Planner(context, came).run()
 
 
 class _Planner:
     """Plans the regions of one graph."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, came: Snapshot | None) -> None:
         self._context = context
+        self._came = came
         self._options = context.options
         self._pricing = Pricing(context.options, context.machine, context.device)
         self._changed: set[str] = set()
@@ -76,10 +82,10 @@ class _Planner:
         analysis, decisions = self._decided()
         names = [_name(region) for region in analysis.regions.regions]
         chosen = [n for n, decision in zip(names, decisions, strict=True) if _is_chosen(decision)]
-        if self._options.memory == "low" and analysis.phases.is_joint:
-            recompute_dropout_masks(self._context.graph)
         if chosen:
             self._write(analysis, decisions, chosen)
+        if self._options.memory == "low" and analysis.phases.is_joint:
+            recompute_dropout_masks(self._context.graph)
         found = (
             PlannedRegion(region, posed, decision, name in self._changed, self._objective(posed))
             for region, posed, decision, name in zip(
@@ -197,7 +203,8 @@ class _Planner:
             here = {name: indices[name] for name in names if name in indices}
             plans = {i: decisions[i].plan for i in here.values() if _is_chosen(decisions[i])}
             try:
-                with transaction(self._context.graph):
+                as_it_came, self._came = self._came, None
+                with transaction(self._context.graph, as_it_came):
                     apply(analysis, _known(plans), probes=self._options.strict)
                 self._changed |= {name for name, i in here.items() if i in plans}
             except NotAppliedError as failure:

@@ -63,13 +63,18 @@ def describe(
     """
     if not changed and not _has_products_of_products(posed.problem):
         return None
-    parts = [normalise(posed.own(part)) for _, part in region.demands]
-    scalars = {part.core: part.scalar for part in reversed(parts)}
-    same = (posed.problem, posed.dims, tuple(scalars.items()), objective)
-    key = (*same, id(decision), changed)
-    if key not in known:
-        known[key] = decision, _site(posed, scalars, decision, changed, objective)
-    return replace(known[key][1], modules=modules_of(region))
+    # Equal regions have one problem, and so equal demands in its numbers.
+    found = known.get((id(posed.problem), id(decision), changed))
+    if found is None:
+        parts = [normalise(posed.own(part)) for _, part in region.demands]
+        scalars = {part.core: part.scalar for part in reversed(parts)}
+        same = (posed.problem, posed.dims, tuple(scalars.items()), objective)
+        key = (*same, id(decision), changed)
+        found = known.get(key)
+        if found is None:
+            found = decision, _site(posed, scalars, decision, changed, objective)
+        known[key] = known[id(posed.problem), id(decision), changed] = found
+    return replace(found[1], modules=modules_of(region))
 
 
 def _site(

@@ -8,7 +8,7 @@ Invariant: adapters are named by the layer that they adapt.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from itertools import takewhile
 
@@ -51,13 +51,8 @@ def unmatched(nodes: Iterable[fx.Node], sites: Iterable[Site]) -> Iterator[Refus
     covered = {name for site in sites for name in site.modules}
     missed: dict[str, set[str]] = {}
     for node in nodes:
-        path = _path(node)
-        parts = path.split(".")
-        adapted = next((i for i, part in enumerate(parts) if part.startswith("lora_")), None)
-        if adapted is None or node.op == "placeholder":
-            continue
-        name = ".".join(parts[:adapted]) or _ROOT
-        if name not in covered:
+        name = _adapted(_path(node))
+        if name is not None and name not in covered and node.op != "placeholder":
             missed.setdefault(name, set()).add(str(node.target).removesuffix(".default"))
     by_reason: dict[str, list[str]] = {}
     for name, targets in missed.items():
@@ -69,13 +64,21 @@ def unmatched(nodes: Iterable[fx.Node], sites: Iterable[Site]) -> Iterator[Refus
     return (Refusal(reason, tuple(names)) for reason, names in by_reason.items())
 
 
+@lru_cache(maxsize=1 << 14)
+def _adapted(path: str) -> str | None:
+    """The layer that a module is a part of an adapter of; None if it is none."""
+    parts = path.split(".")
+    adapted = next((i for i, part in enumerate(parts) if part.startswith("lora_")), None)
+    return None if adapted is None else ".".join(parts[:adapted]) or _ROOT
+
+
 def _path(node: fx.Node) -> str:
     """The dotted name of the module that a node comes from."""
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
     if not stack:
         return ""
-    entries: Sequence[object] = list(stack.values())
-    return _named(entries[-1][0] if isinstance(entries[-1], tuple) else str(entries[-1]))
+    innermost: object = next(reversed(stack.values()))
+    return _named(innermost[0] if isinstance(innermost, tuple) else str(innermost))
 
 
 @lru_cache(maxsize=1 << 14)

@@ -263,7 +263,7 @@ def _made_of(emitted: Emitted, known: Collection[fx.Node | None]) -> list[fx.Nod
         known: Nodes that are counted as made of nothing else.
 
     Returns:
-        None if a node that is not known is no call, or if there are too many.
+        None if there is too much of it, or if a node that is not known is no call.
     """
     found = dict[fx.Node, None].fromkeys(emitted.met)
     written = set(emitted.written)
@@ -274,6 +274,8 @@ def _made_of(emitted: Emitted, known: Collection[fx.Node | None]) -> list[fx.Nod
         below: list[fx.Node] = []
         if node not in known and node not in written:
             if node.op != "call_function" or len(pending) + len(found) > _MOST_READ:
+                return None
+            if not written.isdisjoint(node.all_input_nodes):
                 return None
             below = [source for source in node.all_input_nodes if source not in found]
         if below:

@@ -100,15 +100,17 @@ def _chain(weight: fx.Node, effects: Effects, costly: set[fx.Node]) -> list[fx.N
     pending, chain, inputs = [weight], dict[fx.Node, None](), dict[fx.Node, None]()
     while pending:
         node = pending.pop()
+        if node in chain or node in inputs:
+            continue
         is_input = node.op == "placeholder"
-        if effects.is_overwritten(node) or (not is_input and not _is_simple(node, effects)):
+        if effects.is_overwritten(node) or not (is_input or _is_simple(node, effects)):
             costly.add(node)
         if node in costly or len(chain) >= _MAX_NODES:
             costly.add(weight)
             return []
         if is_input:
             inputs[node] = None
-        elif node not in chain:
+        else:
             chain[node] = None
             pending.extend(node.all_input_nodes)
     sizes, size = [_bytes(node) for node in inputs], _bytes(weight)

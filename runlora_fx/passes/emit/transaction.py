@@ -106,14 +106,18 @@ def note_failure(context: Context, names: Sequence[str], error: Exception) -> No
 
 
 @contextmanager
-def transaction(graph: fx.Graph) -> Iterator[None]:
+def transaction(graph: fx.Graph, as_it_is: Snapshot | None = None) -> Iterator[None]:
     """A context in which a graph is changed wholly or not at all.
+
+    Args:
+        graph: The graph.
+        as_it_is: What was noted of the graph, if nothing was changed since.
 
     Raises:
         Exception: Whatever is raised inside, and what ``graph.lint()`` finds at the end; the graph
             is then as it was.
     """
-    snapshot = Snapshot(graph)
+    snapshot = Snapshot(graph) if as_it_is is None else as_it_is
     try:
         yield
         if snapshot.has_changed():

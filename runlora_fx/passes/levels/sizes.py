@@ -26,7 +26,7 @@ from runlora_fx.passes.algebra.posed import Dim
 Shape: TypeAlias = tuple[Dim, ...]
 
 #: What is known of tensors, by identity: a tensor's own equality means something else. Every stage
-#: asks many times, and symbolic sizes are slow to look up.
+#: asks many times, and symbolic sizes are slow to look up. It is forgotten after each pass.
 _known: dict[int, TensorFacts] = {}
 
 #: One object for every dtype, device and layout that tensors have.
@@ -78,15 +78,13 @@ def facts_of(node: object) -> TensorFacts | None:
 
 
 def _looked_up(val: torch.Tensor) -> TensorFacts:
-    key = id(val)
     kind = TensorKind(val.dtype, val.device, val.layout)
-    facts = TensorFacts(
-        weakref.ref(val, lambda _: _known.pop(key, None)),
-        tuple(map(dim_of, val.shape)),
+    facts = _known[id(val)] = TensorFacts(
+        weakref.ref(val),
+        tuple([size if type(size) is int else dim_of(size) for size in val.shape]),
         _kinds.setdefault(kind, kind),
-        val.dtype.is_floating_point and val.layout == torch.strided,
+        kind.dtype.is_floating_point and kind.layout == torch.strided,
     )
-    _known[key] = facts
     return facts
 
 
@@ -108,7 +106,11 @@ def shape_of(node: fx.Node) -> Shape:
 
 
 def forget_shapes() -> None:
-    """Look all shapes up anew: needed once a guard has put a number in the place of a symbol."""
+    """Look all shapes up anew.
+
+    Needed once a guard has put a number in the place of a symbol; and after a pass, or what was
+    known of its tensors would be kept.
+    """
     _known.clear()
 
 
