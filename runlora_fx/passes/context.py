@@ -24,7 +24,7 @@ from runlora_fx.cost_model.devices.registry import computing
 from runlora_fx.options import Options
 from runlora_fx.passes.algebra.posed import Dim
 from runlora_fx.passes.levels.level import Dialect
-from runlora_fx.passes.levels.sizes import example_of
+from runlora_fx.passes.levels.sizes import facts_of
 from runlora_fx.passes.read.analysis import UNKNOWN_SIZE, Analysis
 from runlora_fx.passes.read.casts import Casts
 from runlora_fx.passes.read.effects import Effects
@@ -108,8 +108,8 @@ class Context:
     @cached_property
     def device(self) -> torch.device:
         """Where the graph computes: the accelerator, if any of its tensors is on one."""
-        values = (example_of(node) for node in self.graph.nodes)
-        return computing(dict.fromkeys(value.device for value in values if value is not None))
+        known = [facts_of(node) for node in self.graph.nodes]
+        return computing(dict.fromkeys(facts.kind.device for facts in known if facts is not None))
 
     @cached_property
     def lasting(self) -> tuple[fx.Node, ...]:

@@ -300,11 +300,19 @@ def _normalised_word(p: Polynomial) -> Normalised:
         word, scalar = word._replace(scalars=()), Scalar(_rounded(c), word.scalars)
     else:
         scalar = Scalar(c)
-    turned = word.T
-    is_turned = turned.factors < word.factors
+    is_turned = _is_turned(word)
     if scalar.is_one:
         return Normalised(scalar, is_turned, p.T if is_turned else p)
-    return Normalised(scalar, is_turned, Polynomial(((turned if is_turned else word, 1.0),)))
+    return Normalised(scalar, is_turned, Polynomial(((word.T if is_turned else word, 1.0),)))
+
+
+def _is_turned(word: Word) -> bool:
+    """True if the transpose of a word comes before it."""
+    if word.factors:
+        first, last = word.factors[0], word.factors[-1]
+        if not (first.diagonal or last.diagonal or first.leaf == last.leaf):
+            return last.leaf < first.leaf and not word.diag_part
+    return word.T.factors < word.factors
 
 
 def substitute(

@@ -140,7 +140,7 @@ class NodeWriter:
         memory = None if base is None else base.meta["val"]
         value = fake_like(was.meta["val"], layout.shape, layout.strides, memory)
         self._insert.rule = rule
-        node = self._insert.known(cast(Any, was.target), args, kwargs, value)
+        node = self._insert.known(cast(Any, was.target), args, kwargs, value, was.name)
         values.add(node, key)
         return self._placed(node)
 

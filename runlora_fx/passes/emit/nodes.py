@@ -56,11 +56,24 @@ class Inserter:
         return self.known(target, args, kwargs, self._results(target, args, kwargs))
 
     def known(
-        self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], value: Any
+        self,
+        target: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        value: Any,
+        name: str | None = None,
     ) -> fx.Node:
-        """Write one call whose example value is known."""
+        """Write one call whose example value is known.
+
+        Args:
+            target: What is called.
+            args: Its arguments.
+            kwargs: Its keyword arguments.
+            value: The example value.
+            name: The name of a node of the same target, which saves looking for one.
+        """
         with self._graph.inserting_before(self.anchor):
-            node = self._graph.call_function(target, args, kwargs)
+            node = self._graph.create_node("call_function", target, args, kwargs, name)
         return self._described(node, value)
 
     def attribute(self, name: str, tensor: torch.Tensor) -> fx.Node:

@@ -17,7 +17,7 @@ from torch import fx
 
 from runlora_fx.passes.emit.nodes import Inserter
 from runlora_fx.passes.read.effects import Effects
-from runlora_fx.passes.read.memory import Memory
+from runlora_fx.passes.read.memory import Memories, Memory
 
 
 def results_of(graph: fx.Graph) -> list[fx.Node]:
@@ -50,13 +50,14 @@ def keep_results_apart(
     Returns:
         The number of copies.
     """
-    effects, results = Effects(graph), results_of(graph)
+    memories = Memories(graph.owning_module, set(graph.nodes))
+    results = results_of(graph)
     inputs = [node for node in graph.nodes if node.op in ("placeholder", "get_attr")]
-    given = frozenset[Memory]().union(*map(effects.memory_of, inputs))
+    given = frozenset[Memory]().union(*map(memories.of, inputs))
     first: dict[Memory, int] = {}
     shared: list[int] = []
     for i, node in enumerate(results):
-        memory = effects.memory_of(node)
+        memory = memories.of(node)
         others = {first[m] for m in memory if m in first}
         is_given = not memory.isdisjoint(given) and before[i].isdisjoint(given)
         if is_given or any(before[i].isdisjoint(before[j]) for j in others):

@@ -16,7 +16,7 @@ Invariant: two results that share memory have a name of memory in common; the re
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Hashable, Mapping
+from collections.abc import Container, Hashable
 from typing import Any, TypeAlias
 
 import torch
@@ -35,7 +35,7 @@ NOTHING: frozenset[Memory] = frozenset()
 class Memories:
     """The memory of the nodes of one graph, found when it is first asked for."""
 
-    def __init__(self, owner: torch.nn.Module | None, nodes: Mapping[fx.Node, int]) -> None:
+    def __init__(self, owner: torch.nn.Module | None, nodes: Container[fx.Node]) -> None:
         """Prepare to find it.
 
         Args:
