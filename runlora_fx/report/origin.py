@@ -51,7 +51,8 @@ def unmatched(nodes: Iterable[fx.Node], sites: Iterable[Site]) -> Iterator[Refus
     covered = {name for site in sites for name in site.modules}
     missed: dict[str, set[str]] = {}
     for node in nodes:
-        name = _adapted(_path(node))
+        path = _path(node)
+        name = _adapted(path) if path else None
         if name is not None and name not in covered and node.op != "placeholder":
             missed.setdefault(name, set()).add(str(node.target).removesuffix(".default"))
     by_reason: dict[str, list[str]] = {}

@@ -170,9 +170,10 @@ class Copies:
         layouts, copies = self._keys.layouts, list[fx.Node]()
 
         def named(name: Name) -> str:
-            numbers = {"matrix": leaves, "scalar": scalars}.get(name.kind, {})
-            number = numbers.get(name.number, name.number)
-            return name_in(self._reader.leaves, Name(name.kind, number), root.node.name)
+            kind, number = name
+            if kind in ("matrix", "scalar"):
+                name = Name(kind, (leaves if kind == "matrix" else scalars).get(number, number))
+            return name_in(self._reader.leaves, name, root.node.name)
 
         texts = [text_of(rule, named) for rule in first.rules]
         for was, base, rule in first.written:

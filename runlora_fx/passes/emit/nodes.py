@@ -85,9 +85,11 @@ class Inserter:
 
     def _described(self, node: fx.Node, value: Any) -> fx.Node:
         """A new node with its metadata."""
-        node.meta = {**self._lent, "val": value}
+        meta = node.meta
+        meta.update(self._lent)
+        meta["val"] = value
         if self.rule:
-            node.meta[RULE] = self.rule
+            meta[RULE] = self.rule
         self.written.append(node)
         return node
 

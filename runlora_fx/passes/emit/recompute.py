@@ -21,7 +21,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from runlora_fx._torch_compat import draws_from_seeds
 from runlora_fx.passes.levels.sizes import example_of
-from runlora_fx.passes.read.calls import name_of
+from runlora_fx.passes.read.calls import name_of, operator_facts
 from runlora_fx.passes.read.effects import Effects
 
 _RANDOM = (torch.ops.aten.rand.default, torch.ops.aten.rand_like.default)
@@ -119,6 +119,9 @@ def _chain(weight: fx.Node, effects: Effects, costly: set[fx.Node]) -> list[fx.N
 
 
 def _is_simple(node: fx.Node, effects: Effects) -> bool:
+    known = operator_facts(node.target)
+    if known is not None and known.is_pure:
+        return known.name not in _PRODUCTS
     if node.op != "call_function" or name_of(node.target) in _PRODUCTS:
         return False
     return not (effects.is_random(node) or effects.writes(node))

@@ -30,7 +30,7 @@ Shape: TypeAlias = tuple[Dim, ...]
 _known: dict[int, TensorFacts] = {}
 
 #: One object for every dtype, device and layout that tensors have.
-_kinds: dict[TensorKind, TensorKind] = {}
+_kinds: dict[tuple[torch.dtype, torch.device, torch.layout], TensorKind] = {}
 
 
 class TensorKind(NamedTuple):
@@ -78,11 +78,14 @@ def facts_of(node: object) -> TensorFacts | None:
 
 
 def _looked_up(val: torch.Tensor) -> TensorFacts:
-    kind = TensorKind(val.dtype, val.device, val.layout)
+    key = (val.dtype, val.device, val.layout)
+    kind = _kinds.get(key)
+    if kind is None:
+        kind = _kinds[key] = TensorKind(*key)
     facts = _known[id(val)] = TensorFacts(
         weakref.ref(val),
         tuple([size if type(size) is int else dim_of(size) for size in val.shape]),
-        _kinds.setdefault(kind, kind),
+        kind,
         kind.dtype.is_floating_point and kind.layout == torch.strided,
     )
     return facts
@@ -99,6 +102,10 @@ def shape_of(node: fx.Node) -> Shape:
     Raises:
         TypeError: If the node holds no tensor.
     """
+    val = node.meta.get("val")
+    facts = _known.get(id(val))
+    if facts is not None and facts.tensor() is val:  # as facts_of(): asked the most often
+        return facts.shape
     facts = facts_of(node)
     if facts is None:
         raise TypeError(f"{node.name} holds no tensor")

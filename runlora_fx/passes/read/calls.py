@@ -56,12 +56,14 @@ class Operator(NamedTuple):
 
     Attributes:
         target: The operator.
+        name: Its name, without namespace and overload.
         is_pure: True if they are pure; None if that depends on the arguments.
         never_writes: True if none modifies an argument.
         never_views: True if each returns new memory.
     """
 
     target: torch._ops.OpOverload
+    name: str
     is_pure: bool | None
     never_writes: bool
     never_views: bool
@@ -83,6 +85,7 @@ def operator_facts(target: object) -> Operator | None:
     is_settled = never_writes and name not in known.DROPOUTS
     found = _operators[id(target)] = Operator(
         target,
+        name,
         _is_pure_operator(target) if is_settled else None,
         never_writes,
         not schema.may_view_any and not schema.viewed,

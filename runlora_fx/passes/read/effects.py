@@ -75,7 +75,7 @@ class Effects:
         """True if a node may compute another value when it is called again on the same values."""
         if node.op == "call_module":
             return self._memories.module(node).is_random
-        if node.op not in ("call_function", "call_method") or _has_no_effect(node):
+        if node.op not in ("call_function", "call_method"):
             return False
         bodies = self._bodies(node)
         if bodies:

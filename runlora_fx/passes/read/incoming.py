@@ -73,9 +73,9 @@ class Incoming:
             self._forward.setdefault(core, made)
             return
         for operand in made.operands:
-            if operand.leaf:
-                self.read_backward.add(operand.leaf.leaf)
-        for operand in made.operands:
+            factor = operand.leaf
+            if factor is not None:
+                self.read_backward.add(factor.leaf)
             self._fetch(operand)
         self._may_keep(made)
         self._may_keep_low(made)
