@@ -180,7 +180,7 @@ def graphs(golden: Golden) -> str:
     torch.manual_seed(0)
     model, texts = golden.model(), []
     with torch.set_grad_enabled(golden.trains):
-        for name, run in (("before", lambda _: Outcome()), ("after", plan_linear_algebra)):
+        for name, run in (("before", lambda *_: Outcome()), ("after", plan_linear_algebra)):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(pipeline, "plan_linear_algebra", run)
                 gm = runlora_fx.joint_graph(model, golden.inputs(), strict=True, objective="flops")

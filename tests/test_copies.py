@@ -1,4 +1,4 @@
-"""Replays: an equal root is written as it would be step by step, and no other root is replayed."""
+"""Copies: an equal root is written as it would be step by step, and no other root is copied."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -97,7 +97,7 @@ def _twice() -> Stack:
     return Stack(one, Layer(), one, Layer())
 
 
-#: Models, and whether some root in them is replayed.
+#: Models, and whether some root in them is a copy.
 MODELS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
     "equal layers": (lambda: Stack(*(Layer() for _ in range(5))), True),
     "biases": (lambda: Stack(*(Layer(bias=True) for _ in range(5))), True),
@@ -115,8 +115,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
 
 
 @contextmanager
-def _replays(*, allowed: bool) -> Iterator[list[str]]:
-    """A context in which roots are replayed or not, and the names of those that were."""
+def _copies(*, allowed: bool) -> Iterator[list[str]]:
+    """A context in which roots are copied or not, and the names of those that were."""
     copied, found = Copies.copied, list[str]()
 
     def counted(self: Copies, first: Any, root: Any, slots: Any) -> Any:
@@ -152,30 +152,30 @@ def _rewritten(
 ) -> tuple[tuple[list[Any], list[list[str]]], list[str]]:
     torch._dynamo.reset()
     x = torch.randn(TOKENS, WIDTH, dtype=torch.float64)
-    with _replays(allowed=allowed) as found, torch.set_grad_enabled(trains):
+    with _copies(allowed=allowed) as found, torch.set_grad_enabled(trains):
         gm = runlora_fx.joint_graph(model, [x], objective="flops", **options)
     return _described(gm), found
 
 
 @pytest.mark.parametrize("trains", [True, False], ids=["training", "inference"])
 @pytest.mark.parametrize("name", MODELS)
-def test_replays_write_what_would_be_written_step_by_step(name: str, trains: bool) -> None:
-    make, is_replayed = MODELS[name]
+def test_copies_are_what_would_be_written_step_by_step(name: str, trains: bool) -> None:
+    make, is_copied = MODELS[name]
     model = make().double()
-    replayed, found = _rewritten(model, allowed=True, trains=trains)
+    copied, found = _rewritten(model, allowed=True, trains=trains)
     written, _ = _rewritten(model, allowed=False, trains=trains)
-    assert replayed == written
-    assert bool(found) == is_replayed or not trains
+    assert copied == written
+    assert bool(found) == is_copied or not trains
 
 
-def test_strict_probes_replayed_roots() -> None:
-    """A probe computes both sides of each root from random numbers: it asks no template."""
+def test_strict_probes_copied_roots() -> None:
+    """A probe computes both sides of each root from random numbers, also of a copy."""
     model = Stack(*(Scaled() for _ in range(4))).double()
     _, found = _rewritten(model, allowed=True, trains=True, strict=True)
     assert found
 
 
-def test_a_layer_of_another_layout_is_not_replayed() -> None:
+def test_a_layer_of_another_layout_is_not_copied() -> None:
     """The strides of one input are all that tells the last layer from the others."""
     equal = Stack(*(Layer() for _ in range(4))).double()
     other = Stack(*(Layer() for _ in range(3)), Turned()).double()
