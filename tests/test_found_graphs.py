@@ -203,6 +203,25 @@ def test_what_is_multiplied_by_zero_is_no_addend() -> None:
     _check_joint(_bias_times_zero, [(5, 6), (2, 6), (7, 2), (7,), (7, 2)])
 
 
+def _multiplied_by_a_sum_with_the_identity(
+    x: Tensor, w: Tensor, v: Tensor, m: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor]:
+    gram = y @ y.T
+    z = gram + torch.eye(gram.shape[0], dtype=gram.dtype)
+    return m @ z + (x @ w + x @ v), gram
+
+
+def test_a_sum_with_the_identity_is_computed_in_the_region_that_multiplies_by_it() -> None:
+    """``M (I + G)`` and ``X (W + V)`` are two regions of one root; the first stays as it came."""
+    given = _given([(9, 6), (6, 5), (6, 5), (9, 5), (5, 3)])
+    gm = make_fx(_multiplied_by_a_sum_with_the_identity)(*given)
+    rewritten = runlora_fx.rewrite(gm, strict=True, objective="flops")
+    found, wanted = rewritten(*given), _multiplied_by_a_sum_with_the_identity(*given)
+    for one, other in zip(found, wanted, strict=True):
+        _same({"output": one}, {"output": other})
+    assert len([node for node in rewritten.graph.nodes if "mm" in str(node.target)]) == 3
+
+
 # -- what the backward reads of the forward ----------------------------------------------------
 
 

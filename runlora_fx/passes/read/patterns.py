@@ -82,8 +82,9 @@ class Patterns:
         """What a polynomial must have in common with another to share a value other than a leaf.
 
         That is a product, which shows two leaves next to each other in some word; or a sum of
-        leaves, that is of such as stand in the same place of words that are otherwise alike. A lone
-        leaf is paired with itself. ``X W' + X A' B'`` shows the pairs ``X W``, ``X A`` and ``A B``.
+        leaves, that is of such as stand in the same place of words that are otherwise alike.
+        ``X W' + X A' B'`` shows the pairs ``X W``, ``X A`` and ``A B``. A lone leaf is paired with
+        itself, and so is one that the identity is added to: ``X + X W'`` shows ``X W`` and ``W W``.
 
         Args:
             p: The polynomial.
@@ -101,12 +102,16 @@ class Patterns:
 def _pairs(p: Polynomial) -> list[tuple[int, int]]:
     found: dict[tuple[int, int], None] = {}
     places: dict[Hashable, list[int]] = defaultdict(list)
+    products = {word.factors for word in p.words}
     for word in p.words:
         factors = word.factors
         for left, right in pairwise(factors):
             found[left.leaf, right.leaf] = None
         for i, factor in enumerate(factors):
-            places[factors[:i], factors[i + 1 :]].append(factor.leaf)
+            before, after = factors[:i], factors[i + 1 :]
+            places[before, after].append(factor.leaf)
+            if before + after in products:  # the identity stands in the same place
+                found[factor.leaf, factor.leaf] = None
     for leaves in places.values():
         for pair in combinations(leaves, 2):
             found[pair] = None
