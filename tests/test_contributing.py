@@ -22,8 +22,8 @@ from runlora_fx.passes.algebra.implementations import (
 from runlora_fx.passes.algebra.polynomials import Scalar
 from runlora_fx.passes.algebra.problem import Value
 from runlora_fx.passes.algebra.steps import Product, Step
-from runlora_fx.passes.emit.registry import Emission, writes, writing
-from runlora_fx.passes.emit.verify import VerificationError
+from runlora_fx.passes.emit.proof.verify import VerificationError
+from runlora_fx.passes.emit.steps.registry import Emission, writes, writing
 from runlora_fx.passes.levels import readers
 from runlora_fx.passes.levels.aten import ATEN
 from runlora_fx.passes.levels.cuts import Cut

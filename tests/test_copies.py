@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import runlora_fx
-from runlora_fx.passes.emit.copies import Copies
+from runlora_fx.passes.emit.copies.roots import Copies
 
 TOKENS, WIDTH, RANK = 48, 16, 2
 

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from runlora_fx.passes.emit.example_results import ExampleResults
+from runlora_fx.passes.emit.nodes.example_results import ExampleResults
 
 aten = torch.ops.aten
 A, B, STACK = ((6, 4), torch.float32), ((4, 8), torch.float32), ((3, 4, 5), torch.float64)

@@ -31,9 +31,9 @@ from torch._dynamo.exc import BackendCompilerFailed
 import runlora_fx
 from runlora_fx import joint_pass
 from runlora_fx.options import Options
-from runlora_fx.passes.emit.node_writer import EmissionError
-from runlora_fx.passes.emit.verify import VerificationError
-from runlora_fx.passes.emit.writer import Writer
+from runlora_fx.passes.emit.nodes.node_writer import EmissionError
+from runlora_fx.passes.emit.nodes.writer import Writer
+from runlora_fx.passes.emit.proof.verify import VerificationError
 from runlora_fx.passes.levels.aten import ATEN
 from runlora_fx.passes.pipeline import rewrite_graph
 
@@ -159,7 +159,7 @@ STAGES = {
     "search": PASSES + "planning.decide_all",
     "plan of the whole graph": PASSES + "emit.apply.task_of",
     "emit": PASSES + "emit.apply.Emitter.emit",
-    "verify": PASSES + "emit.copies.verify",
+    "verify": PASSES + "emit.copies.roots.verify",
     "replace": "torch.fx.Node.replace_all_uses_with",
     "take copies out": PASSES + "emit.apply._drop_copies",
     # In graphs of ATen operators, or in joint ones.

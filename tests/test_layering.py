@@ -43,7 +43,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("passes.levels", "passes.levels.*"),
     ("passes.read", "passes.read.*"),
     ("passes.context",),
-    ("passes.emit", "passes.emit.*"),
+    ("passes.emit", "passes.emit.nodes", "passes.emit.nodes.*"),
+    ("passes.emit.steps", "passes.emit.steps.*"),
+    ("passes.emit.proof", "passes.emit.proof.*"),
+    ("passes.emit.copies", "passes.emit.copies.*"),
+    ("passes.emit.graph", "passes.emit.graph.*"),
+    ("passes.emit.apply",),
     ("passes.tune", "passes.tune.*"),
     # What was done.
     ("report", "report.*"),

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import runlora_fx
-from runlora_fx.passes.emit.layout import (
+from runlora_fx.passes.emit.nodes.layout import (
     _FOLLOWING,
     _IGNORING,
     is_relied_on,

@@ -23,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import profile
 
 import runlora_fx
-from runlora_fx.passes.emit.kept import stop_keeping_what_escapes
+from runlora_fx.passes.emit.graph.kept import stop_keeping_what_escapes
 from runlora_fx.runtime import kept_weights as reuse
 
 RTOL = 1e-5

@@ -9,9 +9,9 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import runlora_fx
-from runlora_fx.passes.emit import copies
-from runlora_fx.passes.emit.probe import probe
-from runlora_fx.passes.emit.verify import VerificationError
+from runlora_fx.passes.emit.copies import roots
+from runlora_fx.passes.emit.proof.probe import probe
+from runlora_fx.passes.emit.proof.verify import VerificationError
 from runlora_fx.passes.levels.aten import ATEN
 from runlora_fx.passes.read.analysis import Analysis
 
@@ -86,14 +86,14 @@ def test_strict_probes_what_the_verifier_believes(
     sizes = ((96, 16), (16, 16), (2, 16), (16, 2))
     inputs = [torch.randn(size) for size in sizes]
     gm = fx.symbolic_trace(_split)
-    emit = copies.Emitter.emit
+    emit = roots.Emitter.emit
 
-    def halved(self: copies.Emitter, root: copies.Root) -> copies.Emitted:
+    def halved(self: roots.Emitter, root: roots.Root) -> roots.Emitted:
         new = emit(self, root)
         return replace(new, node=self._scope.writer.scale(new.node, 0.5))
 
-    monkeypatch.setattr(copies.Emitter, "emit", halved)
-    monkeypatch.setattr(copies, "verify", lambda *_: None)
+    monkeypatch.setattr(roots.Emitter, "emit", halved)
+    monkeypatch.setattr(roots, "verify", lambda *_: None)
     if strict:
         with pytest.raises(VerificationError, match="on random numbers"):
             runlora_fx.rewrite(gm, inputs, strict=True)

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import (
 )
 
 import runlora_fx
-from runlora_fx.passes.emit.recompute import (
+from runlora_fx.passes.emit.graph.recompute import (
     recompute,
     recompute_dequantised,
     recompute_dropout_masks,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import fx
 
-from runlora_fx.passes.emit.transaction import transaction
+from runlora_fx.passes.emit.graph.transaction import transaction
 
 aten = torch.ops.aten
 

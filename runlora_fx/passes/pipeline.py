@@ -21,7 +21,7 @@ from runlora_fx.cost_model.devices.machine import Machine
 from runlora_fx.cost_model.published import title_of
 from runlora_fx.options import Options
 from runlora_fx.passes.context import Context, Outcome
-from runlora_fx.passes.emit.transaction import Snapshot, note_failure
+from runlora_fx.passes.emit.graph.transaction import Snapshot, note_failure
 from runlora_fx.passes.levels.level import Dialect
 from runlora_fx.passes.levels.sizes import forget_shapes
 from runlora_fx.passes.planning import PlannedRegion, plan_linear_algebra

@@ -22,8 +22,8 @@ from runlora_fx.passes.algebra.plan import Plan, incoming_cost
 from runlora_fx.passes.algebra.posed import PosedProblem
 from runlora_fx.passes.context import Context, Outcome
 from runlora_fx.passes.emit.apply import NotAppliedError, apply
-from runlora_fx.passes.emit.recompute import recompute_dropout_masks
-from runlora_fx.passes.emit.transaction import Snapshot, note_failure, transaction
+from runlora_fx.passes.emit.graph.recompute import recompute_dropout_masks
+from runlora_fx.passes.emit.graph.transaction import Snapshot, note_failure, transaction
 from runlora_fx.passes.levels.sizes import forget_shapes
 from runlora_fx.passes.read.analysis import Analysis
 from runlora_fx.passes.read.regions import Region

@@ -8,16 +8,16 @@ from contextlib import contextmanager
 from torch import fx
 
 from runlora_fx.passes.algebra.plan import Plan
-from runlora_fx.passes.emit.copies import Copies
-from runlora_fx.passes.emit.emitter import Emitted, Emitter
-from runlora_fx.passes.emit.kept import stop_keeping_what_escapes
-from runlora_fx.passes.emit.layout import is_relied_on
-from runlora_fx.passes.emit.nodes import hand_over
-from runlora_fx.passes.emit.probe import probe
-from runlora_fx.passes.emit.recompute import recompute, recompute_dequantised
-from runlora_fx.passes.emit.results import keep_results_apart, memory_of_results
-from runlora_fx.passes.emit.task import Task, task_of
-from runlora_fx.passes.emit.writer import Writer
+from runlora_fx.passes.emit.copies.roots import Copies
+from runlora_fx.passes.emit.graph.kept import stop_keeping_what_escapes
+from runlora_fx.passes.emit.graph.recompute import recompute, recompute_dequantised
+from runlora_fx.passes.emit.graph.results import keep_results_apart, memory_of_results
+from runlora_fx.passes.emit.nodes.inserter import hand_over
+from runlora_fx.passes.emit.nodes.layout import is_relied_on
+from runlora_fx.passes.emit.nodes.writer import Writer
+from runlora_fx.passes.emit.proof.probe import probe
+from runlora_fx.passes.emit.steps.emitter import Emitted, Emitter
+from runlora_fx.passes.emit.steps.task import Task, task_of
 from runlora_fx.passes.levels.level import asks_about
 from runlora_fx.passes.read.analysis import Analysis
 from runlora_fx.passes.read.reader import GraphReader

@@ -19,9 +19,9 @@ from torch import fx
 
 from runlora_fx._torch_compat import fake_like, is_sym_int
 from runlora_fx.passes.algebra.posed import Dim
-from runlora_fx.passes.emit.example_results import Layout
-from runlora_fx.passes.emit.nodes import Inserter
-from runlora_fx.passes.emit.rules import Rule, name_in, text_of
+from runlora_fx.passes.emit.nodes.example_results import Layout
+from runlora_fx.passes.emit.nodes.inserter import Inserter
+from runlora_fx.passes.emit.nodes.rules import Rule, name_in, text_of
 from runlora_fx.passes.levels.level import Calls
 from runlora_fx.passes.levels.sizes import (
     Shape,

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import fx
 
-from runlora_fx.passes.emit.nodes import Inserter
+from runlora_fx.passes.emit.nodes.inserter import Inserter
 from runlora_fx.passes.read.effects import Effects
 from runlora_fx.passes.read.memory import Memories, Memory
 

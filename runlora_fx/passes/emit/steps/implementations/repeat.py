@@ -13,7 +13,7 @@ from torch import fx
 
 from runlora_fx.passes.algebra.problem import Value
 from runlora_fx.passes.algebra.steps import Step
-from runlora_fx.passes.emit.registry import Emission, writes
+from runlora_fx.passes.emit.steps.registry import Emission, writes
 
 
 @writes("repeat")

@@ -16,7 +16,7 @@ from runlora_fx.passes.algebra.addends import Addends, total
 from runlora_fx.passes.algebra.polynomials import Polynomial, of_factors
 from runlora_fx.passes.algebra.replacement import replaced
 from runlora_fx.passes.algebra.words import NotInNormalForm
-from runlora_fx.passes.emit.layout import is_relied_on
+from runlora_fx.passes.emit.nodes.layout import is_relied_on
 from runlora_fx.passes.levels.cuts import Cut
 from runlora_fx.passes.levels.sizes import (
     example_of,

@@ -18,8 +18,8 @@ from torch import fx
 
 from runlora_fx._torch_compat import in_fake_mode
 from runlora_fx.passes.algebra.posed import Dim
-from runlora_fx.passes.emit.example_results import values_of
-from runlora_fx.passes.emit.node_writer import NodeWriter
+from runlora_fx.passes.emit.nodes.example_results import values_of
+from runlora_fx.passes.emit.nodes.node_writer import NodeWriter
 from runlora_fx.passes.levels.assigned import TokenAssignment
 from runlora_fx.passes.levels.cuts import inverse
 from runlora_fx.passes.levels.forms import (

@@ -11,12 +11,12 @@ from __future__ import annotations
 from torch import fx
 
 from runlora_fx.passes.algebra.polynomials import IDENTITY, Normalised
-from runlora_fx.passes.emit.broadcasts import NOTHING, Broadcasts, Lacks
-from runlora_fx.passes.emit.node_writer import EmissionError
-from runlora_fx.passes.emit.products import Operands, Products
-from runlora_fx.passes.emit.rules import rule_of
-from runlora_fx.passes.emit.scope import Scope, dtype_of
-from runlora_fx.passes.emit.values import Values
+from runlora_fx.passes.emit.nodes.node_writer import EmissionError
+from runlora_fx.passes.emit.nodes.rules import rule_of
+from runlora_fx.passes.emit.steps.broadcasts import NOTHING, Broadcasts, Lacks
+from runlora_fx.passes.emit.steps.products import Operands, Products
+from runlora_fx.passes.emit.steps.scope import Scope, dtype_of
+from runlora_fx.passes.emit.steps.values import Values
 from runlora_fx.passes.levels.forms import Identity
 from runlora_fx.passes.levels.sizes import numel, same_shape, shape_of
 

@@ -18,7 +18,7 @@ from torch import fx
 from runlora_fx.passes.algebra.polynomials import Polynomial, Scalar, normalise
 from runlora_fx.passes.algebra.problem import Value
 from runlora_fx.passes.algebra.steps import GroupedOuter, GroupedProduct, Pick, Scatter, Step
-from runlora_fx.passes.emit.registry import Emission, writes
+from runlora_fx.passes.emit.steps.registry import Emission, writes
 from runlora_fx.passes.levels.sizes import Shape, same_shape, shape_of
 
 

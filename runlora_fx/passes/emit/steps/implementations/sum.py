@@ -12,7 +12,7 @@ from torch import fx
 from runlora_fx.passes.algebra.polynomials import normalise
 from runlora_fx.passes.algebra.problem import Value
 from runlora_fx.passes.algebra.steps import Step, Sum
-from runlora_fx.passes.emit.registry import Emission, writes
+from runlora_fx.passes.emit.steps.registry import Emission, writes
 
 
 @writes("sum")

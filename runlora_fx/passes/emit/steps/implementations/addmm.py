@@ -13,8 +13,8 @@ from torch import fx
 from runlora_fx.passes.algebra.polynomials import normalise
 from runlora_fx.passes.algebra.problem import Value
 from runlora_fx.passes.algebra.steps import Accumulate, Step
-from runlora_fx.passes.emit.products import Operands
-from runlora_fx.passes.emit.registry import Emission, writes
+from runlora_fx.passes.emit.steps.products import Operands
+from runlora_fx.passes.emit.steps.registry import Emission, writes
 
 
 @writes("addmm")

@@ -16,8 +16,8 @@ from runlora_fx.passes.algebra.polynomials import Polynomial, Scalar
 from runlora_fx.passes.algebra.posed import Dim
 from runlora_fx.passes.algebra.problem import Value
 from runlora_fx.passes.algebra.words import Factor
-from runlora_fx.passes.emit.task import Task
-from runlora_fx.passes.emit.writer import Writer
+from runlora_fx.passes.emit.nodes.writer import Writer
+from runlora_fx.passes.emit.steps.task import Task
 from runlora_fx.passes.levels.sizes import equal, example_of, is_one, numel, shape_of
 
 

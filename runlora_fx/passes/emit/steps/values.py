@@ -13,7 +13,7 @@ from torch import fx
 
 from runlora_fx.passes.algebra.polynomials import Polynomial, Scalar
 from runlora_fx.passes.algebra.problem import Value
-from runlora_fx.passes.emit.task import Laid
+from runlora_fx.passes.emit.steps.task import Laid
 
 
 class Values(Protocol):

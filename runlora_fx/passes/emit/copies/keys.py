@@ -19,8 +19,8 @@ from torch import fx
 
 from runlora_fx._torch_compat import is_plain_fake
 from runlora_fx.passes.algebra.polynomials import Polynomial
-from runlora_fx.passes.emit.example_results import Layout, layout_of
-from runlora_fx.passes.emit.task import Task
+from runlora_fx.passes.emit.nodes.example_results import Layout, layout_of
+from runlora_fx.passes.emit.steps.task import Task
 from runlora_fx.passes.levels.origins import Held, OnesColumn
 from runlora_fx.passes.levels.sizes import example_of
 from runlora_fx.passes.read.regions import Root

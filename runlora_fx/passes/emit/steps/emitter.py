@@ -17,21 +17,21 @@ from weakref import proxy
 
 from torch import fx
 
-import runlora_fx.passes.emit.implementations  # noqa: F401  what it registers writes the steps
+import runlora_fx.passes.emit.steps.implementations  # noqa: F401  what it registers writes the steps
 from runlora_fx.passes.algebra.polynomials import Normalised, Polynomial, Scalar, normalise
 from runlora_fx.passes.algebra.problem import Value
 from runlora_fx.passes.algebra.steps import Keep, Step, Sum
 from runlora_fx.passes.algebra.words import Factor
-from runlora_fx.passes.emit.broadcasts import Broadcasts
-from runlora_fx.passes.emit.layout import is_relied_on, memory_order
-from runlora_fx.passes.emit.node_writer import EmissionError
-from runlora_fx.passes.emit.products import Products
-from runlora_fx.passes.emit.registry import Emission, writing
-from runlora_fx.passes.emit.rules import COPY, rule_of, rule_of_root
-from runlora_fx.passes.emit.scope import Scope, dtype_of, matrix_shape
-from runlora_fx.passes.emit.sums import Sums
-from runlora_fx.passes.emit.task import Laid, Task
-from runlora_fx.passes.emit.writer import Writer
+from runlora_fx.passes.emit.nodes.layout import is_relied_on, memory_order
+from runlora_fx.passes.emit.nodes.node_writer import EmissionError
+from runlora_fx.passes.emit.nodes.rules import COPY, rule_of, rule_of_root
+from runlora_fx.passes.emit.nodes.writer import Writer
+from runlora_fx.passes.emit.steps.broadcasts import Broadcasts
+from runlora_fx.passes.emit.steps.products import Products
+from runlora_fx.passes.emit.steps.registry import Emission, writing
+from runlora_fx.passes.emit.steps.scope import Scope, dtype_of, matrix_shape
+from runlora_fx.passes.emit.steps.sums import Sums
+from runlora_fx.passes.emit.steps.task import Laid, Task
 from runlora_fx.passes.levels.sizes import is_column_major, same_shape, same_strides, shape_of
 from runlora_fx.passes.read.regions import Root
 

@@ -15,8 +15,8 @@ from runlora_fx.passes.algebra.polynomials import ONE, Normalised, Scalar, norma
 from runlora_fx.passes.algebra.posed import Dim
 from runlora_fx.passes.algebra.problem import Value
 from runlora_fx.passes.algebra.steps import Product, product_step
-from runlora_fx.passes.emit.scope import Scope
-from runlora_fx.passes.emit.values import Values
+from runlora_fx.passes.emit.steps.scope import Scope
+from runlora_fx.passes.emit.steps.values import Values
 
 
 class Vector(NamedTuple):

@@ -17,12 +17,12 @@ from torch import fx
 
 from runlora_fx.passes.algebra.problem import Value
 from runlora_fx.passes.algebra.steps import Step
-from runlora_fx.passes.emit.broadcasts import Broadcasts
-from runlora_fx.passes.emit.node_writer import EmissionError
-from runlora_fx.passes.emit.products import Products
-from runlora_fx.passes.emit.scope import Scope
-from runlora_fx.passes.emit.sums import Sums
-from runlora_fx.passes.emit.values import Values
+from runlora_fx.passes.emit.nodes.node_writer import EmissionError
+from runlora_fx.passes.emit.steps.broadcasts import Broadcasts
+from runlora_fx.passes.emit.steps.products import Products
+from runlora_fx.passes.emit.steps.scope import Scope
+from runlora_fx.passes.emit.steps.sums import Sums
+from runlora_fx.passes.emit.steps.values import Values
 
 
 @dataclass(frozen=True)

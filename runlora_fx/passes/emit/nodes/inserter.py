@@ -10,7 +10,7 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from runlora_fx._torch_compat import COPIED_META, fake_mode_of
-from runlora_fx.passes.emit.example_results import ExampleResults
+from runlora_fx.passes.emit.nodes.example_results import ExampleResults
 
 #: The metadata of a node that says which step or law it was written for.
 RULE = "runlora"

@@ -12,9 +12,9 @@ from torch import fx
 from runlora_fx.passes.algebra.polynomials import Polynomial, Scalar, normalise
 from runlora_fx.passes.algebra.problem import Value
 from runlora_fx.passes.algebra.steps import Product, Step
-from runlora_fx.passes.emit.node_writer import EmissionError
-from runlora_fx.passes.emit.registry import Emission, writes
-from runlora_fx.passes.emit.scope import Scope
+from runlora_fx.passes.emit.nodes.node_writer import EmissionError
+from runlora_fx.passes.emit.steps.registry import Emission, writes
+from runlora_fx.passes.emit.steps.scope import Scope
 from runlora_fx.passes.levels.sizes import numel, shape_of
 
 

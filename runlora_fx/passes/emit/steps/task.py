@@ -3,9 +3,9 @@
     plans of two regions      ->      the roots that they touch; once a root of a region is to be
                                       written, its steps, and the nodes that already compute one
 
-Regions have problems with numbers of their own, and most equal another region: what is written for
-one is written for the other (:mod:`runlora_fx.passes.emit.copies`). So the numbers of the graph are
-put into a plan only where a root is emitted step by step.
+Regions have problems with numbers of their own, and most regions equal another one. A root that
+equals another is written as its copy (:mod:`runlora_fx.passes.emit.copies`). So the numbers of the
+graph are put into a plan only where a root is emitted step by step.
 
 Invariant: a task says nothing of what the emitted nodes look like. What it says of a region does
 not depend on which other regions were taken up.

@@ -24,8 +24,8 @@ import torch
 from torch import fx
 
 from runlora_fx._torch_compat import outside_all_modes
-from runlora_fx.passes.emit.layout import takes_any_layout
-from runlora_fx.passes.emit.verify import VerificationError
+from runlora_fx.passes.emit.nodes.layout import takes_any_layout
+from runlora_fx.passes.emit.proof.verify import VerificationError
 from runlora_fx.passes.levels.assigned import TokenAssignment
 from runlora_fx.passes.levels.forms import (
     Broadcast,

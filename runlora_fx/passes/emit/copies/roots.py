@@ -2,9 +2,9 @@
 
     layer 0: emitted step by step, read back, proven       layer 1: the same nodes on its leaves
 
-Models have equal layers. The first root of a key (:mod:`runlora_fx.passes.emit.keys`) is emitted
-from its plan and read back. Another root of that key gets copies of the nodes that were written,
-without planning, measuring or reading them.
+Models have equal layers. The first root of a key (:mod:`runlora_fx.passes.emit.copies.keys`) is
+emitted from its plan and read back. Another root of that key gets copies of the nodes that were
+written, without planning, measuring or reading them.
 
 Why that is sound. The nodes written for the first root compute its polynomial from the tensors that
 they read. The other root has the same polynomial over its own leaves. Each tensor that is read has
@@ -27,12 +27,12 @@ from torch import fx
 from runlora_fx._torch_compat import fake_mode_of, storage_of
 from runlora_fx.passes.algebra.polynomials import normalise, substitute
 from runlora_fx.passes.algebra.problem import Value
-from runlora_fx.passes.emit.emitter import Emitted, Emitter
-from runlora_fx.passes.emit.keys import Keys, Slot
-from runlora_fx.passes.emit.rules import Name, Rule, name_in, text_of
-from runlora_fx.passes.emit.task import Laid, Task
-from runlora_fx.passes.emit.verify import verify
-from runlora_fx.passes.emit.writer import Writer
+from runlora_fx.passes.emit.copies.keys import Keys, Slot
+from runlora_fx.passes.emit.nodes.rules import Name, Rule, name_in, text_of
+from runlora_fx.passes.emit.nodes.writer import Writer
+from runlora_fx.passes.emit.proof.verify import verify
+from runlora_fx.passes.emit.steps.emitter import Emitted, Emitter
+from runlora_fx.passes.emit.steps.task import Laid, Task
 from runlora_fx.passes.read.regions import Root
 
 #: A root that reads more nodes than this, besides those of its regions, is not copied.

@@ -14,8 +14,8 @@ from torch import fx
 from runlora_fx.passes.algebra.polynomials import ONE, Scalar
 from runlora_fx.passes.algebra.problem import Value
 from runlora_fx.passes.algebra.steps import Accumulate, Product
-from runlora_fx.passes.emit.scope import Scope, dtype_of, flattened
-from runlora_fx.passes.emit.values import Values
+from runlora_fx.passes.emit.steps.scope import Scope, dtype_of, flattened
+from runlora_fx.passes.emit.steps.values import Values
 from runlora_fx.passes.levels.sizes import equal, is_one, numel, shape_of
 
 
