@@ -57,8 +57,8 @@ class Word(NamedTuple):
     @property
     def mirrored(self) -> Word:
         """V' U' for U V, whose diagonal is the same."""
-        factors = in_order(tuple([factor.T for factor in reversed(self.factors)]))
-        return Word(factors, self.scalars, self.diag_part, self.scattered)
+        turned = [f if f.diagonal else Factor(f.leaf, not f.transposed) for f in self.factors[::-1]]
+        return Word(in_order(tuple(turned)), self.scalars, self.diag_part, self.scattered)
 
     def __matmul__(self, other: Word) -> Word:
         """The two words behind one another.
