@@ -13,7 +13,7 @@ Invariant: no function of this module adds a guard or raises for a symbolic size
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple, TypeAlias
 
@@ -27,10 +27,11 @@ Shape: TypeAlias = tuple[Dim, ...]
 
 #: What is known of tensors, by identity: a tensor's own equality means something else. Every stage
 #: asks many times, and symbolic sizes are slow to look up. It is forgotten after each pass.
-_known: dict[int, TensorFacts] = {}
+_known: dict[int, tuple[weakref.ref[torch.Tensor], TensorFacts]] = {}
 
-#: One object for every dtype, device and layout that tensors have.
-_kinds: dict[tuple[torch.dtype, torch.device, torch.layout], TensorKind] = {}
+#: One object for every dtype, device and layout that tensors have; and for every size with them.
+_kinds: dict[TensorKind, TensorKind] = {}
+_facts: dict[Hashable, TensorFacts] = {}
 
 
 class TensorKind(NamedTuple):
@@ -42,16 +43,14 @@ class TensorKind(NamedTuple):
 
 
 class TensorFacts(NamedTuple):
-    """What is known of an example tensor.
+    """What is known of an example tensor; the same object for all tensors of the same facts.
 
     Attributes:
-        tensor: The tensor.
         shape: Its sizes.
         kind: Its dtype, device and layout; the same object for all tensors of one kind.
         is_plain: True if it is a dense tensor of floating-point numbers.
     """
 
-    tensor: weakref.ref[torch.Tensor]
     shape: Shape
     kind: TensorKind
     is_plain: bool
@@ -72,22 +71,25 @@ def facts_of(node: object) -> TensorFacts | None:
         return None
     val = node.meta.get("val")
     known = _known.get(id(val))
-    if known is not None and known.tensor() is val:
-        return known
+    if known is not None and known[0]() is val:
+        return known[1]
     return _looked_up(val) if isinstance(val, torch.Tensor) else None
 
 
 def _looked_up(val: torch.Tensor) -> TensorFacts:
-    key = (val.dtype, val.device, val.layout)
-    kind = _kinds.get(key)
-    if kind is None:
-        kind = _kinds[key] = TensorKind(*key)
-    facts = _known[id(val)] = TensorFacts(
-        weakref.ref(val),
-        tuple([size if type(size) is int else dim_of(size) for size in val.shape]),
-        kind,
-        kind.dtype.is_floating_point and kind.layout == torch.strided,
-    )
+    size, dtype, device, layout = val.shape, val.dtype, val.device, val.layout
+    try:
+        key = (size, dtype, device, layout)
+        facts = _facts.get(key)
+    except TypeError:  # symbolic sizes have no hash
+        facts, key = None, None
+    if facts is None:
+        kind = TensorKind(dtype, device, layout)
+        is_plain = dtype.is_floating_point and layout == torch.strided
+        facts = TensorFacts(tuple(map(dim_of, size)), _kinds.setdefault(kind, kind), is_plain)
+        if key is not None:
+            _facts[key] = facts
+    _known[id(val)] = weakref.ref(val), facts
     return facts
 
 
@@ -103,9 +105,9 @@ def shape_of(node: fx.Node) -> Shape:
         TypeError: If the node holds no tensor.
     """
     val = node.meta.get("val")
-    facts = _known.get(id(val))
-    if facts is not None and facts.tensor() is val:  # as facts_of(): asked the most often
-        return facts.shape
+    known = _known.get(id(val))
+    if known is not None and known[0]() is val:  # as facts_of(): asked the most often
+        return known[1].shape
     facts = facts_of(node)
     if facts is None:
         raise TypeError(f"{node.name} holds no tensor")
@@ -119,6 +121,7 @@ def forget_shapes() -> None:
     known of its tensors would be kept.
     """
     _known.clear()
+    _facts.clear()
 
 
 def strides_of(node: fx.Node) -> Shape:

@@ -115,11 +115,15 @@ class ValueNumbers:
         if not is_pure:
             return None
         known = self._number
-        frozen = [
+        frozen: list[Any] = [
             (known[x],) if isinstance(x, fx.Node) and x in known else self._freeze(x) for x in args
         ]
         if len(frozen) == 2 and id(target) in _IS_COMMUTATIVE:
-            frozen.sort(key=repr)
+            first, other = frozen
+            if type(first) is tuple is type(other) and len(first) == len(other) == 1:
+                frozen.sort()  # the numbers of two values
+            else:
+                frozen.sort(key=repr)
         # Operators are compared by identity; their own hash is a call of Python's.
         called = target if facts is None else id(target)
         named = tuple(sorted((k, self._freeze(v)) for k, v in kwargs.items())) if kwargs else ()
