@@ -25,10 +25,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from math import copysign, inf, sqrt
 from typing import NamedTuple
 
+from runlora_fx.passes.algebra.cached import cached
 from runlora_fx.passes.algebra.words import Factor, Factors, NotInNormalForm, Word, in_order, merge
 
 #: Significant digits of a coefficient that are kept when a sum is divided by a scalar. They are few
@@ -82,58 +83,58 @@ class Polynomial:
             known = self.__dict__["_hash"] = hash(self.terms)
         return known
 
-    @cached_property
+    @cached
     def words(self) -> tuple[Word, ...]:
         """The words, without their coefficients."""
         return tuple(word for word, _ in self.terms)
 
-    @cached_property
+    @cached
     def size(self) -> int:
         """Factors in all words, the identity counted as one: more than any operand has."""
         return sum(len(word.factors) or 1 for word, _ in self.terms)
 
-    @cached_property
+    @cached
     def leaves(self) -> frozenset[int]:
         """The matrix leaves it mentions."""
         return frozenset(f.leaf for word, _ in self.terms for f in word.factors)
 
-    @cached_property
+    @cached
     def scalar_leaves(self) -> frozenset[int]:
         """The scalar leaves it mentions."""
         return frozenset(s for word, _ in self.terms for s in word.scalars)
 
-    @cached_property
+    @cached
     def T(self) -> Polynomial:
         """The transposed polynomial."""
         return _transposed(self)
 
-    @cached_property
+    @cached
     def is_diagonal(self) -> bool:
         """True if it is a diagonal matrix."""
         return all(f.diagonal for word, _ in self.terms for f in word.factors)
 
-    @cached_property
+    @cached
     def is_diag_part(self) -> bool:
         """True if it is the diagonal of a sum of products, as a vector."""
         return bool(self.terms) and all(word.diag_part for word in self.words)
 
-    @cached_property
+    @cached
     def diag_part(self) -> Polynomial:
         """The vector that is its diagonal."""
         return _mapped(self, lambda word: word._replace(diag_part=True))
 
-    @cached_property
+    @cached
     def matrix(self) -> Polynomial:
         """The matrix whose diagonal it is."""
         return _mapped(self, lambda word: word._replace(diag_part=False))
 
-    @cached_property
+    @cached
     def scattering(self) -> int | None:
         """The assignment by which all words are scattered; None if not all are, or by several."""
         found = {word.scattered for word in self.words}
         return next(iter(found))[0] if len(found) == 1 and found != {()} else None
 
-    @cached_property
+    @cached
     def is_partly_scattered(self) -> bool:
         """True if some words are scattered, but not all of them by one assignment."""
         return self.scattering is None and any(word.scattered for word in self.words)
@@ -148,7 +149,7 @@ class Polynomial:
             raise NotInNormalForm("a scattered word cannot be scattered again")
         return _mapped(self, lambda word: word._replace(scattered=(assignment,)))
 
-    @cached_property
+    @cached
     def unscattered(self) -> Polynomial:
         """The matrices of the tokens, before they are added up by expert."""
         return _mapped(self, lambda word: word._replace(scattered=()))
@@ -158,12 +159,12 @@ class Polynomial:
         """The same vectors in one spelling: the diagonal of L R is that of R' L'."""
         return _mapped(self, lambda word: min(word, word.mirrored) if word.diag_part else word)
 
-    @cached_property
+    @cached
     def shown(self) -> Factors:
         """The factors of the first word that has some. Its ends have the polynomial's extents."""
         return next((w.factors for w in self.words if w.factors), ())
 
-    @cached_property
+    @cached
     def leaf(self) -> Factor | None:
         """The factor that it is, if it is a single leaf up to a scalar."""
         if len(self.terms) != 1:

@@ -60,9 +60,9 @@ def apply(analysis: Analysis, plans: Mapping[int, Plan], *, probes: bool = False
     keep_results_apart(analysis.graph, memory, analysis.dialect.calls.clone)
     if analysis.phases.is_joint:
         matrices = analysis.reader.leaves.matrices
-        leaves = (matrices[leaf] for i in plans for leaf in analysis.posed[i].matrices)
-        nodes = dict.fromkeys(leaf.node for leaf in leaves if leaf.node is not None)
-        recompute_dequantised(nodes, analysis.effects)
+        held = [matrices[leaf].node for i in plans for leaf in analysis.posed[i].matrices]
+        of_forward = (n for n in dict.fromkeys(held) if n and n not in analysis.reader.gradients)
+        recompute_dequantised(of_forward, analysis.effects)
     if analysis.dialect.calls.merged_weight is not None:
         stop_keeping_what_escapes(analysis.graph, analysis.dialect.calls.addmm)
 
@@ -90,9 +90,11 @@ def _replace(task: Task, writer: Writer, *, probes: bool) -> None:
     recompute([*again, *writer.picked], writer.written)
     # The same for a weight that was quantised to be small, and is written whole.
     recompute(writer.materialised, writer.written)
+    given_up = {*writer.own, *reader.forms, *reader.linear.absorbed}
     for node in reversed(list(graph.nodes)):
-        if node in writer.own or reader.is_read(node):
-            _ask_another(reader, node)
+        if node in given_up:
+            if reader.linear.asking:
+                _ask_another(reader, node)
             if not node.users:
                 graph.erase_node(node)
     _drop_copies(graph, [both for _, new in emitted for both in new.copied])
