@@ -4,10 +4,15 @@ Every program is rewritten under ``strict`` with FLOPs as the objective, at ever
 and compared with eager: values, gradients, what it mutates, strides.
 """
 
-import pytest
+from typing import Any
 
+import pytest
+from torch import Tensor, fx
+
+from tests.fuzz import levels
+from tests.fuzz.case import Program
 from tests.fuzz.generate import random_case
-from tests.fuzz.levels import Level
+from tests.fuzz.levels import Level, has_promised_strides, traced
 from tests.fuzz.run import outcome_of
 
 #: Programs that fail, as (level, dynamic, seed): each is an open bug, and has to fail.
@@ -50,3 +55,35 @@ def test_static(level: Level, cases: int) -> None:
 @pytest.mark.parametrize(("level", "cases"), DYNAMIC)
 def test_dynamic(level: Level, cases: int) -> None:
     _check(level, cases, dynamic=True)
+
+
+def test_strides_that_torch_promises_wrongly_are_not_compared() -> None:
+    """On symbolic sizes the fake kernel of ``native_dropout_backward`` returns plain strides."""
+    case = random_case(30064)
+    program = Program(case)
+    model, inputs = program.model(), program.inputs(case.sizes)
+    for dynamic in (False, True):
+        graph = traced("step", model, inputs, dynamic=dynamic)
+        assert has_promised_strides(graph, model, inputs) != dynamic
+        assert outcome_of(case, "step", dynamic=dynamic).failure is None
+
+
+def test_strides_that_a_rewrite_changes_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rewritten graph returns transposed copies; torch's example values are right."""
+
+    def turned(gm: fx.GraphModule, *_: Any) -> fx.GraphModule:
+        for node in gm.graph.output_node().all_input_nodes:
+            with gm.graph.inserting_before(gm.graph.output_node()):
+                copy = gm.graph.call_function(_turned, (node,))
+            node.replace_all_uses_with(copy, delete_user_cb=lambda user, c=copy: user is not c)  # type: ignore[misc]
+        gm.recompile()
+        return gm
+
+    monkeypatch.setattr(levels, "_rewrite", turned)
+    failure = outcome_of(random_case(30064), "step", excuses=False).failure
+    assert failure is not None
+    assert failure.kind == "strides"
+
+
+def _turned(x: Tensor) -> Tensor:
+    return x.mT.contiguous().mT if x.dim() > 1 else x

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves
 
 import runlora_fx
+from tests.fuzz.compare import strides_of
 
 Level: TypeAlias = Literal["torch", "dynamo", "make_fx", "step", "export", "joint"]
 
@@ -86,35 +88,58 @@ def _by_export(dynamic: bool, rewrites: bool) -> Run:
 
 
 def _by_make_fx(dynamic: bool, rewrites: bool) -> Run:
-    made: list[fx.GraphModule] = []
-
-    def run(model: nn.Module, inputs: list[Any]) -> Any:
-        every = _tensors(model, inputs)
-        if not made:
-            names = _names(model)
-
-            def flat(*tensors: Tensor) -> Any:
-                state = dict(zip(names, tensors, strict=False))
-                return functional_call(model, state, tensors[len(names) :])
-
-            made.append(_rewrite(_traced(flat, every, dynamic), None, rewrites))
-        with torch.no_grad():
-            return made[0](*every)
-
-    return run
+    return _by_tracing("make_fx", dynamic, rewrites)
 
 
 def _by_step(dynamic: bool, rewrites: bool) -> Run:
+    return _by_tracing("step", dynamic, rewrites)
+
+
+def _by_tracing(level: Level, dynamic: bool, rewrites: bool) -> Run:
     made: list[fx.GraphModule] = []
 
     def run(model: nn.Module, inputs: list[Any]) -> Any:
-        every = _tensors(model, inputs)
         if not made:
-            made.append(_rewrite(_traced(_step_of(model), every, dynamic), None, rewrites))
+            made.append(_rewrite(traced(level, model, inputs, dynamic=dynamic), None, rewrites))
         with torch.no_grad():
-            return made[0](*every)
+            return made[0](*_tensors(model, inputs))
 
     return run
+
+
+def traced(
+    level: Level, model: nn.Module, inputs: list[Any], *, dynamic: bool = False
+) -> fx.GraphModule:
+    """The graph of ``make_fx`` or ``step``, as it is given to the package."""
+    fn = _step_of(model) if level == "step" else _forward_of(model)
+    return _traced(fn, _tensors(model, inputs), dynamic)
+
+
+def has_promised_strides(graph: fx.GraphModule, model: nn.Module, inputs: list[Any]) -> bool:
+    """True if every call of a graph returns tensors with the strides of its example values.
+
+    Some fake kernels of torch promise other strides than the real ones give, such as that of
+    ``native_dropout_backward``. Whoever asks for strides then gets a wrong answer.
+    """
+    found = _Strides(graph)
+    with torch.no_grad():
+        found.run(*_tensors(model, inputs))
+    return found.are_as_promised
+
+
+class _Strides(fx.Interpreter):
+    """Runs a graph and compares the strides of all results with those of its example values."""
+
+    are_as_promised = True
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node, and compare."""
+        result = super().run_node(n)
+        pairs = zip(tree_leaves(result), tree_leaves(n.meta.get("val")), strict=False)
+        for real, example in pairs:
+            if isinstance(real, Tensor) and isinstance(example, Tensor):
+                self.are_as_promised &= strides_of(real) == strides_of(example)
+        return result
 
 
 def _traced(fn: Callable[..., Any], tensors: list[Tensor], dynamic: bool) -> fx.GraphModule:
@@ -123,6 +148,17 @@ def _traced(fn: Callable[..., Any], tensors: list[Tensor], dynamic: bool) -> fx.
     graph = make_fx(fn, tracing_mode="symbolic" if dynamic else "fake")(*tensors)
     torch.set_rng_state(state)
     return graph
+
+
+def _forward_of(model: nn.Module) -> Callable[..., Any]:
+    """A model as a function of what it holds and of its inputs."""
+    names = _names(model)
+
+    def forward(*tensors: Tensor) -> Any:
+        state = dict(zip(names, tensors, strict=False))
+        return functional_call(model, state, tensors[len(names) :])
+
+    return forward
 
 
 def _step_of(model: nn.Module) -> Callable[..., Any]:
