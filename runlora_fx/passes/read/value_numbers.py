@@ -28,6 +28,10 @@ _COMMUTATIVE = (
 _IS_COMMUTATIVE = frozenset(map(id, _COMMUTATIVE))
 
 
+class _NoHashError(Exception):
+    """A constant cannot be a part of a key."""
+
+
 class ValueNumbers:
     """The number of every node of a graph; nodes added later are numbered when asked for."""
 
@@ -115,9 +119,14 @@ class ValueNumbers:
         if not is_pure:
             return None
         known = self._number
-        frozen: list[Any] = [
-            (known[x],) if isinstance(x, fx.Node) and x in known else self._freeze(x) for x in args
-        ]
+        try:
+            frozen: list[Any] = [
+                (known[x],) if isinstance(x, fx.Node) and x in known else self._freeze(x)
+                for x in args
+            ]
+            named = tuple(sorted((k, self._freeze(v)) for k, v in kwargs.items())) if kwargs else ()
+        except _NoHashError:
+            return None
         if len(frozen) == 2 and id(target) in _IS_COMMUTATIVE:
             first, other = frozen
             if type(first) is tuple is type(other) and len(first) == len(other) == 1:
@@ -126,16 +135,14 @@ class ValueNumbers:
                 frozen.sort(key=repr)
         # Operators are compared by identity; their own hash is a call of Python's.
         called = target if facts is None else id(target)
-        named = tuple(sorted((k, self._freeze(v)) for k, v in kwargs.items())) if kwargs else ()
-        key = (op, called, *frozen, named)
-        try:
-            hash(key)
-        except TypeError:
-            return None
-        return key
+        return (op, called, *frozen, named)
 
     def _freeze(self, x: Any) -> Hashable:
-        """An argument as a part of a key: a value as a tuple of one number."""
+        """An argument as a part of a key: a value as a tuple of one number.
+
+        Raises:
+            _NoHashError: If a constant in it has no hash.
+        """
         if isinstance(x, fx.Node):
             return (self.of(x),)
         if type(x) is int:
@@ -146,4 +153,8 @@ class ValueNumbers:
             return (list, *[y if type(y) is int else self._freeze(y) for y in x])
         if isinstance(x, dict):
             return (dict, *sorted((k, self._freeze(v)) for k, v in x.items()))
+        try:
+            hash(x)
+        except TypeError:
+            raise _NoHashError from None
         return (type(x), x)
