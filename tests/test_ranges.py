@@ -18,7 +18,9 @@ from runlora_fx.passes.algebra.problem import Problem
 from runlora_fx.passes.search.decide import decide, saving
 from runlora_fx.passes.search.frontiers import cheapest
 from runlora_fx.passes.search.ranges import Range, _merges, break_even, ranges
-from runlora_fx.passes.search.varying import COMPARED, Varying, candidates
+from runlora_fx.passes.search.space import space_of
+from runlora_fx.passes.search.varying import COMPARED, SEARCHED, Varying, candidates
+from runlora_fx.passes.search.ways import Ways, _listing
 
 TOKENS = frozenset([0])
 FLOPS = Objective("flops")
@@ -309,3 +311,22 @@ def test_forward_and_backward_are_told_apart_where_they_differ(
         # Few tokens never pay for merging a large weight; very many do.
         assert not holds(condition, 1)
         assert holds(condition, 1 << 17)
+
+
+def test_the_steps_are_listed_once_for_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each size has the ways, and their prices, of a problem that is listed for it alone."""
+    problem = varying((64, 96, 8), Objective("flops"))
+    alone = []
+    for size in SEARCHED:
+        _forget()
+        alone.append(space_of(problem.at(size), problem.objective))
+    _forget()
+    together = [space_of(problem.at(SEARCHED[0]), problem.objective)]
+    monkeypatch.setattr(Ways, "_steps", None)
+    together += [space_of(problem.at(size), problem.objective) for size in SEARCHED[1:]]
+    assert together == alone
+
+
+def _forget() -> None:
+    space_of.cache_clear()
+    _listing.cache_clear()

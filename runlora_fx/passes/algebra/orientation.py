@@ -14,6 +14,7 @@ knows the layouts of a product's operands before it has a plan, and prices what 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 from runlora_fx.passes.algebra.polynomials import Polynomial, normalise
 from runlora_fx.passes.algebra.problem import Problem, Value
@@ -21,6 +22,7 @@ from runlora_fx.passes.algebra.steps import Keep, Step
 from runlora_fx.passes.algebra.words import Factor
 
 
+@lru_cache(maxsize=1 << 14)
 def lies_transposed(problem: Problem, core: Polynomial) -> bool:
     """True if a value that the graph shows, or that a matrix product reads, lies transposed.
 

@@ -114,10 +114,11 @@ class Problem:
     def shape(self, p: Polynomial) -> tuple[int | None, int, int]:
         """The dimensions of a polynomial: indices of batch, rows and columns."""
         factors = p.shown
-        scattered = next((w.scattered for w in p.words if w.factors), ())
         batch = self.leaves[factors[0].leaf].batch
-        if scattered:
-            batch = self.assignments[scattered[0]].experts
+        if self.assignments:
+            scattered = next((w.scattered for w in p.words if w.factors), ())
+            if scattered:
+                batch = self.assignments[scattered[0]].experts
         return batch, self.extent(factors[0])[0], self.extent(factors[-1])[1]
 
 

@@ -131,7 +131,7 @@ def space_of(problem: Problem, objective: Objective) -> Space:
         values=tuple(values),
         ways=found,
         choices=choices,
-        few=restricted(lambda value: {way.step for way in ways.simple(value)}),
+        few=restricted(ways.simple_steps),
         came=restricted(ways.taken),
         start=demanded,
         is_whole=is_whole,

@@ -9,9 +9,10 @@ value is made from itself.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import combinations
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from runlora_fx.cost_model.objective import Objective, Price
 from runlora_fx.passes.algebra.factorise import components, factorisations
@@ -24,6 +25,9 @@ from runlora_fx.passes.search.assigned import assigned_steps, is_assigned
 
 #: Sums of at most so many words are split in two in every way, longer ones by common factors only.
 _ALL_SPLITS = 6
+
+#: The same where only a few ways are listed.
+_FEW_SPLITS = 2
 
 #: From this element width on, the order of products does not matter for exactness [B].
 _EXACT_ITEMSIZE = 4
@@ -47,16 +51,42 @@ class Way(NamedTuple):
     reads: frozenset[Value]
 
 
+class _Listed(NamedTuple):
+    """One step towards a value: what is known of it without sizes and prices.
+
+    Attributes:
+        step: The step.
+        reads: The values behind all its operands that need a step.
+        is_ordered: True if these values come before the value it makes.
+    """
+
+    step: Step
+    reads: frozenset[Value]
+    is_ordered: bool
+
+
+#: By value, and the most words of a sum that is split in every way: the steps towards the value.
+_Listing: TypeAlias = dict[tuple[Value, int], tuple[_Listed, ...]]
+
+
+@lru_cache(maxsize=64)
+def _listing(sizeless: Problem) -> _Listing:
+    """The steps that are known of a problem, for all its sizes; empty to begin with."""
+    return {}
+
+
 @dataclass
 class Ways:
     """The ways to make every value of a problem, listed when they are first asked for.
 
     Values and ways form an AND-OR graph: a value needs one of its ways, a way all that it reads.
+    Problems that differ in their sizes alone share the steps. Each has prices of its own.
     """
 
     problem: Problem
     objective: Objective
     _known: dict[Value, list[Way]] = field(default_factory=dict)
+    _listed: _Listing = field(init=False)
     _incoming: Mapping[Value, list[Step]] = field(init=False)
     _materialised: set[Polynomial] = field(init=False)
 
@@ -65,6 +95,9 @@ class Ways:
         for value, step in self.problem.incoming:
             incoming.setdefault(value, []).append(step)
         self._incoming = incoming
+        # Which operators serve experts depends on the sizes, so their steps do as well.
+        is_sized = bool(self.problem.assignments)
+        self._listed = {} if is_sized else _listing(replace(self.problem, dims=()))
         self._materialised = {value.core for value in (*incoming, *self.problem.demands)}
 
     def rank(self, value: Value) -> tuple[int, int, bool, Terms]:
@@ -94,7 +127,7 @@ class Ways:
     def of(self, value: Value) -> list[Way]:
         """All ways to make a value."""
         if value not in self._known:
-            self._known[value] = self._possible(value, self._steps(value))
+            self._known[value] = self._possible(value, _ALL_SPLITS)
         return self._known[value]
 
     def taken(self, value: Value) -> Collection[Step]:
@@ -103,34 +136,62 @@ class Ways:
 
     def simple(self, value: Value) -> list[Way]:
         """A few of the ways: sums are split by common factors and into words only."""
-        return self._possible(value, [*self._steps(value, all_splits=2)])
+        return self._possible(value, _FEW_SPLITS)
 
-    def _possible(self, value: Value, steps: Iterable[Step]) -> list[Way]:
+    def simple_steps(self, value: Value) -> Collection[Step]:
+        """The steps of those ways, and steps that are none of a way."""
+        return {listed.step for listed in self._towards(value, _FEW_SPLITS)}
+
+    def _towards(self, value: Value, all_splits: int) -> tuple[_Listed, ...]:
+        """The steps that may be taken towards a value."""
+        found = self._listed.get((value, all_splits))
+        if found is None:
+            steps = dict.fromkeys(self._steps(value, all_splits))
+            found = self._listed[value, all_splits] = tuple(
+                [self._found(value, step) for step in steps if not _adds_vector(value, step)]
+            )
+        return found
+
+    def _found(self, value: Value, step: Step) -> _Listed:
+        """A step, and what follows from it without sizes."""
+        reads = self._read(value, step, step.operands)
+        return _Listed(step, reads, self._comes_after(value, reads))
+
+    def _comes_after(self, value: Value, reads: Iterable[Value]) -> bool:
+        """True if a value comes after others; the incoming graph may add one to itself."""
+        rank = self.rank(value)
+        return all([self.rank(read) < rank for read in reads])
+
+    def _possible(self, value: Value, all_splits: int) -> list[Way]:
         """The ways by those steps that may be taken towards a value."""
         return [
             way
-            for step in dict.fromkeys(steps)
-            if not _adds_vector(value, step)
-            for way in self._ways(value, step)
+            for listed in self._towards(value, all_splits)
+            for way in self._ways(value, listed)
             if self._rounds_as_before(way.reads)
-            # The incoming graph may add a value to itself: X A + X A.
-            if all(self.rank(read) < self.rank(value) for read in way.reads)
+            and (
+                listed.is_ordered
+                if way.reads is listed.reads
+                else self._comes_after(value, way.reads)
+            )
         ]
 
-    def _ways(self, value: Value, step: Step) -> Iterable[Way]:
+    def _ways(self, value: Value, listed: _Listed) -> Iterable[Way]:
         """The cheapest implementation of a step for each set of values that one reads."""
+        step, reads_all, _ = listed
         work = Work(self.problem, value.core, step, self.problem.dims)
         found: dict[frozenset[Value], Way] = {}
         for one in serving(work):
             price = self.objective.total(one.operations(work))
-            reads = self._read(value, step, one.reads(work))
+            operands = one.reads(work)
+            reads = reads_all if operands == step.operands else self._read(value, step, operands)
             if reads not in found or price < found[reads].price:
                 found[reads] = Way(step, one.name, price, reads)
         return found.values()
 
     def cheapest(self, value: Value, step: Step) -> Way:
         """The cheapest way by a step; of those that tie, the one that a graph runs."""
-        return min(self._ways(value, step), key=lambda way: way.price)
+        return min(self._ways(value, self._found(value, step)), key=lambda way: way.price)
 
     def _rounds_as_before(self, operands: frozenset[Value]) -> bool:
         """True if every value that a step reads is one that the incoming graph rounds too."""
@@ -147,7 +208,7 @@ class Ways:
         values = (self.problem.value(p, value.backward) for p in operands)
         return frozenset(v for v in values if not self.is_given(v))
 
-    def _steps(self, value: Value, all_splits: int = _ALL_SPLITS) -> Iterator[Step]:
+    def _steps(self, value: Value, all_splits: int) -> Iterator[Step]:
         core = value.core
         is_by_expert = is_assigned(self.problem, core)
         if core.leaf is not None and not is_by_expert:
