@@ -1,4 +1,9 @@
-"""Application: chosen plans, written into their graph, proven, and put in the places of the old."""
+"""Application: plans are written into a graph, and the proven roots replace the old ones.
+
+    root = add(mm(X, W'), mm(mm(X, A'), B'))      ->      root = mm(X, addmm(W, B, A)')
+
+Invariant: no old root is replaced before all new roots are proven.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Results: what a graph returns stays in as many pieces of memory as before.
+"""Results: two results that lay in memory of their own do so after a rewrite.
 
-Two roots of one value are emitted once. Whoever called the graph may write to one of them:
+Two roots of one value are emitted once. The caller of the graph may write to one of them:
 
     return x @ w + x @ a @ b, x @ w + x @ a @ b        ->        return y, y.clone()
 

@@ -1,4 +1,9 @@
-"""Insertion: operator calls written into a graph, with metadata and example values."""
+"""Insertion: operator calls are written into a graph, with metadata and example values.
+
+    insert(clone, y)      ->      a node "clone" in front of the output, with a tensor in its meta
+
+Invariant: every inserted node has an example value and says what it was written for.
+"""
 
 from __future__ import annotations
 

@@ -161,7 +161,7 @@ class Emitter:
         return [n for p in addends for n in self._addends(p.scaled(scalar), backward)]
 
     def _is_in_shape(self, part: Normalised, root: Root) -> bool:
-        """Whether a part is a leaf that has the root's own shape: added there, for fusion."""
+        """True if a part is a leaf that has the root's own shape: added there, for fusion."""
         factor = part.core.leaf
         if factor is None or factor.transposed != part.transposed:
             return False
@@ -213,7 +213,7 @@ class Emitter:
         return self._leaves[key]
 
     def is_made(self, value: Value) -> bool:
-        """Whether a value was emitted already."""
+        """True if a value was emitted already."""
         return value in self._made
 
     def _make(self, value: Value, transposed: bool) -> Laid:
@@ -239,7 +239,7 @@ class Emitter:
         with self._scope.writer.making(rule_of(value, step)):
             write = writing(self._task.implementations[value])
             node = write(self._emission, value, step, transposed)
-        # Not the value alone, but all it is made by: the partitioner would save the last of them.
+        # All nodes of the value are tagged. The partitioner would save the last untagged one.
         own = [n for n in self._scope.writer.written[begin:] if n not in self._of_values]
         self._of_values.update(own)
         if is_repeated:

@@ -57,7 +57,7 @@ class Products:
         )
 
     def is_outer_by_token(self, value: Value, step: Product) -> bool:
-        """Whether it is a column times a row for each token that an index assigns."""
+        """True if it is a column times a row for each token that an index assigns."""
         matrices = self._scope.leaves.matrices
         last = step.left.shown[-1]
         leaf = matrices[last.leaf]

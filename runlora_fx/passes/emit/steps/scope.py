@@ -57,11 +57,11 @@ class Scope:
     # -- leaves --------------------------------------------------------------------------------
 
     def is_ones(self, factor: Factor) -> bool:
-        """Whether a leaf is the column of ones that broadcasts a bias."""
+        """True if a leaf is the column of ones that broadcasts a bias."""
         return self.leaves.matrices[factor.leaf].is_ones
 
     def is_picked(self, factor: Factor) -> bool:
-        """Whether a leaf is what tokens have of the matrices of all experts: a step picks it."""
+        """True if a leaf is what tokens have of the matrices of all experts: a step picks it."""
         return self.leaves.matrices[factor.leaf].picked is not None
 
     def leaf_node(self, factor: Factor) -> fx.Node:

@@ -125,20 +125,20 @@ class Task:
         return Value(core, backward or any(node in gradients for node in nodes))
 
     def is_alike(self, one: Value, other: Value) -> bool:
-        """Whether two values are made by the same step, which runs in the same way."""
+        """True if two values are made by the same step, which runs in the same way."""
         steps, names = self.steps, self.implementations
         return steps.get(one) == steps.get(other) and names.get(one) == names.get(other)
 
     def came(self, value: Value, step: Step) -> bool:
-        """Whether the incoming graph takes a step, and runs it as the plan does."""
+        """True if the incoming graph takes a step, and runs it as the plan does."""
         return self.runs_as_usual(value) and (value, step) in self._incoming
 
     def runs_as_usual(self, value: Value) -> bool:
-        """Whether a step runs as in a graph that takes it."""
+        """True if a step runs as in a graph that takes it."""
         return named(self.implementations[value]).is_usual
 
     def came_so(self, value: Value, step: Step) -> bool:
-        """Whether the incoming graph makes all that a step reads as the plan does.
+        """True if the incoming graph makes all that a step reads as the plan does.
 
         Otherwise the node that takes the step there would drag along another way to its operands.
         """
@@ -182,7 +182,7 @@ def _all_steps(problem: Problem) -> tuple[tuple[Value, Step], ...]:
 
 
 def _reads_identity(reader: GraphReader, node: fx.Node) -> bool:
-    """Whether a product takes, or is, a product with the identity matrix."""
+    """True if a product takes, or is, a product with the identity matrix."""
     form = reader.forms.get(node)
     if form is None:
         return False
