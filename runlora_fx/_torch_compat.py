@@ -28,6 +28,7 @@ from torch._dynamo import convert_frame, pgo
 from torch._dynamo import utils as dynamo_utils
 from torch._dynamo.eval_frame import skip_code
 from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._functorch import config as functorch_config
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor import config as inductor_config
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
@@ -199,6 +200,19 @@ def is_current(size: sympy.Expr, mode: FakeTensorMode | None) -> bool:
     """Whether a symbolic size is still symbolic; a guard may have turned it into a number."""
     env = None if mode is None else mode.shape_env
     return env is None or bool(env.replace(size) == size)
+
+
+def repeats_random_operators() -> bool:
+    """True if the partitioner may have the backward draw other random numbers than the forward.
+
+    It does with an activation memory budget below 1 (pytorch#190758).
+    """
+    return float(functorch_config.activation_memory_budget) < 1
+
+
+def keeps_inputs_only() -> bool:
+    """True if the partitioner keeps nothing but a graph's inputs, whatever its nodes are tagged."""
+    return float(functorch_config.activation_memory_budget) == 0
 
 
 def draws_from_seeds() -> bool:

@@ -17,7 +17,7 @@ from runlora_fx.cost_model.store import FOLDER_VARIABLE, Record
 
 FLOPS_BOUND = {
     **dict.fromkeys(("flops.nn", "flops.nt", "flops.tn"), 1e-12),
-    **dict.fromkeys(("read", "written", "elementwise", "launches"), 1e-25),
+    **dict.fromkeys(("read", "written", "elementwise", "launches", "special", "random"), 1e-25),
 }
 
 # Profiles are stored by thread count, so processes that tests start must use as many threads. Tests

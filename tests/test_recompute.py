@@ -14,9 +14,9 @@ from torch.utils.checkpoint import (
 
 import runlora_fx
 from runlora_fx.passes.emit.graph.recompute import (
+    keep_random_numbers,
     recompute,
     recompute_dequantised,
-    recompute_dropout_masks,
 )
 from runlora_fx.passes.read.effects import Effects
 
@@ -52,8 +52,10 @@ def test_masks_that_the_user_has_tagged_keep_their_tag(tag: Any) -> None:
     (mask,) = [node for node in gm.graph.nodes if node.target is aten.gt.Scalar]
     if tag is not None:
         mask.meta["recompute"] = tag
-    assert recompute_dropout_masks(gm.graph) == 1
-    assert mask.meta["recompute"] == (MUST_RECOMPUTE if tag is None else tag)
+    assert keep_random_numbers(gm.graph, Effects(gm.graph)) == ([mask] if tag is None else [])
+    assert mask.meta["recompute"] == (MUST_SAVE if tag is None else tag)
+    recompute([mask])
+    assert mask.meta["recompute"] == (MUST_SAVE if tag is None else tag)
 
 
 def test_a_copied_tag_of_ours_is_replaced() -> None:

@@ -32,7 +32,7 @@ class Term:
 
     Attributes:
         name: How operations mention it.
-        total: The total that it counts towards.
+        total: The total that it counts towards, if any.
         meaning: What one unit of it is.
         like: The term that it takes as long as where a profile says nothing of it; without one it
             takes no time there.
@@ -41,7 +41,7 @@ class Term:
     """
 
     name: str
-    total: Total
+    total: Total | None
     meaning: str
     like: str | None = None
     is_timed: bool = True
@@ -58,6 +58,8 @@ TERMS: dict[str, Term] = {
         Term("read", "bytes", "B of an operand of a product"),
         Term("written", "bytes", "B of the result of a product", "read"),
         Term("elementwise", "bytes", "B moved by arithmetic that is fused into others", "written"),
+        Term("special", None, "element of a function such as exp, beyond the bytes that it moves"),
+        Term("random", None, "random number, beyond the bytes that it moves"),
         Term("launches", "kernels", "kernel"),
         Term("held", "saved", "B kept from the forward to the backward", is_timed=False),
     )

@@ -64,17 +64,22 @@ class Objective:
             price += weights[term] * amount
         return price
 
+    @property
+    def seconds_per_saved_byte(self) -> float:
+        """What it may take to compute a byte again rather than to hold it [s]."""
+        return self.flops_per_saved_byte * self.profile.seconds_per_flop
+
     @cached_property
     def _weights(self) -> Mapping[str, Price]:
         """The price of one unit of each term."""
-        held = self.flops_per_saved_byte
         if self.name == "time":
-            worth = held * self.profile.seconds_per_flop
+            worth = self.seconds_per_saved_byte
             return {
                 name: seconds if TERMS[name].is_timed else seconds + worth
                 for name, seconds in self.profile.seconds_per.items()
             }
-        exact = {"flops": _BYTES, "bytes": 1, "kernels": 0, "saved": held * _BYTES + 1}
+        held = self.flops_per_saved_byte
+        exact = {"flops": _BYTES, "bytes": 1, "kernels": 0, "saved": held * _BYTES + 1, None: 0}
         return {name: exact[term.total] for name, term in TERMS.items()}
 
     def total(self, operations: Iterable[Operation]) -> Price:

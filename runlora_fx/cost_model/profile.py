@@ -24,7 +24,7 @@ from typing import TypeAlias
 
 import sympy
 
-from runlora_fx.cost_model.cost import TERMS, Term
+from runlora_fx.cost_model.cost import TERMS, Cost, Term
 from runlora_fx.cost_model.ops import GemmShape, MatMul, Operation
 
 #: The dtypes whose products are planned for time.
@@ -76,8 +76,15 @@ class MachineProfile:
 
     def formula(self, operation: Operation) -> Seconds:
         """The time of an operation as its cost gives it [s]; symbolic if its dimensions are."""
+        return self._of(operation.cost)
+
+    def of(self, cost: Cost) -> float:
+        """The time of a cost of known amounts [s]."""
+        return float(self._of(cost))
+
+    def _of(self, cost: Cost) -> Seconds:
         per = self.seconds_per
-        return sum(per[term] * amount for term, amount in operation.cost.items())
+        return sum(per[term] * amount for term, amount in cost.items())
 
     @cached_property
     def _times(self) -> Mapping[GemmShape, float]:

@@ -25,6 +25,15 @@ REACHED_BANDWIDTH = 0.8
 #: The time from one kernel of a queue to the next [s].
 LAUNCH_S = 4e-6
 
+#: What an exp and a random number take on a GPU, as FLOP of its peak in single precision. A unit
+#: that does 256 FLOP a cycle does 16 exps or 64 integer operations (throughput tables of NVIDIA's
+#: programming guide), and ten rounds of Philox are 40 of the latter. Nothing of it was measured.
+_GPU_SPECIAL, _GPU_RANDOM = 16, 160
+
+#: The same on a CPU: 0.25 ns and 7.5 ns, as Inductor's kernels took on one core with AVX-512 that
+#: does 128 GFLOP/s.
+_CPU_SPECIAL, _CPU_RANDOM = 32, 960
+
 _TERA = 1e12
 
 
@@ -39,6 +48,7 @@ class PublishedDevice:
         single: Dense products in float32 without TF32 [FLOP/s].
         double: Dense products in float64 [FLOP/s].
         source: Where the numbers are published.
+        is_cpu: Whether it is a CPU.
     """
 
     title: str
@@ -47,6 +57,7 @@ class PublishedDevice:
     single: float
     double: float
     source: str
+    is_cpu: bool = False
 
     def peak(self, dtype: str) -> float:
         """The rate of products in a dtype [FLOP/s]."""
@@ -59,16 +70,35 @@ class PublishedDevice:
                 "flops.nn": 1 / (self.peak(dtype) * REACHED_FLOPS),
                 "read": 1 / (self.bandwidth * REACHED_BANDWIDTH),
                 "launches": LAUNCH_S,
+                **pointwise_times(self.single, is_cpu=self.is_cpu),
             }
         )
 
 
+def pointwise_times(single: float, *, is_cpu: bool = False) -> dict[str, float]:
+    """What a special function and a random number take beyond the bytes that they move [s].
+
+    Args:
+        single: The device's peak in single precision [FLOP/s].
+        is_cpu: Whether it is a CPU.
+    """
+    special, random = (_CPU_SPECIAL, _CPU_RANDOM) if is_cpu else (_GPU_SPECIAL, _GPU_RANDOM)
+    return {"special": special / single, "random": random / single}
+
+
 def _of(
-    title: str, bandwidth: float, half: float, single: float, double: float, source: str
+    title: str,
+    bandwidth: float,
+    half: float,
+    single: float,
+    double: float,
+    source: str,
+    *,
+    is_cpu: bool = False,
 ) -> PublishedDevice:
     """A device from TB/s and TFLOP/s."""
     rates = (bandwidth * _TERA, half * _TERA, single * _TERA, double * _TERA)
-    return PublishedDevice(title, *rates, source)
+    return PublishedDevice(title, *rates, source, is_cpu)
 
 
 #: By the name that the option ``device`` takes.
@@ -86,6 +116,7 @@ PUBLISHED: Mapping[str, PublishedDevice] = {
         7.17,
         3.58,
         "Intel ARK: 8 x DDR5-4800; AMX 2048 and AVX-512 64 FLOP a cycle at 2.0 GHz",
+        is_cpu=True,
     ),
 }
 

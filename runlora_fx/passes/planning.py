@@ -13,21 +13,25 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from typing import TypeVar
 
 from torch import fx
 
+from runlora_fx._torch_compat import keeps_inputs_only, repeats_random_operators
 from runlora_fx.cost_model.objective import Objective
 from runlora_fx.passes.algebra.plan import Plan, incoming_cost
 from runlora_fx.passes.algebra.posed import PosedProblem
 from runlora_fx.passes.context import Context, Outcome
 from runlora_fx.passes.emit.apply import NotAppliedError, apply
-from runlora_fx.passes.emit.graph.recompute import recompute_dropout_masks
+from runlora_fx.passes.emit.graph.recompute import keep_random_numbers, recompute
 from runlora_fx.passes.emit.graph.transaction import Snapshot, note_failure, transaction
 from runlora_fx.passes.levels.sizes import forget_shapes
 from runlora_fx.passes.read.analysis import Analysis
 from runlora_fx.passes.read.regions import Region
-from runlora_fx.passes.search.decide import Decision
+from runlora_fx.passes.recompute.chains import Chains
+from runlora_fx.passes.recompute.choose import choose
+from runlora_fx.passes.search.decide import Decision, price_of
 from runlora_fx.passes.search.dynamic import decide_all
 from runlora_fx.passes.search.memory_budget import spend
 from runlora_fx.passes.tune.pricing import Pricing, may_measure
@@ -84,8 +88,12 @@ class _Planner:
         chosen = [n for n, decision in zip(names, decisions, strict=True) if _is_chosen(decision)]
         if chosen:
             self._write(analysis, decisions, chosen)
-        if self._options.memory == "low" and analysis.phases.is_joint:
-            recompute_dropout_masks(self._context.graph)
+        if analysis.phases.is_joint and repeats_random_operators():
+            self._keep_random_numbers()
+        if analysis.phases.is_joint and self._options.memory != "fast":
+            self._or_else(
+                lambda: self._recompute(analysis, decisions), None, "recompute activations"
+            )
         found = (
             PlannedRegion(region, posed, decision, name in self._changed, self._objective(posed))
             for region, posed, decision, name in zip(
@@ -220,6 +228,56 @@ class _Planner:
                 else:
                     middle = len(names) // 2
                     pending += [names[middle:], names[:middle]]
+
+    # -- memory --------------------------------------------------------------------------------
+
+    def _recompute(self, analysis: Analysis, decisions: Sequence[Decision]) -> None:
+        """Have the backward make again what is worth it.
+
+        Under ``balanced`` all of it takes no more time than the plans save. Under ``low`` each
+        byte may take as much as it may in a plan.
+        """
+        is_low, is_timed = self._options.memory == "low", self._options.objective == "time"
+        budget = inf if is_low else self._seconds_saved(analysis, decisions) if is_timed else 0.0
+        if not decisions or not budget:
+            return
+        largest = max(range(len(decisions)), key=lambda i: decisions[i].before.flops)
+        objective = self._objective(analysis.posed[largest])
+        per_byte = objective.seconds_per_saved_byte if is_low and is_timed else inf
+        for chain in choose(Chains(self._context), objective.profile.of, budget, per_byte):
+            recompute(chain.nodes)
+
+    def _keep_random_numbers(self) -> None:
+        """Have the backward see the masks of the forward where torch would draw others.
+
+        Raises:
+            RuntimeError: If that cannot be had, under ``strict``; else it is a warning.
+        """
+        kept = keep_random_numbers(self._context.graph, self._context.effects())
+        if not kept or not keeps_inputs_only():
+            return
+        problem = (
+            f"with activation_memory_budget = 0 the backward draws other random numbers than the "
+            f"forward: the gradients of what {kept[0].name} is part of are wrong. Set "
+            f"torch._functorch.config.activation_memory_budget to 0.01 or more"
+        )
+        if self._options.strict:
+            raise RuntimeError(problem)
+        _log.warning("runlora: %s", problem)
+
+    def _seconds_saved(self, analysis: Analysis, decisions: Sequence[Decision]) -> float:
+        """The time that the plans which were written are predicted to save [s]."""
+        total = 0.0
+        for region, posed, decision in zip(
+            analysis.regions.regions, analysis.posed, decisions, strict=True
+        ):
+            if _name(region) in self._changed:
+                came = replace(decision, changed=False)
+                before, after = (
+                    price_of(one, posed.problem, self._objective(posed)) for one in (came, decision)
+                )
+                total += float(before - after)
+        return max(total, 0.0)
 
     def _of_root(self, analysis: Analysis, here: dict[str, int], root: fx.Node) -> set[str]:
         """The names of the regions that are a part of a root."""

@@ -16,7 +16,7 @@ import torch
 
 from runlora_fx.cost_model.devices.device import Device, Settings, environment, fp32_precision
 from runlora_fx.cost_model.profile import MachineProfile
-from runlora_fx.cost_model.published import REACHED_FLOPS
+from runlora_fx.cost_model.published import REACHED_FLOPS, pointwise_times
 
 #: FLOP in single precision per core and clock cycle, by instruction set.
 _FLOPS_PER_CYCLE = {"AVX512": 64, "AVX2": 32}
@@ -68,7 +68,8 @@ class Cpu(Device):
         per_cycle = _FLOPS_PER_CYCLE.get(
             torch.backends.cpu.get_cpu_capability(), _FLOPS_PER_CYCLE_OTHER
         )
-        rate = per_cycle * _HERTZ * torch.get_num_threads() * REACHED_FLOPS
+        single = per_cycle * _HERTZ * torch.get_num_threads()
+        rate = single * REACHED_FLOPS
         if itemsize == 8:
             rate /= 2
         elif itemsize == 2:
@@ -80,6 +81,7 @@ class Cpu(Device):
                 "read": 1 / (2 * bandwidth),
                 "written": 1 / bandwidth,
                 "launches": 3e-6,
+                **pointwise_times(single, is_cpu=True),
             }
         )
 

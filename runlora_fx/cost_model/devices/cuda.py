@@ -12,7 +12,12 @@ import torch
 
 from runlora_fx.cost_model.devices.device import Device, Settings, environment, fp32_precision
 from runlora_fx.cost_model.profile import MachineProfile
-from runlora_fx.cost_model.published import LAUNCH_S, REACHED_BANDWIDTH, REACHED_FLOPS
+from runlora_fx.cost_model.published import (
+    LAUNCH_S,
+    REACHED_BANDWIDTH,
+    REACHED_FLOPS,
+    pointwise_times,
+)
 
 #: Dense FLOP per multiprocessor and clock cycle, in 16-bit floats and in single precision, by
 #: compute capability: those of NVIDIA's architecture whitepapers. A newer device counts as the
@@ -76,12 +81,20 @@ class Cuda(Device):
         elif dtype == "float64":
             per_cycle = min(half / 32, single)
         hertz = getattr(properties, "clock_rate", 1.7e6) * 1e3
-        rate = properties.multi_processor_count * hertz * per_cycle * REACHED_FLOPS
+        cycles = properties.multi_processor_count * hertz
+        rate = cycles * per_cycle * REACHED_FLOPS
         # Twice the clock (double data rate) times the width of the bus.
         memory_hertz = getattr(properties, "memory_clock_rate", 2.6e6) * 1e3
         bus_bytes = getattr(properties, "memory_bus_width", 5120) / 8
         bandwidth = 2 * memory_hertz * bus_bytes * REACHED_BANDWIDTH
-        return MachineProfile({"flops.nn": 1 / rate, "read": 1 / bandwidth, "launches": LAUNCH_S})
+        return MachineProfile(
+            {
+                "flops.nn": 1 / rate,
+                "read": 1 / bandwidth,
+                "launches": LAUNCH_S,
+                **pointwise_times(cycles * single),
+            }
+        )
 
     def synchronise(self, device: torch.device) -> None:
         """Wait for the kernels of all streams."""

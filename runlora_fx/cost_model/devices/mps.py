@@ -15,7 +15,7 @@ import torch
 
 from runlora_fx.cost_model.devices.device import Device, Settings, environment
 from runlora_fx.cost_model.profile import MachineProfile
-from runlora_fx.cost_model.published import REACHED_FLOPS
+from runlora_fx.cost_model.published import REACHED_FLOPS, pointwise_times
 
 #: Of one core: multiply-adds of 128 lanes at 1.4 GHz, in 32 and in 16 bits; its share of memory.
 _FLOPS_PER_S = 2 * 128 * 1.4e9
@@ -49,7 +49,10 @@ class Mps(Device):
         """By the number of cores."""
         rate = _cores() * _FLOPS_PER_S * REACHED_FLOPS
         bandwidth = _cores() * _BYTES_PER_S
-        return MachineProfile({"flops.nn": 1 / rate, "read": 1 / bandwidth, "launches": 1e-5})
+        pointwise = pointwise_times(_cores() * _FLOPS_PER_S)
+        return MachineProfile(
+            {"flops.nn": 1 / rate, "read": 1 / bandwidth, "launches": 1e-5, **pointwise}
+        )
 
     def synchronise(self, device: torch.device) -> None:
         """Wait for the kernels of all streams."""

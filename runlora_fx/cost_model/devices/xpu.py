@@ -14,7 +14,7 @@ import torch
 
 from runlora_fx.cost_model.devices.device import Device, Settings, environment, fp32_precision
 from runlora_fx.cost_model.profile import MachineProfile
-from runlora_fx.cost_model.published import REACHED_FLOPS
+from runlora_fx.cost_model.published import REACHED_FLOPS, pointwise_times
 
 #: FLOP per vector engine and clock cycle, in 16-bit floats and in single precision: those of Arc.
 _FLOPS_PER_CYCLE = (128, 16)
@@ -56,7 +56,10 @@ class Xpu(Device):
         per_cycle = {"float64": single / 2, "float32": single}.get(dtype, half)
         units = torch.xpu.get_device_properties(device).gpu_eu_count
         rate = units * _HERTZ * per_cycle * REACHED_FLOPS
-        return MachineProfile({"flops.nn": 1 / rate, "read": 1 / _BYTES_PER_S, "launches": 1e-5})
+        pointwise = pointwise_times(units * _HERTZ * single)
+        return MachineProfile(
+            {"flops.nn": 1 / rate, "read": 1 / _BYTES_PER_S, "launches": 1e-5, **pointwise}
+        )
 
     def synchronise(self, device: torch.device) -> None:
         """Wait for the kernels of all streams."""

@@ -30,8 +30,8 @@ from runlora_fx.passes.search.frontiers import candidate_products
 _log = logging.getLogger("runlora_fx")
 
 #: What ``memory="low"`` may spend to save one byte less [FLOP/B]. ``X A'`` costs 2 in / itemsize
-#: per byte, so it is recomputed in layers of up to 16384 inputs in 32 bits, and 8192 in 16 bits.
-_FLOPS_PER_SAVED_BYTE = 8192
+#: per byte, so it is recomputed in layers of up to 4096 inputs in 32 bits, and 2048 in 16 bits.
+_FLOPS_PER_SAVED_BYTE = 2048
 
 #: The number of products from which on measuring them shows its progress.
 _SHOW_PROGRESS = 8

@@ -5,7 +5,7 @@ kinds of tensors are tagged, each as large as what was to stay small, and cheap 
 
     M = W + s B A               a merged weight that a plan also makes in the backward
     W = dequantise(Wq, scales)  a weight that was quantised
-    gt(rand(seed), p)           a mask of dropout, under the option ``memory="low"``
+    norm(h), mask * x           an activation, by price (:mod:`runlora_fx.passes.recompute`)
 
 Invariant: tags of nodes that were in the graph are the user's (checkpoint policies). None of them
 is changed. No other module tags anything.
@@ -19,12 +19,10 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from runlora_fx._torch_compat import draws_from_seeds
 from runlora_fx.passes.levels.sizes import example_of
 from runlora_fx.passes.read.calls import name_of, operator_facts
 from runlora_fx.passes.read.effects import Effects
 
-_RANDOM = (torch.ops.aten.rand.default, torch.ops.aten.rand_like.default)
 _COMPARISONS = (
     *(torch.ops.aten.gt.Scalar, torch.ops.aten.ge.Scalar),
     *(torch.ops.aten.lt.Scalar, torch.ops.aten.le.Scalar),
@@ -55,26 +53,23 @@ def recompute(nodes: Iterable[fx.Node], ours: Sequence[fx.Node] = ()) -> None:
             node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
 
 
-def recompute_dropout_masks(graph: fx.Graph) -> int:
-    """Have the backward draw the masks of dropout again, from the seeds that Inductor keeps.
+def keep_random_numbers(graph: fx.Graph, effects: Effects) -> list[fx.Node]:
+    """Have the backward use the random numbers of the forward, not draw others.
 
-    Inductor replaces random operators by functions of a seed; what compares their numbers with the
-    probability is then as cheap to compute again as any elementwise operation. Operators that use
-    the generator's state instead are left alone.
+    Numbers that are only compared with a probability are kept as the mask that they make.
 
     Returns:
-        The number of masks.
+        The random operators of the forward that are not the user's to keep.
     """
-    if not draws_from_seeds():
-        return 0
-    found = 0
+    found = []
     for node in graph.nodes:
-        if node.target not in _RANDOM or node.meta.get("recompute") is not None:
+        if not effects.is_random(node) or example_of(node) is None:
             continue
-        readers = list(node.users)
-        if readers and all(reader.target in _COMPARISONS for reader in readers):
-            recompute((node, *readers))
-            found += len(readers)
+        is_masked = all(reader.target in _COMPARISONS for reader in node.users)
+        for kept in node.users if is_masked else (node,):
+            if kept.meta.get("recompute") is None:
+                kept.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+                found.append(kept)
     return found
 
 

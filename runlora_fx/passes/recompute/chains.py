@@ -1,0 +1,238 @@
+"""Chains: what pointwise operators make again of tensors that the backward has anyway.
+
+    n = norm(h);  y = n W';  ...;  dA = z' n      n is kept for dA, h for the norm's gradient
+    ->  Chain(made=n, nodes=(..., n), sources=(h, rstd))
+
+The partitioner keeps a tensor that a product of the backward reads, for the product needs it in
+memory. Where what it is made of is kept for something else, the backward can make it again.
+
+Invariant: a chain draws no random numbers but those of seeds, writes to no memory, and holds no
+node that the user has tagged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+
+import torch
+from torch import fx
+
+from runlora_fx._torch_compat import draws_from_seeds, repeats_random_operators
+from runlora_fx.cost_model.cost import Cost
+from runlora_fx.passes.context import Context
+from runlora_fx.passes.levels.sizes import example_of, numel, shape_of
+from runlora_fx.passes.read.gradients import gradient_nodes
+from runlora_fx.passes.read.phases import Phases
+
+_aten = torch.ops.aten
+
+_RANDOM = (_aten.rand.default, _aten.rand_like.default)
+
+#: Functions that take longer for an element than its bytes do on some devices.
+_SPECIAL = (
+    *(_aten.exp.default, _aten.sigmoid.default, _aten.tanh.default, _aten.erf.default),
+    *(_aten.rsqrt.default, _aten.sqrt.default, _aten.sin.default, _aten.cos.default),
+    *(_aten.log.default, _aten.log1p.default, _aten.expm1.default, _aten.div.Tensor),
+    *(_aten.pow.Tensor_Scalar, _aten.pow.Tensor_Tensor),
+)
+
+#: Operators that show a tensor otherwise.
+_VIEWS = (
+    *(_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default),
+    *(_aten.permute.default, _aten.transpose.int, _aten.t.default, _aten.unsqueeze.default),
+    *(_aten.squeeze.dim, _aten.squeeze.dims, _aten.expand.default, _aten.slice.Tensor),
+    *(_aten.alias.default, _aten.detach.default),
+)
+
+_CASTS = (torch.ops.prims.convert_element_type.default, _aten._to_copy.default)
+
+#: Sums that Inductor computes in one kernel with what they read.
+_REDUCTIONS = (_aten.sum.dim_IntList, _aten.sum.default, _aten.mean.dim, _aten.amax.default)
+
+#: A kernel that reads more tensors gains little by not reading the one that it replaces.
+_MOST_SOURCES = 8
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A tensor that can be made again.
+
+    Attributes:
+        made: The tensor, as it is kept.
+        nodes: What makes it, in graph order, the tensor itself included.
+        sources: What it is made of.
+        size: Of the tensor [B].
+        cost: What making it again costs, less what not keeping it saves.
+    """
+
+    made: fx.Node
+    nodes: tuple[fx.Node, ...]
+    sources: frozenset[fx.Node]
+    size: int
+    cost: Cost
+
+
+class Chains:
+    """The chains of a joint graph.
+
+    Attributes:
+        kept: What the backward reads that is no chain, or that chains are made of.
+    """
+
+    def __init__(self, context: Context) -> None:
+        """Find what the backward reads of a graph whose plans are written."""
+        graph = context.graph
+        self._effects = context.effects()
+        self._hint = context.hint
+        self._phases = Phases(graph, gradient_nodes(graph), self._effects)
+        self._order = {node: i for i, node in enumerate(graph.nodes)}
+        self._redrawn: set[fx.Node] = set()
+        self.kept: set[fx.Node] = set()
+        self._forward = [
+            node
+            for node in graph.nodes
+            if node.op == "call_function" and not self._phases.runs_backward(node)
+        ]
+        read = [node for node in self._forward if any(map(self._runs_backward, node.users))]
+        cuts = self._cuts()
+        self._written = [node for node in read if self._is_written(node)]
+        for node in set(read).difference(self._written):
+            self.kept |= cuts[node]
+        self.kept.update(node for node in self._written if not self._is_cheap(node))
+
+    def masks(self) -> list[Chain]:
+        """The masks of dropout that the backward can draw again from their seeds."""
+        if not draws_from_seeds() or repeats_random_operators():
+            return []
+        found = sorted(filter(self._is_mask, self.kept), key=self._order.__getitem__)
+        return [self._mask(node) for node in found]
+
+    def tensors(self) -> list[Chain]:
+        """The operands of products that the backward can make again of what is kept."""
+        cuts = self._cuts()
+        chains = (self._chain(node, cuts) for node in self._written if node not in self.kept)
+        return [chain for chain in chains if chain is not None]
+
+    def gain(self, chain: Chain) -> int:
+        """How much less is kept if the chain is made again [B]."""
+        return chain.size - sum(self._bytes(s) for s in chain.sources if s not in self.kept)
+
+    def take(self, chain: Chain) -> None:
+        """Count a chain as made again, and what it is made of as kept."""
+        if chain.made in self.kept:  # a mask
+            self.kept.remove(chain.made)
+            self._redrawn.add(chain.made)
+        self.kept |= chain.sources
+
+    def _elements(self, node: fx.Node) -> int:
+        return 0 if example_of(node) is None else self._hint(numel(shape_of(node)))
+
+    def _bytes(self, node: fx.Node) -> int:
+        """The size of a tensor; nothing for anything else [B]."""
+        val = example_of(node)
+        return 0 if val is None else self._elements(node) * val.itemsize
+
+    def _runs_backward(self, node: fx.Node) -> bool:
+        return node.op == "call_function" and self._phases.runs_backward(node)
+
+    def _is_written(self, node: fx.Node) -> bool:
+        """True if the backward reads a tensor by an operator that needs it in memory."""
+        pending = [node]
+        while pending:
+            for user in pending.pop().users:
+                if user.target in _VIEWS:
+                    pending.append(user)
+                elif self._runs_backward(user) and not _is_fused(user):
+                    return True
+        return False
+
+    def _cuts(self) -> dict[fx.Node, frozenset[fx.Node]]:
+        """By node, the smallest tensors that pointwise operators make it of."""
+        cuts: dict[fx.Node, frozenset[fx.Node]] = {}
+        for node in self._forward:
+            cuts[node] = frozenset([node])
+            if node in self._redrawn:
+                cuts[node] = frozenset()
+            elif node not in self.kept and self._is_cheap(node):
+                below = _below(node, cuts)
+                # Of two of one size the earlier one: others may be made of it as well.
+                if self._size(below) <= self._bytes(node):
+                    cuts[node] = below
+        return cuts
+
+    def _size(self, sources: frozenset[fx.Node]) -> float:
+        """What has to be kept for some sources, beyond what is [B]."""
+        if len(sources) > _MOST_SOURCES:
+            return inf
+        return sum(self._bytes(s) for s in sources if s not in self.kept)
+
+    def _is_cheap(self, node: fx.Node) -> bool:
+        """True if an operator is as cheap as the bytes that it moves, and may run again."""
+        target = node.target
+        if not isinstance(target, torch._ops.OpOverload) or node.meta.get("recompute") is not None:
+            return False
+        acts = self._effects.is_random(node) or self._effects.writes(node)
+        if acts or self._effects.is_overwritten(node):
+            return False
+        return torch.Tag.pointwise in target.tags or target in _CASTS or target in _VIEWS
+
+    def _is_mask(self, node: fx.Node) -> bool:
+        """True if a node compares random numbers, and nothing else, with a probability."""
+        given = node.all_input_nodes
+        if len(given) != 1 or given[0].target not in _RANDOM or not self._is_cheap(node):
+            return False
+        return given[0].meta.get("recompute") is None
+
+    def _mask(self, node: fx.Node) -> Chain:
+        # It is drawn where it is read, so it is neither written nor read.
+        size, elements = self._bytes(node), self._elements(node)
+        cost = Cost({"random": elements, "elementwise": -2 * size})
+        return Chain(node, (node.all_input_nodes[0], node), frozenset(), size, cost)
+
+    def _chain(self, node: fx.Node, cuts: dict[fx.Node, frozenset[fx.Node]]) -> Chain | None:
+        """What makes a tensor; None if that is not cheap to do again."""
+        sources = _below(node, cuts)
+        if not self._is_cheap(node) or len(sources) > _MOST_SOURCES:
+            return None
+        nodes = _between(sources, node)
+        if all(n.target in _VIEWS for n in nodes):
+            return None
+        if any(n.meta.get("recompute") is not None for n in nodes):
+            return None
+        size = self._bytes(node)
+        special = sum(self._elements(n) for n in nodes if n.target in _SPECIAL)
+        cost = Cost(
+            {
+                "elementwise": size + sum(map(self._bytes, sources)),
+                "special": special,
+                "random": sum(map(self._elements, nodes & self._redrawn)),
+                "launches": 1,
+            }
+        )
+        return Chain(node, tuple(sorted(nodes, key=self._order.__getitem__)), sources, size, cost)
+
+
+def _below(node: fx.Node, cuts: dict[fx.Node, frozenset[fx.Node]]) -> frozenset[fx.Node]:
+    """The smallest tensors that a node's inputs are made of; inputs of the graph are none."""
+    below = (cuts.get(given, frozenset()) for given in node.all_input_nodes)
+    return frozenset().union(*below)
+
+
+def _between(sources: frozenset[fx.Node], made: fx.Node) -> set[fx.Node]:
+    """What is computed of some tensors towards another."""
+    pending, nodes = [made], set[fx.Node]()
+    while pending:
+        node = pending.pop()
+        if node.op == "call_function" and node not in nodes and node not in sources:
+            nodes.add(node)
+            pending.extend(node.all_input_nodes)
+    return nodes
+
+
+def _is_fused(node: fx.Node) -> bool:
+    """True if Inductor computes an operator in one kernel with what it reads."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    return torch.Tag.pointwise in target.tags or target in (*_CASTS, *_VIEWS, *_REDUCTIONS)

@@ -1,0 +1,38 @@
+"""The choice of what the backward makes again, by price.
+
+    balanced    what the plans of the graph save, in predicted time, is spent on it
+    low         every byte that is not kept may take a stated time
+
+Invariant: every chain that is chosen has less kept than before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from runlora_fx.cost_model.cost import Cost
+from runlora_fx.passes.recompute.chains import Chain, Chains
+
+
+def choose(
+    chains: Chains, price: Callable[[Cost], float], budget: float, per_byte: float
+) -> list[Chain]:
+    """The chains to make again: masks first, then those that cost least for a byte.
+
+    A tensor that dropout masked is made of its mask, so masks are decided about before it.
+
+    Args:
+        chains: The chains of a graph; what is chosen is taken from what they count as kept.
+        price: The time that a cost takes [s]; negative where not keeping a tensor saves more.
+        budget: What all may take together [s].
+        per_byte: What one may take for a byte that is not kept [s].
+    """
+    chosen: list[Chain] = []
+    for offer in (chains.masks, chains.tensors):
+        for chain in sorted(offer(), key=lambda chain: price(chain.cost) / max(chain.size, 1)):
+            seconds, gain = price(chain.cost), chains.gain(chain)
+            if gain > 0 and seconds <= budget and seconds <= per_byte * gain:
+                chains.take(chain)
+                budget -= seconds
+                chosen.append(chain)
+    return chosen

@@ -1,0 +1,198 @@
+"""What the backward makes again: by price, with the same masks, and as checkpoints allow."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._functorch.config as functorch_config
+from checks import INDUCTOR, RUNLORA, assert_same_values, ours, outputs_and_grads, saved_bytes
+from conftest import FLOPS_BOUND
+from market import randomise_lora_b
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from runlora_fx.cost_model import store
+from runlora_fx.cost_model.cost import FREE, Cost
+from runlora_fx.cost_model.devices.machine import DTYPES, key_of
+from runlora_fx.cost_model.published import PUBLISHED
+from runlora_fx.cost_model.store import Record
+from runlora_fx.passes.recompute.chains import Chain
+from runlora_fx.passes.recompute.choose import choose
+
+RTOL = 1e-5
+LAYERS, WIDTH, INNER, RANK, TOKENS = 3, 64, 96, 8, 160
+ACTIVATION = TOKENS * 4
+
+
+class Block(nn.Module):
+    """``h + down(silu(gate(n)) * up(n))`` with ``n = norm(h)``."""
+
+    def __init__(self, checkpointed: bool = False) -> None:
+        super().__init__()
+        self.checkpointed = checkpointed
+        self.norm = nn.RMSNorm(WIDTH)
+        self.gate = nn.Linear(WIDTH, INNER, bias=False)
+        self.up = nn.Linear(WIDTH, INNER, bias=False)
+        self.down = nn.Linear(INNER, WIDTH, bias=False)
+
+    def inner(self, h: Tensor) -> Tensor:
+        n = self.norm(h)
+        made: Tensor = self.down(nn.functional.silu(self.gate(n)) * self.up(n))
+        return h + made
+
+    def forward(self, h: Tensor) -> Tensor:
+        if self.checkpointed:
+            made: Tensor = checkpoint(self.inner, h, use_reentrant=False)
+            return made
+        return self.inner(h)
+
+
+def frozen(checkpointed: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*(Block(checkpointed) for _ in range(LAYERS))).requires_grad_(False)
+
+
+def adapted(dropout: float = 0.0, checkpointed: bool = False) -> nn.Module:
+    config = LoraConfig(
+        r=RANK, lora_alpha=RANK, lora_dropout=dropout, target_modules=["gate", "up", "down"]
+    )
+    model = get_peft_model(frozen(checkpointed), config)
+    randomise_lora_b(model)
+    return model
+
+
+def activation() -> Tensor:
+    x = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(0))
+    return x.requires_grad_()
+
+
+def compiled(model: nn.Module, backend: str, **policy: object) -> Callable[..., Any]:
+    torch._dynamo.reset()
+    options = None if backend == INDUCTOR else ours(**policy)
+    return torch.compile(model, backend=backend, fullgraph=True, options=options)
+
+
+def kept(model: nn.Module, backend: str, **policy: object) -> int:
+    """What a forward holds for the backward, its parameters and its input apart [B]."""
+    run, x = compiled(model, backend, **policy), activation()
+    return saved_bytes(lambda: run(x), [*model.parameters(), x])
+
+
+def test_balanced_keeps_what_a_frozen_model_keeps() -> None:
+    floor, inductor = kept(frozen(), INDUCTOR), kept(adapted(), INDUCTOR)
+    # PEFT keeps the adapters' inputs, two of them one tensor, and X A' of each.
+    assert inductor == floor + LAYERS * ACTIVATION * (WIDTH + INNER + 3 * RANK)
+    assert kept(adapted(), RUNLORA) == floor
+
+
+def test_fast_makes_no_activations_again() -> None:
+    products = LAYERS * ACTIVATION * 3 * RANK
+    fast = kept(adapted(), RUNLORA, memory="fast", memory_budget=1)
+    assert fast == kept(adapted(), INDUCTOR) - products
+
+
+def test_balanced_pays_no_more_than_the_plans_save(no_profile: Path) -> None:
+    """Where an exp takes long, norms are made again and ``silu(g) * u`` is kept."""
+    for dtype in DTYPES:
+        store.add(key_of(torch.device("cpu"), dtype), Record({**FLOPS_BOUND, "special": 1e-9}))
+    assert kept(adapted(), RUNLORA) == kept(frozen(), INDUCTOR) + LAYERS * ACTIVATION * INNER
+
+
+def test_low_draws_no_masks_where_that_takes_long(no_profile: Path) -> None:
+    """It keeps the masks, a byte for an element, and makes what they mask of them."""
+    for dtype in DTYPES:
+        store.add(key_of(torch.device("cpu"), dtype), Record({**FLOPS_BOUND, "random": 1.0}))
+    floor, masks = kept(frozen(), INDUCTOR), LAYERS * TOKENS * (2 * WIDTH + INNER)
+    assert kept(adapted(0.1), RUNLORA, memory="low") == floor + masks
+    # What a seed takes: a number of 64 bits.
+    for dtype in DTYPES:
+        store.add(key_of(torch.device("cpu"), dtype), Record(FLOPS_BOUND))
+    drawn = kept(adapted(0.1), RUNLORA, memory="low")
+    assert floor <= drawn <= floor + 5056 + 8 * 3 * LAYERS
+
+
+@pytest.mark.parametrize("budget", (1.0, 0.5, 0.1))
+@pytest.mark.parametrize("memory", ("balanced", "low"))
+@pytest.mark.parametrize("checkpointed", (False, True), ids=("plain", "checkpointed"))
+def test_the_backward_sees_the_masks_of_the_forward(
+    budget: float, memory: str, checkpointed: bool
+) -> None:
+    """With the same seed a small step along a direction changes the output by its derivative."""
+    model, x = adapted(0.5, checkpointed), activation()
+    weights, direction = torch.randn(TOKENS, WIDTH), torch.randn(TOKENS, WIDTH)
+    with functorch_config.patch(activation_memory_budget=budget):
+        run = compiled(model, RUNLORA, memory=memory)
+
+        def value(at: Tensor) -> Tensor:
+            torch.manual_seed(1)
+            result: Tensor = (run(at.detach().requires_grad_()) * weights).double().sum()
+            return result
+
+        run(x)
+        torch.manual_seed(1)
+        (gradient,) = torch.autograd.grad((run(x) * weights).sum(), x)
+        step = 1e-2
+        found = ((value(x + step * direction) - value(x - step * direction)) / (2 * step)).item()
+    wanted = (gradient.double() * direction).sum().item()
+    assert abs(found - wanted) < 1e-3 * (gradient.norm() * direction.norm()).item()
+
+
+def test_a_budget_of_nothing_is_refused_where_numbers_are_random() -> None:
+    """There torch draws other masks in the backward, whatever nodes are tagged."""
+    model, x = adapted(0.5), activation()
+    with functorch_config.patch(activation_memory_budget=0):
+        run = compiled(model, RUNLORA, strict=True)
+        with pytest.raises(Exception, match=r"activation_memory_budget to 0\.01 or more"):
+            run(x)
+
+
+def test_checkpointed_blocks_keep_as_little_as_before() -> None:
+    assert kept(adapted(0.0, True), RUNLORA, memory="low") <= kept(adapted(0.0, True), INDUCTOR)
+
+
+@pytest.mark.parametrize("memory", ("balanced", "low"))
+def test_values_are_the_same(memory: str) -> None:
+    model, x = adapted(), activation()
+    wanted = outputs_and_grads(model, [x])
+    found = outputs_and_grads(compiled(model, RUNLORA, memory=memory), [x])
+    assert_same_values(found, wanted, RTOL)
+
+
+def test_published_devices_have_a_price_for_random_numbers() -> None:
+    for device in PUBLISHED.values():
+        times = device.profile("bfloat16").seconds_per
+        assert times["random"] > times["special"] > 0
+
+
+class _Offers:
+    """Chains as :func:`choose` asks for them, without a graph."""
+
+    def __init__(self, masks: list[Chain], tensors: list[Chain]) -> None:
+        self._masks, self._tensors, self.taken = masks, tensors, list[Chain]()
+
+    def masks(self) -> list[Chain]:
+        return self._masks
+
+    def tensors(self) -> list[Chain]:
+        return self._tensors
+
+    def gain(self, chain: Chain) -> int:
+        return chain.size
+
+    def take(self, chain: Chain) -> None:
+        self.taken.append(chain)
+
+
+def test_the_cheapest_bytes_are_chosen_until_the_budget_is_spent() -> None:
+    node: Any = None
+    one = Chain(node, (), frozenset(), 10, FREE)
+    costs = {"dear": 9.0, "cheap": 1.0, "middle": 5.0}
+    offers = [replace(one, cost=Cost({"random": int(c)})) for c in costs.values()]
+    chains: Any = _Offers([], offers)
+    chosen = choose(chains, lambda cost: float(cost["random"]), 7.0, 1.0)
+    assert [chain.cost["random"] for chain in chosen] == [1, 5]
+    assert not choose(chains, lambda cost: float(cost["random"]), 7.0, 0.05)
