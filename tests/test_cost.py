@@ -183,7 +183,7 @@ DOCUMENT = Path(__file__).parent.parent / "docs" / "cost-model.md"
 def test_the_tables_of_terms_and_devices_are_complete() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
     terms = re.findall(
-        r"^\| `([\w.]+)` \| (?:FLOP|B|kernel) \|.*?(?:`([\w.]+)` )?\|$", text, re.MULTILINE
+        r"^\| `([\w.]+)` \| (?:FLOP|B|kernel|element) \|.*?(?:`([\w.]+)` )?\|$", text, re.MULTILINE
     )
     assert dict(terms) == {name: term.like or "" for name, term in TERMS.items()}
     table = text[text.index("| device | model |") :]

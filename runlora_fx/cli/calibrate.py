@@ -12,6 +12,7 @@ Invariant: a stored profile was fitted to at least half of the products, and to 
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,6 +33,7 @@ from runlora_fx.cost_model.devices.machine import default_profile, key_of
 from runlora_fx.cost_model.devices.measure import (
     add_seconds,
     matmul_seconds,
+    pointwise_seconds,
     random_tensor,
     undisturbed,
 )
@@ -58,6 +60,11 @@ _SHARE = 8
 _ROUNDS = 3
 
 _ADDED = ((256, 256), (1024, 1024), (2048, 4096))
+
+#: Elements of which special functions and random numbers are measured.
+_DRAWN = 1 << 22
+
+_log = logging.getLogger("runlora_fx")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -184,8 +191,17 @@ def _calibrate(
     known: dict[Operation, float] = {s.product(kind.itemsize): t for s, t in products.items()}
     for size in _ADDED:
         known[Add(1, *size, 2, kind.itemsize)] = add_seconds(*size, kind, device)
-    store.add(key_of(device, dtype), Record(fit(known)))
+    store.add(key_of(device, dtype), Record({**fit(known), **_pointwise(kind, device)}))
     return {shape: times[shape] for shape in checked if shape in times}
+
+
+def _pointwise(kind: torch.dtype, device: torch.device) -> dict[str, float]:
+    """The times of special functions and random numbers [s]; nothing where none compile."""
+    try:
+        return pointwise_seconds(_DRAWN, kind, device)
+    except Exception as error:  # a compiler raises what it likes
+        _log.warning("runlora could not measure pointwise kernels: %s", error)
+        return {}
 
 
 def _shapes(grid: tuple[tuple[int, ...], ...]) -> list[GemmShape]:
@@ -234,6 +250,11 @@ def _show(
     console.print(f"{dtype}: {_units(profile)}; median error {median(errors):.0%}.")
 
 
+def _shown(seconds: float) -> str:
+    """A time in a unit that shows its digits."""
+    return f"{seconds * 1e6:.1f} us" if seconds > 1e-7 else f"{seconds * 1e9:.3g} ns"
+
+
 def _units(profile: MachineProfile) -> str:
     """The rate of each cost term, or the time of one unit."""
     shown = {"flops": "FLOP/s", "bytes": "B/s"}
@@ -243,5 +264,5 @@ def _units(profile: MachineProfile) -> str:
         if term.total in shown and seconds:
             units.append(f"{name} {1 / seconds / 1e9:.3g} G{shown[term.total]}")
         elif term.is_timed:
-            units.append(f"{name} {seconds * 1e6:.1f} us each")
+            units.append(f"{name} {_shown(seconds)} each")
     return ", ".join(units)

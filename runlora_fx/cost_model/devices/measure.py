@@ -94,6 +94,33 @@ def add_seconds(rows: int, cols: int, dtype: torch.dtype, device: torch.device) 
     return seconds(lambda: torch.add(a, b, out=out), device)
 
 
+def pointwise_seconds(count: int, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """What a special function and a random number take, beyond the bytes that they move [s].
+
+    They are compiled by Inductor, as those of a compiled model are.
+
+    Args:
+        count: Elements to compute.
+        dtype: Of the elements.
+        device: Where they are computed.
+
+    Returns:
+        The time of one element, by the name of the cost term.
+
+    Raises:
+        Exception: If Inductor cannot compile, such as where there is no compiler.
+    """
+    x = random_tensor(count, dtype=dtype, device=device)
+
+    def took(run: Callable[[Tensor], Tensor]) -> float:
+        compiled = torch.compile(run, dynamic=False)
+        return seconds(lambda: compiled(x), device)
+
+    plain = took(lambda x: x + 1)
+    times = {"special": took(torch.exp), "random": took(lambda x: x + torch.rand_like(x))}
+    return {name: max(time - plain, 0.0) / count for name, time in times.items()}
+
+
 def _operand(
     b: int, rows: int, cols: int, turned: bool, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
