@@ -193,6 +193,12 @@ def test_the_cheapest_bytes_are_chosen_until_the_budget_is_spent() -> None:
     costs = {"dear": 9.0, "cheap": 1.0, "middle": 5.0}
     offers = [replace(one, cost=Cost({"random": int(c)})) for c in costs.values()]
     chains: Any = _Offers([], offers)
-    chosen = choose(chains, lambda cost: float(cost["random"]), 7.0, 1.0)
-    assert [chain.cost["random"] for chain in chosen] == [1, 5]
-    assert not choose(chains, lambda cost: float(cost["random"]), 7.0, 0.05)
+
+    def chosen(budget: float, per_byte: float) -> list[Any]:
+        found = choose(chains, lambda cost: float(cost["random"]), budget, per_byte)
+        return [chain.cost["random"] for chain in found]
+
+    assert chosen(7.0, 0.0) == [1, 5]
+    assert chosen(0.0, 0.5) == [1, 5]  # ten bytes each
+    assert chosen(9.0, 0.5) == [1, 5, 9]
+    assert chosen(0.0, 0.0) == []

@@ -235,15 +235,15 @@ class _Planner:
         """Have the backward make again what is worth it.
 
         Under ``balanced`` all of it takes no more time than the plans save. Under ``low`` each
-        byte may take as much as it may in a plan.
+        byte may also take as much as it may in a plan. Where FLOPs are counted, it is free.
         """
         is_low, is_timed = self._options.memory == "low", self._options.objective == "time"
-        budget = inf if is_low else self._seconds_saved(analysis, decisions) if is_timed else 0.0
-        if not decisions or not budget:
+        budget = self._seconds_saved(analysis, decisions) if is_timed else 0.0
+        if not decisions or not (budget or is_low):
             return
         largest = max(range(len(decisions)), key=lambda i: decisions[i].before.flops)
         objective = self._objective(analysis.posed[largest])
-        per_byte = objective.seconds_per_saved_byte if is_low and is_timed else inf
+        per_byte = objective.seconds_per_saved_byte if is_timed else inf
         for chain in choose(Chains(self._context), objective.profile.of, budget, per_byte):
             recompute(chain.nodes)
 

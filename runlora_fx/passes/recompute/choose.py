@@ -1,7 +1,7 @@
 """The choice of what the backward makes again, by price.
 
     balanced    what the plans of the graph save, in predicted time, is spent on it
-    low         every byte that is not kept may take a stated time
+    low         and every byte that is not kept may take a stated time
 
 Invariant: every chain that is chosen has less kept than before.
 """
@@ -24,15 +24,16 @@ def choose(
     Args:
         chains: The chains of a graph; what is chosen is taken from what they count as kept.
         price: The time that a cost takes [s]; negative where not keeping a tensor saves more.
-        budget: What all may take together [s].
-        per_byte: What one may take for a byte that is not kept [s].
+        budget: What those may take together that take more than is stated [s].
+        per_byte: What a chain may take in any case, for each byte that is not kept [s].
     """
     chosen: list[Chain] = []
     for offer in (chains.masks, chains.tensors):
         for chain in sorted(offer(), key=lambda chain: price(chain.cost) / max(chain.size, 1)):
             seconds, gain = price(chain.cost), chains.gain(chain)
-            if gain > 0 and seconds <= budget and seconds <= per_byte * gain:
+            is_cheap = seconds <= per_byte * gain
+            if gain > 0 and (is_cheap or seconds <= budget):
+                budget -= 0.0 if is_cheap else seconds
                 chains.take(chain)
-                budget -= seconds
                 chosen.append(chain)
     return chosen
