@@ -24,8 +24,8 @@ def choose(
     Args:
         chains: The chains of a graph; what is chosen is taken from what they count as kept.
         price: The time that a cost takes [s]; negative where not keeping a tensor saves more.
-        budget: What those may take together that take more than is stated [s].
-        per_byte: What a chain may take in any case, for each byte that is not kept [s].
+        budget: The time for all chains that take longer than ``per_byte`` allows [s].
+        per_byte: The time that a chain may always take for each byte that is not kept [s].
     """
     chosen: list[Chain] = []
     for offer in (chains.masks, chains.tensors):

@@ -59,7 +59,7 @@ def keep_random_numbers(graph: fx.Graph, effects: Effects) -> list[fx.Node]:
     Numbers that are only compared with a probability are kept as the mask that they make.
 
     Returns:
-        The random operators of the forward that are not the user's to keep.
+        The nodes that are tagged now; those that the user has tagged are not among them.
     """
     found = []
     for node in graph.nodes:
