@@ -13,6 +13,7 @@ from runlora_fx.__main__ import main
 from runlora_fx.cli import calibrate as command
 from runlora_fx.cost_model import store
 from runlora_fx.cost_model.cost import TERMS
+from runlora_fx.cost_model.devices import measure
 from runlora_fx.cost_model.devices.machine import Machine, default_profile, key_of
 from runlora_fx.cost_model.store import FOLDER_VARIABLE
 
@@ -31,6 +32,7 @@ def calibrate(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str
 
 PLANS = """
 import torch
+from runlora_fx.cost_model.devices import measure
 from runlora_fx.cost_model.devices.machine import Machine
 print(Machine(use_stored=True).profile(torch.device("cpu"), "float32").seconds_per["flops.nt"])
 """
@@ -132,6 +134,17 @@ def test_what_is_measured_holds_for_one_precision(no_profile: Path) -> None:
         assert store.load(key_of(CPU, "float32")).seconds_per
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.usefixtures("quick")
+def test_times_that_noise_hides_are_stored(
+    no_profile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The kernel without the special function or the random number seems to take longer.
+    monkeypatch.setattr(measure, "seconds", lambda run, device: 1e-6)
+    assert main(["calibrate", "--dtype", "float32"]) == 0
+    stored = store.load(key_of(CPU, "float32")).seconds_per
+    assert 0 < stored["special"] == stored["random"] < 1e-15
 
 
 @pytest.mark.usefixtures("quick")

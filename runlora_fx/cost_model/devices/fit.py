@@ -18,8 +18,8 @@ import torch
 from runlora_fx.cost_model.cost import TERMS
 from runlora_fx.cost_model.ops import Operation
 
-#: Stands for "costs nothing" where the fit finds no time for a unit [s].
-_FREE = 1e-18
+#: Stands for "costs nothing" where no time is found for a unit: a stored time is positive [s].
+FREE = 1e-18
 
 
 def fit(times: Mapping[Operation, float]) -> dict[str, float]:
@@ -56,7 +56,7 @@ def fit(times: Mapping[Operation, float]) -> dict[str, float]:
         solved = _solved(grouped, first) or _solved(grouped, [False] * len(columns))
         assert solved is not None  # all times being zero is among what was tried
     found = {i: time for own, time in zip(columns, solved, strict=True) for i in own}
-    return {name: max(found[i], _FREE) for i, name in enumerate(terms)}
+    return {name: max(found[i], FREE) for i, name in enumerate(terms)}
 
 
 def _solved(relative: torch.Tensor, positive: Sequence[bool]) -> list[float] | None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from runlora_fx._torch_compat import outside_all_modes
+from runlora_fx.cost_model.devices.fit import FREE
 from runlora_fx.cost_model.devices.registry import entry_of
 from runlora_fx.cost_model.ops import GemmShape
 
@@ -105,7 +106,7 @@ def pointwise_seconds(count: int, dtype: torch.dtype, device: torch.device) -> d
         device: Where they are computed.
 
     Returns:
-        The time of one element, by the name of the cost term.
+        The time of one element, by the name of the cost term; positive, also where noise hides it.
 
     Raises:
         Exception: If Inductor cannot compile, such as where there is no compiler.
@@ -118,7 +119,7 @@ def pointwise_seconds(count: int, dtype: torch.dtype, device: torch.device) -> d
 
     plain = took(lambda x: x + 1)
     times = {"special": took(torch.exp), "random": took(lambda x: x + torch.rand_like(x))}
-    return {name: max(time - plain, 0.0) / count for name, time in times.items()}
+    return {name: max((time - plain) / count, FREE) for name, time in times.items()}
 
 
 def _operand(
