@@ -2,8 +2,8 @@
 
     python benchmarks/memory.py
 
-takes some minutes on 2 CPU cores. All variants run in one process, in turn; times are medians over
-the rounds, as ratios to Inductor's. It writes ``memory.md``.
+takes some minutes on 2 CPU cores, and less on a GPU. All variants run in one process, in turn;
+times are medians over the rounds, as ratios to Inductor's. It writes ``memory.md``.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.profiler import profile
 
 from runlora_fx.cost_model.devices.machine import key_of
+from runlora_fx.cost_model.devices.peak import peak_bytes, peak_source
+from runlora_fx.cost_model.devices.registry import entry_of, fastest
 
 LAYERS, WIDTH, RANK = 4, 768, 64
 MIB = 1 << 20
@@ -66,17 +66,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Bytes and times of the memory policies.")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--device", type=torch.device, default=fastest())
     given = parser.parse_args()
-    machine = key_of(torch.device("cpu"), "float32")
+    device = given.device
+    machine = key_of(device, "float32")
     lines = [
         f"{LAYERS} layers `x + gelu(linear(norm(x)))` of width {WIDTH}, rank {RANK}, fp32, "
-        f"{machine.device}, {machine.threads} threads, torch {machine.torch}.",
+        f"{machine.device}, {torch.get_num_threads()} threads, torch {machine.torch}. "
+        f"Peak: the most that a step holds beyond what was held before it, by "
+        f"{peak_source(device)}.",
         "",
-        "| | policy | held for the backward, MiB | peak, MiB | time / Inductor |",
+        "| | policy | saved for the backward, MiB | peak, MiB | time / Inductor |",
         "|---|---|---|---|---|",
     ]
     for case, (dropout, tokens, trains, policies) in CASES.items():
-        lines += rows(case, dropout, tokens, trains, policies, given.rounds)
+        lines += rows(case, dropout, tokens, trains, policies, given.rounds, device)
     table = "\n".join(lines) + "\n"
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "memory.md").write_text(table, encoding="utf-8")
@@ -84,25 +88,34 @@ def main() -> None:
 
 
 def rows(
-    case: str, dropout: float, tokens: int, trains: bool, policies: dict[str, Options], rounds: int
+    case: str,
+    dropout: float,
+    tokens: int,
+    trains: bool,
+    policies: dict[str, Options],
+    rounds: int,
+    device: torch.device,
 ) -> list[str]:
     """The lines of one case."""
     torch._dynamo.reset()  # the variants of all cases are more than Dynamo keeps of one function
-    x = torch.randn(tokens, WIDTH, requires_grad=trains)
+    x = torch.randn(tokens, WIDTH, device=device, requires_grad=trains)
+    synchronise = entry_of(device).synchronise
     steps: dict[str, Callable[[], None]] = {}
     held, peak = {}, {}
     for name, options in {"Inductor": None, **policies}.items():
-        model = model_of(dropout)
+        model = model_of(dropout).to(device)
         steps[name] = step = step_of(model, x, options, trains)
         step()
         step()
         held[name] = held_bytes(model, x) if trains else 0
-        peak[name] = peak_bytes(step)
+        peak[name] = peak_bytes(step, device)
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
+            synchronise(device)
             start = time.perf_counter()
             step()
+            synchronise(device)
             times[name].append(time.perf_counter() - start)
     inductor = median(times["Inductor"])
     return [
@@ -156,19 +169,6 @@ def held_bytes(model: nn.Module, x: Tensor) -> int:
         outputs = model(x)
     del outputs
     return sum(t.untyped_storage().nbytes() for at, t in saved.items() if at not in known)
-
-
-def peak_bytes(step: Callable[[], None]) -> int:
-    """The most memory that a step holds at once, over what was held before [B]."""
-    with profile(profile_memory=True) as profiled:
-        step()
-    held = peak = 0
-    results: Any = profiled.profiler
-    for event in results.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
 
 
 if __name__ == "__main__":

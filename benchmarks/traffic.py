@@ -31,18 +31,13 @@ import peft
 import torch
 import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
-import transformers
-from peft import LoraConfig, get_peft_model
+from layers import SHAPES, Recipe, model_of
 from rich.progress import track
-from torch import Tensor, fx, nn
+from torch import fx
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.fx_utils import count_flops_fx
 from torch._inductor.graph import GraphLowering
 from torch._inductor.scheduler import BaseSchedulerNode
-from torch.utils.checkpoint import checkpoint
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RotaryEmbedding
-from transformers.models.vit.modeling_vit import ViTLayer
 
 from runlora_fx.backend import runlora
 from runlora_fx.cost_model.published import PUBLISHED, PublishedDevice
@@ -56,62 +51,9 @@ POLICIES: dict[str, dict[str, Any] | None] = {
     "PEFT + Inductor": None,
     "runlora": {},
     'runlora, memory="low"': {"memory": "low"},
+    # A budget that holds every merged weight.
+    'runlora, memory="fast"': {"memory": "fast", "memory_budget": 1 << 40},
 }
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A layer of a real model.
-
-    Attributes:
-        width: Of the residual stream.
-        inner: Of the feed-forward part.
-        heads: Of attention.
-        groups: Heads of keys and values.
-    """
-
-    width: int
-    inner: int
-    heads: int
-    groups: int
-
-    def scaled(self, by: int) -> Shape:
-        """The same proportions, divided."""
-        return Shape(
-            self.width // by, self.inner // by, self.heads // by, max(1, self.groups // by)
-        )
-
-
-SHAPES = {
-    "Llama-3-8B": Shape(4096, 14336, 32, 8),
-    "Qwen2.5-7B": Shape(3584, 18944, 28, 4),
-    "ViT-L": Shape(1024, 4096, 16, 16),
-}
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One way to train a layer.
-
-    Attributes:
-        shape: The layer.
-        rank: Of the adapters.
-        rows: Sequences.
-        length: Tokens of each.
-        dropout: Of the adapters' inputs.
-        autocast: Whether the adapters are in float32, and the step runs under autocast.
-        dora: Whether the weights are decomposed.
-        checkpointed: Whether the layer is checkpointed.
-    """
-
-    shape: str = "Llama-3-8B"
-    rank: int = 16
-    rows: int = 4
-    length: int = 2048
-    dropout: float = 0.0
-    autocast: bool = False
-    dora: bool = False
-    checkpointed: bool = False
 
 
 CASES: dict[str, Recipe] = {
@@ -129,6 +71,9 @@ CASES: dict[str, Recipe] = {
     "16384 tokens": Recipe(rows=8),
     "Qwen2.5-7B": Recipe(shape="Qwen2.5-7B"),
     "ViT-L": Recipe(shape="ViT-L", rows=32, length=256),
+    "QLoRA": Recipe(quantised=True),
+    "QLoRA, dropout 0.05": Recipe(quantised=True, dropout=0.05),
+    "MoE": Recipe(shape="Mixtral-8x7B"),
 }
 
 
@@ -178,68 +123,6 @@ class Count:
     def milliseconds(self, device: PublishedDevice) -> float:
         """The roofline of a device: predicted from counts [ms]."""
         return 1e3 * sum(kernel.seconds(device) for kernel in self.kernels)
-
-
-class Layer(nn.Module):
-    """One decoder layer, from the residual stream to the residual stream."""
-
-    def __init__(self, name: str, shape: Shape, checkpointed: bool) -> None:
-        """Make the layer of a model that transformers knows."""
-        super().__init__()
-        self.checkpointed = checkpointed
-        self.rotary: nn.Module | None = None
-        sizes = {
-            "hidden_size": shape.width,
-            "intermediate_size": shape.inner,
-            "num_attention_heads": shape.heads,
-            "num_hidden_layers": 1,
-        }
-        if name == "ViT-L":
-            config: Any = transformers.ViTConfig(**sizes)
-            config._attn_implementation = "sdpa"
-            self.layer: nn.Module = ViTLayer(config)
-            return
-        sizes["num_key_value_heads"] = shape.groups
-        is_qwen = name.startswith("Qwen")
-        config = transformers.Qwen2Config(**sizes) if is_qwen else transformers.LlamaConfig(**sizes)
-        config._attn_implementation = "sdpa"
-        make: Any = Qwen2DecoderLayer if is_qwen else LlamaDecoderLayer
-        rotary: Any = Qwen2RotaryEmbedding if is_qwen else LlamaRotaryEmbedding
-        self.layer, self.rotary = make(config, 0), rotary(config)
-
-    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        """The layer's output for x (rows, length, width)."""
-        given: dict[str, Any] = {}
-        if self.rotary is not None:
-            given["position_embeddings"] = self.rotary(x, positions)
-        if self.checkpointed:
-            made = checkpoint(self.layer, x, use_reentrant=False, **given)
-        else:
-            made = self.layer(x, **given)
-        result: Tensor = made[0] if isinstance(made, tuple) else made
-        return result
-
-
-def model_of(recipe: Recipe, shape: Shape, *, is_adapted: bool) -> nn.Module:
-    """A layer on the meta device, in bfloat16."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("meta"):
-            layer = Layer(recipe.shape, shape, recipe.checkpointed).requires_grad_(False)
-            if is_adapted:
-                config = LoraConfig(
-                    r=recipe.rank,
-                    lora_alpha=2 * recipe.rank,
-                    lora_dropout=recipe.dropout,
-                    use_dora=recipe.dora,
-                    target_modules="all-linear",
-                )
-                # PEFT leaves adapters in the weights' dtype or casts them to float32.
-                layer = get_peft_model(layer, config, autocast_adapter_dtype=recipe.autocast)  # type: ignore[arg-type, assignment]
-    finally:
-        torch.set_default_dtype(before)
-    return layer.train()
 
 
 @contextmanager
@@ -308,7 +191,7 @@ def counted(
     """Compile a layer as far as Inductor's scheduler."""
     torch._dynamo.reset()
     shape = SHAPES[recipe.shape].scaled(scale)
-    model = model_of(recipe, shape, is_adapted=is_adapted)
+    model = model_of(recipe, shape, torch.device("meta"), is_adapted=is_adapted)
     length = recipe.length // scale
     x = torch.empty(recipe.rows, length, shape.width, dtype=torch.bfloat16, device="meta")
     positions = torch.empty(1, length, dtype=torch.long, device="meta")

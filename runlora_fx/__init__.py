@@ -9,6 +9,7 @@ rewrite single graphs and explain what the backend does:
 
 __version__ = "0.1.0"
 
+from runlora_fx.estimator import ProfileEstimator
 from runlora_fx.history import last_report
 from runlora_fx.joint_pass import RunloraPass
 from runlora_fx.options import Options
@@ -19,6 +20,7 @@ from runlora_fx.trace import explain, joint_graph, rewrite
 __all__ = [
     "Candidate",
     "Options",
+    "ProfileEstimator",
     "Refusal",
     "Report",
     "RunloraPass",

@@ -38,6 +38,17 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as _pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+try:
+    from torch._inductor.custom_graph_pass import CustomRuntimeEstimator as CustomRuntimeEstimator
+except ImportError:  # an older torch
+
+    class CustomRuntimeEstimator:  # type: ignore[no-redef]
+        """What torch has no class for."""
+
+
+#: Whether the partitioner takes an object that estimates runtimes. That of torch 2.13 does.
+TAKES_ESTIMATORS = CustomRuntimeEstimator.__module__.startswith("torch.")
+
 #: Metadata that fx copies from a node to the node that replaces it.
 COPIED_META: tuple[str, ...] = tuple(
     dict.fromkeys(

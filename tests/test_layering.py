@@ -57,6 +57,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # The pass, and the ways to it.
     ("passes.planning", "passes.pipeline"),
     ("joint_pass",),
+    ("estimator",),
     ("integrations", "integrations.*"),
     ("aot",),
     ("backend",),

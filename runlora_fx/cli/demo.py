@@ -68,6 +68,6 @@ def run(settings: Settings) -> int:
     reference = variants[0] if settings.dropout == 0 else variants[1]
     tolerance = TOLERANCE[settings.dtype]
     equal = output.print_losses(console, variants, reference, tolerance)
-    output.print_costs(console, variants)
+    output.print_costs(console, variants, device)
     console.print(f"\n{combined(reports)}", markup=False, soft_wrap=True)
     return 0 if equal else 1

@@ -12,6 +12,7 @@ from rich.table import Table
 from torch import nn
 
 from runlora_fx.cli.demo_training import Settings, Variant
+from runlora_fx.cost_model.devices.peak import peak_source
 
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -69,15 +70,15 @@ def print_losses(
     return equal
 
 
-def print_costs(console: Console, variants: Sequence[Variant]) -> None:
-    """Print time per step, ratios of times, and the activations saved for the backward.
+def print_costs(console: Console, variants: Sequence[Variant], device: torch.device) -> None:
+    """Print time per step, ratios of times, the activations saved for the backward, peak memory.
 
     A ratio is the median of the ratios of single steps. Other work on the machine disturbs it less
     than a ratio of medians.
     """
     named = {variant.name: variant for variant in variants}
     table = Table(title=f"Cost of a training step, median of {len(variants[0].seconds)}")
-    for name in ("", "time", "/ eager", "/ inductor", "activations", "first step"):
+    for name in ("", "time", "/ eager", "/ inductor", "activations", "peak", "first step"):
         table.add_column(name, justify="right" if name else "left")
     for variant in variants:
         table.add_row(
@@ -86,9 +87,12 @@ def print_costs(console: Console, variants: Sequence[Variant]) -> None:
             f"{_time_ratio(variant, named['eager']):.3f}",
             f"{_time_ratio(variant, named['inductor']):.3f}",
             f"{variant.saved_bytes / 2**20:.1f} MiB",
+            f"{variant.peak_bytes / 2**20:.1f} MiB",
             f"{variant.first_seconds:.1f} s",
         )
     console.print(table)
+    source = peak_source(device)
+    console.print(f"Peak: the most that a step holds beyond what was held before it, by {source}.")
 
 
 def _time_ratio(variant: Variant, other: Variant) -> float:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from runlora_fx.cli.demo_data import batches, corpus
+from runlora_fx.cost_model.devices.peak import peak_bytes
 from runlora_fx.cost_model.devices.registry import entry_of
 
 BACKENDS = {"eager": None, "inductor": "inductor", "runlora": "runlora"}
@@ -78,6 +79,7 @@ class Variant:
         seconds: Of every timed step: forward, backward and optimizer.
         first_seconds: Of the first step, which compiles.
         saved_bytes: Kept between forward and backward, beyond parameters and inputs [B].
+        peak_bytes: The most that a step holds at once, beyond what was held before it [B].
     """
 
     name: str
@@ -87,6 +89,7 @@ class Variant:
     seconds: list[float] = field(default_factory=list)
     first_seconds: float = 0.0
     saved_bytes: int = 0
+    peak_bytes: int = 0
 
 
 def model_and_tokens(settings: Settings) -> tuple[nn.Module, Tensor]:
@@ -165,23 +168,27 @@ def train(
 
 def _step(variant: Variant, batch: Tensor, step: int, dtype: str) -> None:
     """One optimizer step, measured for memory or timed if its number says so."""
-    watch: AbstractContextManager[Any] = nullcontext()
+
+    def take(watch: AbstractContextManager[Any]) -> None:
+        with watch, torch.autocast(batch.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = variant.model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        variant.optimizer.step()
+        variant.optimizer.zero_grad()
+        variant.losses.append(loss.item())
+
     if step == UNTIMED_STEPS - 1:
-        watch = _count_saved(variant, batch)
+        variant.peak_bytes = peak_bytes(lambda: take(_count_saved(variant, batch)), batch.device)
+        return
     entry_of(batch.device).synchronise(batch.device)
     start = time.perf_counter()
-    with watch, torch.autocast(batch.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-        loss = variant.model(input_ids=batch, labels=batch).loss
-    loss.backward()
-    variant.optimizer.step()
-    variant.optimizer.zero_grad()
+    take(nullcontext())
     entry_of(batch.device).synchronise(batch.device)
     seconds = time.perf_counter() - start
     if step == 0:
         variant.first_seconds = seconds
-    elif step >= UNTIMED_STEPS:
+    else:
         variant.seconds.append(seconds)
-    variant.losses.append(loss.item())
 
 
 @contextmanager

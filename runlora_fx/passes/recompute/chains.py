@@ -30,7 +30,7 @@ _aten = torch.ops.aten
 _RANDOM = (_aten.rand.default, _aten.rand_like.default)
 
 #: Functions that take longer for an element than its bytes do on some devices.
-_SPECIAL = (
+SPECIAL = (
     *(_aten.exp.default, _aten.sigmoid.default, _aten.tanh.default, _aten.erf.default),
     *(_aten.rsqrt.default, _aten.sqrt.default, _aten.sin.default, _aten.cos.default),
     *(_aten.log.default, _aten.log1p.default, _aten.expm1.default, _aten.div.Tensor),
@@ -201,7 +201,7 @@ class Chains:
         if any(n.meta.get("recompute") is not None for n in nodes):
             return None
         size = self._bytes(node)
-        special = sum(self._elements(n) for n in nodes if n.target in _SPECIAL)
+        special = sum(self._elements(n) for n in nodes if n.target in SPECIAL)
         cost = Cost(
             {
                 "elementwise": size + sum(map(self._bytes, sources)),
