@@ -65,6 +65,19 @@ def compile_whole(model: nn.Module, backend: str) -> nn.Module:
     return compiled
 
 
+def activation(tokens: int, width: int) -> Tensor:
+    """A random input (tokens, width) that requires a gradient; the same one in every call."""
+    x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(0))
+    return x.requires_grad_()
+
+
+def compiled(model: nn.Module, backend: str, **policy: object) -> Callable[..., Any]:
+    """Compile again, into one graph, with options of ours."""
+    torch._dynamo.reset()
+    options = None if backend == INDUCTOR else ours(**policy)
+    return torch.compile(model, backend=backend, fullgraph=True, options=options)
+
+
 def run_training(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     """One forward and backward: "loss", "logits" and the gradient of each trainable parameter."""
     model.zero_grad(set_to_none=True)

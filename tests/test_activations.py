@@ -1,6 +1,5 @@
 """What the backward makes again: by price, with the same masks, and as checkpoints allow."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,15 @@ from typing import Any
 import pytest
 import torch
 import torch._functorch.config as functorch_config
-from checks import INDUCTOR, RUNLORA, assert_same_values, ours, outputs_and_grads, saved_bytes
+from checks import (
+    INDUCTOR,
+    RUNLORA,
+    activation,
+    assert_same_values,
+    compiled,
+    outputs_and_grads,
+    saved_bytes,
+)
 from conftest import FLOPS_BOUND
 from market import randomise_lora_b
 from peft import LoraConfig, get_peft_model
@@ -65,20 +72,9 @@ def adapted(dropout: float = 0.0, checkpointed: bool = False) -> nn.Module:
     return model
 
 
-def activation() -> Tensor:
-    x = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(0))
-    return x.requires_grad_()
-
-
-def compiled(model: nn.Module, backend: str, **policy: object) -> Callable[..., Any]:
-    torch._dynamo.reset()
-    options = None if backend == INDUCTOR else ours(**policy)
-    return torch.compile(model, backend=backend, fullgraph=True, options=options)
-
-
 def kept(model: nn.Module, backend: str, **policy: object) -> int:
     """What a forward holds for the backward, its parameters and its input apart [B]."""
-    run, x = compiled(model, backend, **policy), activation()
+    run, x = compiled(model, backend, **policy), activation(TOKENS, WIDTH)
     return saved_bytes(lambda: run(x), [*model.parameters(), x])
 
 
@@ -122,7 +118,7 @@ def test_the_backward_sees_the_masks_of_the_forward(
     budget: float, memory: str, checkpointed: bool
 ) -> None:
     """With the same seed a small step along a direction changes the output by its derivative."""
-    model, x = adapted(0.5, checkpointed), activation()
+    model, x = adapted(0.5, checkpointed), activation(TOKENS, WIDTH)
     weights, direction = torch.randn(TOKENS, WIDTH), torch.randn(TOKENS, WIDTH)
     with functorch_config.patch(activation_memory_budget=budget):
         run = compiled(model, RUNLORA, memory=memory)
@@ -143,7 +139,7 @@ def test_the_backward_sees_the_masks_of_the_forward(
 
 def test_a_budget_of_nothing_is_refused_where_numbers_are_random() -> None:
     """There torch draws other masks in the backward, whatever nodes are tagged."""
-    model, x = adapted(0.5), activation()
+    model, x = adapted(0.5), activation(TOKENS, WIDTH)
     with functorch_config.patch(activation_memory_budget=0):
         run = compiled(model, RUNLORA, strict=True)
         with pytest.raises(Exception, match=r"activation_memory_budget to 0\.01 or more"):
@@ -156,7 +152,7 @@ def test_checkpointed_blocks_keep_as_little_as_before() -> None:
 
 @pytest.mark.parametrize("memory", ("balanced", "low"))
 def test_values_are_the_same(memory: str) -> None:
-    model, x = adapted(), activation()
+    model, x = adapted(), activation(TOKENS, WIDTH)
     wanted = outputs_and_grads(model, [x])
     found = outputs_and_grads(compiled(model, RUNLORA, memory=memory), [x])
     assert_same_values(found, wanted, RTOL)

@@ -10,8 +10,9 @@ from checks import (
     INDUCTOR,
     RUNLORA,
     RUNLORA_EAGER,
+    activation,
     assert_same_values,
-    ours,
+    compiled,
     outputs_and_grads,
     saved_bytes,
     scalar_kernels,
@@ -56,17 +57,6 @@ def model_of(dropout: float = 0.0) -> PeftModel:
     return model
 
 
-def activation(tokens: int = TOKENS) -> Tensor:
-    x = torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(0))
-    return x.requires_grad_()
-
-
-def compiled(model: nn.Module, backend: str, **policy: object) -> Callable[..., Any]:
-    torch._dynamo.reset()
-    options = None if backend == INDUCTOR else ours(**policy)
-    return torch.compile(model, backend=backend, fullgraph=True, options=options)
-
-
 def peak_bytes(step: Callable[[], object]) -> int:
     """The most memory that a step holds at once, over what was held before [B]."""
     with profile(profile_memory=True) as profiled:
@@ -83,7 +73,7 @@ def peak_bytes(step: Callable[[], object]) -> int:
 @scalar_kernels
 def costs(dropout: float, backend: str, *policy: tuple[str, object]) -> tuple[int, int, int]:
     """Of a training step: bytes held for the backward, peak bytes, and planned FLOPs."""
-    model, x = model_of(dropout), activation()
+    model, x = model_of(dropout), activation(TOKENS, WIDTH)
     run = compiled(model, backend, **dict(policy))
 
     def step() -> None:
@@ -143,7 +133,7 @@ def test_fast_holds_merged_weights_within_the_budget_and_saves_their_flops() -> 
 def test_values_do_not_depend_on_the_policy(
     backend: str, policy: tuple[tuple[str, object], ...]
 ) -> None:
-    model, x = model_of(), activation()
+    model, x = model_of(), activation(TOKENS, WIDTH)
     wanted = outputs_and_grads(model, [x])
     run = compiled(model, backend, **dict(policy))
     assert_same_values(outputs_and_grads(run, [x]), wanted, RTOL)
@@ -152,7 +142,7 @@ def test_values_do_not_depend_on_the_policy(
 @scalar_kernels
 def test_gradients_are_those_of_the_masks_of_the_forward() -> None:
     """With the same seed a small step along a direction changes the output by its derivative."""
-    model, x = model_of(0.5), activation()
+    model, x = model_of(0.5), activation(TOKENS, WIDTH)
     run = compiled(model, RUNLORA, memory="low")
     run(x)
     weights, direction = torch.randn(TOKENS, WIDTH), torch.randn(TOKENS, WIDTH)
@@ -175,7 +165,7 @@ def test_gradients_are_those_of_the_masks_of_the_forward() -> None:
 @pytest.mark.skipif(SAVES_STATE, reason="this torch draws other numbers where masks are not saved")
 def test_masks_drawn_again_are_the_same_masks() -> None:
     """Gradients with dropout: against Inductor, which draws the same numbers and keeps them."""
-    model, x = model_of(0.5), activation()
+    model, x = model_of(0.5), activation(TOKENS, WIDTH)
     values = []
     for backend, policy in ((INDUCTOR, {}), (RUNLORA, {"memory": "low"})):
         run = compiled(model, backend, **policy)
@@ -187,7 +177,7 @@ def test_masks_drawn_again_are_the_same_masks() -> None:
 
 def test_generators_state_is_left_to_those_who_use_it() -> None:
     """Where random operators use the generator's state, masks are kept."""
-    model, x = model_of(0.5), activation()
+    model, x = model_of(0.5), activation(TOKENS, WIDTH)
     with torch._inductor.config.patch(fallback_random=True):
         run = compiled(model, RUNLORA_EAGER, memory="low")
         torch.manual_seed(1)
@@ -226,7 +216,7 @@ def fused_step(model: PeftModel) -> None:
     """An optimizer whose kernel counts no versions."""
     adapters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(adapters, lr=1e-2, fused=True)
-    model(activation()).sum().backward()
+    model(activation(TOKENS, WIDTH)).sum().backward()
     optimizer.step()
 
 
@@ -264,7 +254,7 @@ CHANGES = (fused_step, in_place, base_in_place, load, new_data, edited_data)
 @pytest.mark.parametrize("backend", (RUNLORA_EAGER, RUNLORA))
 @scalar_kernels
 def test_merged_weights_are_made_once_until_something_changes(backend: str, made: Kept) -> None:
-    model, x = model_of(), activation(2).detach()
+    model, x = model_of(), activation(2, WIDTH).detach()
     run = compiled(model, backend, **BUDGET, reuse=True)
 
     def check(expected: int) -> None:
@@ -285,7 +275,7 @@ def test_merged_weights_are_made_once_until_something_changes(backend: str, made
 
 
 def test_another_adapter_takes_the_place_of_the_last(made: Kept) -> None:
-    model, x = model_of(), activation(2).detach()
+    model, x = model_of(), activation(2, WIDTH).detach()
     model.add_adapter("other", LoraConfig(r=RANK, target_modules=["linear"]))
     randomise_lora_b(model)
     run = compiled(model, RUNLORA_EAGER, **BUDGET, reuse=True)
@@ -298,7 +288,7 @@ def test_another_adapter_takes_the_place_of_the_last(made: Kept) -> None:
 
 
 def test_gradient_accumulation_merges_once(made: Kept) -> None:
-    model, x = model_of(), activation()
+    model, x = model_of(), activation(TOKENS, WIDTH)
     run = compiled(model, RUNLORA_EAGER, **BUDGET, reuse=True)
     run(x).sum().backward()
     in_place(model)

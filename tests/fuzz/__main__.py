@@ -12,6 +12,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from rich.console import Console
+from rich.progress import Progress
 
 from tests.fuzz import run
 from tests.fuzz.case import Case
@@ -41,22 +43,31 @@ def main() -> int:
     counts: Counter[str] = Counter()
     causes: Counter[str] = Counter()
     begin = time.process_time()
-    for seed in range(asked.seed, asked.seed + asked.cases):
-        case = random_case(seed)
-        for level in levels:
-            if not asked.level and seed % _RARE.get(level, 1):
-                continue
-            outcome = outcome_of(case, level, dynamic=asked.dynamic)
-            counts[f"{level} run"] += 1
-            counts[f"{level} changed"] += outcome.changed
-            counts[f"{level} skipped"] += outcome.skipped
-            counts[f"{level} failed"] += outcome.failure is not None
-            if outcome.failure is not None:
-                cause = outcome.failure.cause
-                causes[cause] += 1
-                print(f"seed {seed}: {cause} ({level})", flush=True)
-                if causes[cause] == 1 and not asked.no_shrink:
-                    _show(case, level, outcome.failure, asked.dynamic, asked.found, seed)
+    # The bar is drawn on a terminal only.
+    console = Console(stderr=True)
+    with Progress(
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+        redirect_stdout=sys.stdout.isatty(),
+    ) as progress:
+        seeds = range(asked.seed, asked.seed + asked.cases)
+        for seed in progress.track(seeds, description="programs"):
+            case = random_case(seed)
+            for level in levels:
+                if not asked.level and seed % _RARE.get(level, 1):
+                    continue
+                outcome = outcome_of(case, level, dynamic=asked.dynamic)
+                counts[f"{level} run"] += 1
+                counts[f"{level} changed"] += outcome.changed
+                counts[f"{level} skipped"] += outcome.skipped
+                counts[f"{level} failed"] += outcome.failure is not None
+                if outcome.failure is not None:
+                    cause = outcome.failure.cause
+                    causes[cause] += 1
+                    print(f"seed {seed}: {cause} ({level})", flush=True)
+                    if causes[cause] == 1 and not asked.no_shrink:
+                        _show(case, level, outcome.failure, asked.dynamic, asked.found, seed)
     for level in levels:
         ran = counts[f"{level} run"]
         share = counts[f"{level} changed"] / max(ran, 1)

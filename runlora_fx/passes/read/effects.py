@@ -61,7 +61,7 @@ class Effects:
         """True if a node's value is determined by the values that it reads, and nothing else is.
 
         Inputs and attributes are. A pure node may still read memory that another node modifies:
-        see :meth:`is_movable`.
+        see :meth:`version`.
         """
         if node.op in ("placeholder", "get_attr"):
             return True
@@ -99,23 +99,6 @@ class Effects:
         if not self._writes.by_node:
             return 0
         return self._writes.version(self.memory_of(node), self._position[at])
-
-    def is_movable(self, node: fx.Node, to: fx.Node) -> bool:
-        """True if a node computes the same value in front of another node.
-
-        Args:
-            node: A node of the graph.
-            to: Another, earlier or later.
-
-        Returns:
-            True if the node is pure, both run in the same mode, and no node between them modifies
-            what the node reads or returns.
-        """
-        if not self.is_pure(node) or self.mode_of(node) != self.mode_of(to):
-            return False
-        here, there = self._position[node], self._position[to]
-        seen = (self.memory_of(node), *self._read(node))
-        return all(self._writes.version(m, here) == self._writes.version(m, there) for m in seen)
 
     def is_overwritten(self, node: fx.Node) -> bool:
         """True if a node behind this one modifies the memory of its result."""
