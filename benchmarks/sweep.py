@@ -43,7 +43,7 @@ from runlora_fx.passes.emit.apply import apply
 from runlora_fx.passes.levels.aten import ATEN
 from runlora_fx.passes.read.analysis import Analysis
 from runlora_fx.passes.search.decide import decide
-from runlora_fx.passes.search.frontiers import cheapest
+from runlora_fx.passes.search.frontiers import search
 from runlora_fx.passes.search.ways import Ways
 from runlora_fx.passes.tune.pricing import Pricing
 
@@ -238,7 +238,7 @@ def candidates(problem: Problem, policies: list[Objective]) -> dict[str, Plan | 
     """All plans to time, by name: for each policy and each first step of each demand the best."""
     plans: list[Plan] = []
     for objective in policies:
-        plans.append(cheapest(problem, objective))
+        plans.append(search(problem, objective).plan)
         for demand in problem.demands:
             ways = Ways(problem, objective).of(demand)
             turned = Problem(
@@ -247,7 +247,7 @@ def candidates(problem: Problem, policies: list[Objective]) -> dict[str, Plan | 
                     "demands": (demand, *(d for d in problem.demands if d != demand)),
                 }
             )
-            plans += [cheapest(turned, objective, step) for step, *_ in ways]
+            plans += [search(turned, objective, step).plan for step, *_ in ways]
     unique: dict[frozenset[Any], Plan] = {frozenset(p.steps.items()): p for p in plans}
     chosen = [decide(problem, objective).plan for objective in policies]
     kept = [

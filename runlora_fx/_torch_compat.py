@@ -133,7 +133,7 @@ def in_fake_mode(mode: FakeTensorMode | None) -> AbstractContextManager[Any]:
 
 
 def is_plain_fake(value: object, mode: FakeTensorMode | None) -> bool:
-    """Whether a value is a plain strided fake tensor of a mode, with sizes that are numbers."""
+    """True if a value is a plain strided fake tensor of a mode, with sizes that are numbers."""
     return (
         type(value) is FakeTensor
         and value.fake_mode is mode
@@ -195,7 +195,7 @@ def guard_range(size: sympy.Expr, low: int, high: int | None, mode: FakeTensorMo
     """Add a guard: the code that is being compiled is valid for ``low <= size < high`` only.
 
     Returns:
-        Whether the guard was added. Sizes that are only known at run time cannot be guarded.
+        True if the guard was added. Sizes that are only known at run time cannot be guarded.
     """
     env = None if mode is None else mode.shape_env
     if env is None or free_unbacked_symbols(size):
@@ -208,7 +208,7 @@ def guard_range(size: sympy.Expr, low: int, high: int | None, mode: FakeTensorMo
 
 
 def is_current(size: sympy.Expr, mode: FakeTensorMode | None) -> bool:
-    """Whether a symbolic size is still symbolic; a guard may have turned it into a number."""
+    """True if a symbolic size is still symbolic; a guard may have turned it into a number."""
     env = None if mode is None else mode.shape_env
     return env is None or bool(env.replace(size) == size)
 
@@ -227,7 +227,7 @@ def keeps_inputs_only() -> bool:
 
 
 def draws_from_seeds() -> bool:
-    """Whether Inductor replaces random operators by functions of a seed."""
+    """True if Inductor replaces random operators by functions of a seed."""
     return not inductor_config.fallback_random
 
 
@@ -281,17 +281,17 @@ def inductor_compiler(mode: str | None, options: Mapping[str, Any]) -> Any:
 
 
 def is_sym_int(node: fx.Node) -> bool:
-    """Whether a node holds a symbolic integer."""
+    """True if a node holds a symbolic integer."""
     return isinstance(node.meta.get("val"), torch.SymInt)
 
 
 def must_run_backward(node: fx.Node) -> bool:
-    """Whether AOTAutograd says that a node that writes to memory does so in the backward."""
+    """True if AOTAutograd says that a node that writes to memory does so in the backward."""
     return node.meta.get("partitioner_tag") in ("is_backward", "must_be_in_backward")
 
 
 def is_composite(operator: torch._ops.OpOverload) -> bool:
-    """Whether an operator is composed of others, in training as well as in inference."""
+    """True if an operator is composed of others, in training as well as in inference."""
     key = torch._C.DispatchKey.CompositeImplicitAutograd
     return bool(operator.has_kernel_for_dispatch_key(key))
 

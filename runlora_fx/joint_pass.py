@@ -77,7 +77,7 @@ def run(
 
 
 def _is_seen(graph: fx.Graph) -> bool:
-    """Whether the pass has seen every operator of a graph.
+    """True if the pass has seen every operator of a graph.
 
     Inductor calls the pass on the joint graph of a nested compile region, and then again on its
     forward and on its backward. A list of passes may also contain the pass twice.
@@ -93,7 +93,7 @@ class RunloraPass(CustomGraphPass):
     ``backend="runlora"`` the backend's own pass and options replace this one.
 
     Attributes:
-        ran: Whether it was called. It is not where compiled code comes from a cache.
+        ran: True once it was called. It is not called if the compiled code comes from a cache.
     """
 
     def __init__(

@@ -49,7 +49,7 @@ def split_keywords(
 
 
 def _is_misspelt(name: str, value: object) -> bool:
-    """Whether a keyword that only ``**kwargs`` of a model takes resembles one of our options."""
+    """True if a keyword that only ``**kwargs`` of a model takes resembles one of our options."""
     is_simple = value is None or isinstance(value, str | bool | int | float)
     return is_simple and bool(get_close_matches(name, _NAMES, 1))
 

@@ -47,7 +47,7 @@ class Options:
         memory: ``"balanced"`` never saves more for the backward than Inductor would. ``"low"``
             saves less, and recomputes what is cheap: ``X A'`` and the masks of dropout.
             ``"fast"`` may save merged weights.
-        reuse: Whether ``"fast"`` may keep merged weights between calls until a weight changes.
+        reuse: True if ``"fast"`` may keep merged weights between calls until a weight changes.
         numerics: ``"default"`` reassociates products and sums. ``"strict"`` adds no rounding to
             that of the model in dtypes of less than 32 bits. ``"relaxed"`` also reorders across
             casts between floating-point dtypes.

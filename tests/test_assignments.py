@@ -44,7 +44,7 @@ from runlora_fx.passes.algebra.steps import (
 )
 from runlora_fx.passes.algebra.words import Factor, Word
 from runlora_fx.passes.search.decide import decide
-from runlora_fx.passes.search.frontiers import cheapest
+from runlora_fx.passes.search.frontiers import search
 from runlora_fx.passes.search.ranges import Varying, ranges
 from runlora_fx.passes.search.ways import Ways
 from runlora_fx.report.notation import Names, algebra
@@ -280,7 +280,7 @@ def test_a_plan_is_the_same_in_the_numbers_of_the_graph(kind: str) -> None:
         for s in specs
     ]
     dense = Dense(replace(problem, leaves=tuple(specs)))
-    plan = cheapest(problem, FLOPS)
+    plan = search(problem, FLOPS).plan
     for value, step in graph.in_graph(plan).steps.items():
         assert normalise(value.core).core == value.core
         if not isinstance(step, Keep):
@@ -404,7 +404,7 @@ def test_as_cheap_as_brute_force(
     kind: str, dims: tuple[int, int, int, int, int], multiple: int, demands: tuple[str, ...]
 ) -> None:
     problem = expert_layer(dims, kind, multiple, demands)
-    assert FLOPS.total(cheapest(problem, FLOPS).operations(problem)) == brute_force(problem)
+    assert FLOPS.total(search(problem, FLOPS).plan.operations(problem)) == brute_force(problem)
 
 
 # -- what it decides -----------------------------------------------------------------------------
@@ -493,7 +493,7 @@ Y = X (W + 2 A B)[k]
 dB = A' sum_k(X' dY)"""
     )
     assert (
-        algebra(problem, names, scalars, cheapest(problem, FLOPS))
+        algebra(problem, names, scalars, search(problem, FLOPS).plan)
         == """\
 Z = X A[k]   (recomputed in the backward)
 Y = X W[k] + 2 Z B[k]

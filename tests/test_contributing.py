@@ -1,6 +1,7 @@
 """The recipes of `docs/contributing.md`, followed as they stand there."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,11 +14,10 @@ from runlora_fx.cost_model.ops import Elementwise, MatMul
 from runlora_fx.options import Options
 from runlora_fx.passes.algebra.addends import Addends, scaled
 from runlora_fx.passes.algebra.implementations import (
+    REGISTERED,
     Implementation,
     Work,
     register,
-    registered,
-    registering,
 )
 from runlora_fx.passes.algebra.polynomials import Scalar
 from runlora_fx.passes.algebra.problem import Value
@@ -155,6 +155,16 @@ def write(emission: Emission, value: Value, step: Step, transposed: bool) -> fx.
     return emission.scope.scaled(node, scalar)
 
 
+@contextmanager
+def registering(implementation: Implementation) -> Iterator[None]:
+    """A context in which there is one implementation more."""
+    register(implementation)
+    try:
+        yield
+    finally:
+        del REGISTERED[implementation.name]
+
+
 def merged_adapter(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return x @ (w + 2.0 * (a @ b))
 
@@ -169,7 +179,7 @@ def test_an_implementation(tokens: int, tensors: list[Tensor]) -> None:
     assert any(site.changed for site in report.sites)
     narrow = [n for n in gm.graph.nodes if n.target is torch.ops.aten.linear.default]
     assert len(narrow) == 1
-    assert NARROW not in registered()
+    assert NARROW.name not in REGISTERED
 
 
 def test_an_implementation_that_costs_more_is_not_chosen(tensors: list[Tensor]) -> None:
@@ -187,7 +197,7 @@ def test_names_of_implementations_are_unique() -> None:
         writes("narrow")
 
 
-@pytest.mark.parametrize("name", sorted(one.name for one in registered()))
+@pytest.mark.parametrize("name", sorted(REGISTERED))
 def test_every_implementation_is_written(name: str) -> None:
     by_experts = {"pick", "scatter", "grouped", "grouped_outer"}  # read in a pass of their own
     if name != "keep" and name not in by_experts:  # what is kept is not made

@@ -157,7 +157,7 @@ STAGES = {
     "read": PASSES + "read.analysis.GraphReader.__init__",
     "pose": PASSES + "read.analysis.Poser.pose",
     "search": PASSES + "planning.decide_all",
-    "plan of the whole graph": PASSES + "emit.apply.task_of",
+    "plan of the whole graph": PASSES + "emit.apply.Task",
     "emit": PASSES + "emit.apply.Emitter.emit",
     "verify": PASSES + "emit.copies.roots.verify",
     "replace": "torch.fx.Node.replace_all_uses_with",

@@ -16,7 +16,7 @@ from runlora_fx.cost_model.profile import DEFAULT_PROFILE, MachineProfile
 from runlora_fx.passes.algebra.plan import Plan, incoming_operations
 from runlora_fx.passes.algebra.problem import Problem
 from runlora_fx.passes.search.decide import decide, saving
-from runlora_fx.passes.search.frontiers import cheapest
+from runlora_fx.passes.search.frontiers import search
 from runlora_fx.passes.search.ranges import Range, _merges, break_even, ranges
 from runlora_fx.passes.search.space import space_of
 from runlora_fx.passes.search.varying import COMPARED, SEARCHED, Varying, candidates
@@ -53,7 +53,7 @@ def varying(layer: tuple[int, int, int], objective: Objective, *, traced: int = 
 def total(
     problems: Mapping[Varying, int], plans: Mapping[Varying, Plan | None], size: int
 ) -> float:
-    return sum(count * v.price(plans[v], size) for v, count in problems.items())
+    return sum(count * v.priced(plans[v], size).price for v, count in problems.items())
 
 
 every_objective = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
@@ -118,8 +118,8 @@ def test_no_plan_is_dearer_than_the_graph_as_it_came_at_any_size(
     problem = varying(layer, objective)
     for r in ranges({problem: 1}):
         for size in filter(r.contains, DENSE):
-            came = problem.price(None, size)
-            assert problem.price(r.plans[problem], size) <= came * (1 + 1e-9), size
+            came = problem.priced(None, size).price
+            assert problem.priced(r.plans[problem], size).price <= came * (1 + 1e-9), size
 
 
 @every_objective
@@ -131,8 +131,8 @@ def test_no_layer_of_a_graph_is_dearer_than_it_came_at_any_size(
     for r in ranges(problems):
         for size in filter(r.contains, DENSE):
             for problem, plan in r.plans.items():
-                came = problem.price(None, size)
-                assert problem.price(plan, size) <= came * (1 + 1e-9), size
+                came = problem.priced(None, size).price
+                assert problem.priced(plan, size).price <= came * (1 + 1e-9), size
 
 
 def test_layers_with_break_evens_of_their_own_have_borders_of_their_own() -> None:
@@ -156,7 +156,7 @@ def test_few_ranges_save_most_of_what_a_plan_for_every_size_would(objective: Obj
         for size in COMPARED:
             before = total(problems, came, size)
             best = sum(
-                count * min(v.price(plan, size) for plan in candidates(v).plans)
+                count * min(v.priced(plan, size).price for plan in candidates(v).plans)
                 for v, count in problems.items()
             )
             (inside,) = (r for r in found if r.contains(size))
@@ -173,8 +173,8 @@ def test_candidates_are_the_best_at_every_size_searched(objective: Objective) ->
     problem = varying((768, 768, 128), objective)
     for size in (1, 16, 64, 256, 1024, 4096, 32768):
         sized = replace(problem.problem, dims=(size, *problem.problem.dims[1:]))
-        best = problem.objective.total(cheapest(sized, problem.objective).operations(sized))
-        least = min(problem.price(plan, size) for plan in candidates(problem).plans)
+        best = problem.objective.total(search(sized, problem.objective).plan.operations(sized))
+        least = min(problem.priced(plan, size).price for plan in candidates(problem).plans)
         assert least == pytest.approx(best)
 
 
@@ -262,7 +262,9 @@ def test_break_even_choice_and_decision_agree_at_every_size(
         decision = decide(known.at(size), objective)
         takes = decision.plan if decision.changed else None
         mine = plans.plans[plans.choice(size)]
-        assert known.price(mine, size) == pytest.approx(known.price(takes, size), rel=1e-9)
+        assert known.priced(mine, size).price == pytest.approx(
+            known.priced(takes, size).price, rel=1e-9
+        )
         assert decision.changed == (mine is not None), size
         assert holds(said, size) == _merges(known.problem, mine, False), size
 
@@ -293,10 +295,10 @@ def test_the_break_even_says_when_the_cheapest_plan_merges(
     assert came is None
     for size in (*DENSE, 10_000, 50_000):
         sized = replace(problem.problem, dims=(size, *problem.problem.dims[1:]))
-        plan = cheapest(sized, problem.objective)
+        plan = search(sized, problem.objective).plan
         # No product with X or X A' on the left, but one with W' + A' B' on the right.
         merges = len([op for op in plan.operations(sized) if hasattr(op, "k")]) == 2
-        tie = abs(problem.price(None, size) / problem.price(plan, size) - 1) < 1e-9
+        tie = abs(problem.priced(None, size).price / problem.priced(plan, size).price - 1) < 1e-9
         if not (tie and merges):
             assert holds(said, size) == merges, (said, size)
 

@@ -41,7 +41,7 @@ def print_losses(
         tolerance: Largest relative difference that counts as equal.
 
     Returns:
-        Whether every variant but eager follows the reference.
+        True if every variant but eager follows the reference.
     """
     table = Table(title=f"Loss of {len(reference.losses)} steps")
     for name in ("", "first", "curve", "last", f"difference to {reference.name}"):

@@ -48,7 +48,7 @@ class PublishedDevice:
         single: Dense products in float32 without TF32 [FLOP/s].
         double: Dense products in float64 [FLOP/s].
         source: Where the numbers are published.
-        is_cpu: Whether it is a CPU.
+        is_cpu: True if it is a CPU.
     """
 
     title: str
@@ -80,7 +80,7 @@ def pointwise_times(single: float, *, is_cpu: bool = False) -> dict[str, float]:
 
     Args:
         single: The device's peak in single precision [FLOP/s].
-        is_cpu: Whether it is a CPU.
+        is_cpu: True if it is a CPU.
     """
     special, random = (_CPU_SPECIAL, _CPU_RANDOM) if is_cpu else (_GPU_SPECIAL, _GPU_RANDOM)
     return {"special": special / single, "random": random / single}

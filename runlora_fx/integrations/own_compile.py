@@ -34,7 +34,7 @@ def own_backend(backend: _Backend) -> _Backend:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_own_compilation() -> bool:
-    """Whether the caller is traced, or runs between compiled parts, for a backend of ours.
+    """True if the caller is traced, or runs between compiled parts, for a backend of ours.
 
     Inductor with our pass counts as one. Dynamo calls this function while it traces, and treats the
     result as a constant.

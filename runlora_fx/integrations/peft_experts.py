@@ -49,7 +49,7 @@ def _with_merged_weight(layer: Any, wrapper: Any, x: Tensor, *args: Any, **kwarg
 
 
 def _is_plain(layer: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether adapters are active, not merged, and can be added to the weight in its dtype."""
+    """True if adapters are active, not merged, and can be added to the weight in its dtype."""
     param: nn.Parameter = layer.get_param()
     is_active = not (layer.disable_adapters or layer.merged) and "adapter_names" not in kwargs
     return is_active and param.dtype in (torch.float32, torch.bfloat16, torch.float16)

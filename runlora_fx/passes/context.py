@@ -18,14 +18,14 @@ import sympy
 import torch
 from torch import fx
 
-from runlora_fx._torch_compat import fake_mode_of, guard_range, is_current, size_hint
+from runlora_fx._torch_compat import fake_mode_of, guard_range, is_current
 from runlora_fx.cost_model.devices.machine import Machine
 from runlora_fx.cost_model.devices.registry import computing
 from runlora_fx.options import Options
 from runlora_fx.passes.algebra.posed import Dim
 from runlora_fx.passes.levels.level import Dialect
 from runlora_fx.passes.levels.sizes import facts_of
-from runlora_fx.passes.read.analysis import UNKNOWN_SIZE, Analysis
+from runlora_fx.passes.read.analysis import Analysis, hint_of
 from runlora_fx.passes.read.casts import Casts
 from runlora_fx.passes.read.effects import Effects
 
@@ -68,8 +68,8 @@ class Context:
         level: The level of the graph.
         options: What is asked of the passes.
         machine: What is known about the devices.
-        may_guard: True if guards on symbolic sizes can be made: they are checked before each call,
-            and another size gets another graph.
+        may_guard: True if Dynamo compiles the graph. It checks guards on symbolic sizes before each
+            call, and compiles again for a size outside of them.
         parameters: Which of the graph's inputs are parameters, the same tensors in every call.
         failures: What went wrong so far; passes add to it.
     """
@@ -89,11 +89,9 @@ class Context:
         """The fake mode that the example tensors live in; None where they are real."""
         return fake_mode_of(node.meta.get("val") for node in self.graph.nodes)
 
-    def hint(self, size: Dim, fallback: int = UNKNOWN_SIZE) -> int:
+    def hint(self, size: Dim) -> int:
         """The size that a dimension had when the graph was traced."""
-        if isinstance(size, int):
-            return size
-        return size_hint(sympy.sympify(size), self.mode, fallback)
+        return hint_of(size, self.mode)
 
     def guard(self, size: sympy.Expr, low: int, high: int | None) -> bool:
         """Have Dynamo check ``low <= size < high`` before every call; False if it cannot."""

@@ -51,8 +51,8 @@ def rewrite_graph(
         level: The level of the graph.
         options: What is asked of the pass.
         machine: What is known about the devices; what is stored about them, if None.
-        may_guard: Whether guards on symbolic sizes can be made: they are checked before each call,
-            and another size gets another graph.
+        may_guard: True if Dynamo compiles the graph. It checks guards on symbolic sizes before each
+            call, and compiles again for a size outside of them.
         parameters: Which of the graph's inputs are parameters, the same tensors in every call.
 
     Returns:

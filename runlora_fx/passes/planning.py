@@ -50,7 +50,7 @@ class PlannedRegion:
         region: The region.
         posed: Its problem.
         decision: What was decided.
-        changed: Whether the plan was written.
+        changed: True if the plan was written.
         objective: How plans were ranked.
     """
 

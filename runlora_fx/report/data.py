@@ -26,7 +26,7 @@ class Report:
         refusals: What was left alone although it looks like LoRA.
         flops_before: All matrix products of the graph as it came [FLOP].
         flops_after: All matrix products that will run [FLOP].
-        from_cache: Whether the compiled code came from a cache, so that no graph was seen.
+        from_cache: True if the compiled code came from a cache, so that no graph was seen.
         planned_for: The device that was planned for, if another than the graph runs on.
     """
 

@@ -57,7 +57,7 @@ def describe(
         region: The region.
         posed: Its problem.
         decision: Its decision.
-        changed: Whether the plan was emitted.
+        changed: True if the plan was emitted.
         objective: The objective that ranked plans.
         known: The sites that are described already. Equal layers are described once.
     """
@@ -90,7 +90,7 @@ def _site(
         posed: The region's problem.
         scalars: The scalar of each demand in the graph.
         decision: Its decision.
-        changed: Whether the plan was emitted.
+        changed: True if the plan was emitted.
         objective: The objective that ranked plans.
     """
     problem = posed.problem
@@ -127,7 +127,7 @@ def _site(
 
 
 def _has_products_of_products(problem: Problem) -> bool:
-    """Whether some word has three factors or more."""
+    """True if some word has three factors or more."""
     words = (
         w for demand in problem.demands if not demand.core.is_diag_part for w in demand.core.words
     )

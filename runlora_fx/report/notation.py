@@ -84,7 +84,7 @@ class Names:
         return next((d for d, name in self._dims.items() if name == "N"), None)
 
     def _is_one_row(self, dim: int) -> bool:
-        """Whether a dimension is the row of a bias, or the one row of a token at its expert."""
+        """True if a dimension is the row of a bias, or the one row of a token at its expert."""
         if any(leaf.kind == "ones" and leaf.cols == dim for leaf in self._problem.leaves):
             return True
         tokens = [assignment.tokens for assignment in self._problem.assignments]
@@ -113,7 +113,7 @@ class Names:
                 self._dim(self._problem.extent(factors[1])[1], "r")
 
     def _is_adapter(self, factors: tuple[Factor, ...], words: list[tuple[Factor, ...]]) -> bool:
-        """Whether ``X A' B'`` stands beside a base weight, or its inner dimension is the least."""
+        """True if ``X A' B'`` stands beside a base weight, or its rank is its smallest size."""
         sizes = [self._problem.dims[self._problem.extent(f)[1]] for f in factors]
         return min(map(len, words)) == 2 or sizes[1] < min(sizes[0], sizes[2])
 
@@ -129,7 +129,7 @@ class Names:
         return tuple(self._problem.dims[d] for d in self._problem.extent(factor))
 
     def is_ones(self, factor: Factor) -> bool:
-        """Whether a factor is the column of ones, which repeats a row, or its transpose."""
+        """True if a factor is the column of ones, which repeats a row, or its transpose."""
         return self._problem.leaves[factor.leaf].kind == "ones"
 
     def without_repeats(self, factors: tuple[Factor, ...]) -> tuple[Factor, ...]:
@@ -183,11 +183,11 @@ class Names:
         return f"diagonal({text})" if word.diag_part else text
 
     def is_of_weights(self, core: Polynomial) -> bool:
-        """Whether a value is computed from weights alone, without an activation or a gradient."""
+        """True if a value is computed from weights alone, without an activation or a gradient."""
         return all(self.leaves[i][0] in "WABbg1" for i in core.leaves)
 
     def demand(self, value: Value) -> tuple[str, bool]:
-        """The name of a demand, and whether it is shown transposed."""
+        """The name of a demand; True beside it if it is shown transposed."""
         _, rows, cols = self._problem.shape(value.core)
         if value.core.is_diag_part:
             return "dg", False

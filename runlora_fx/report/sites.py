@@ -40,10 +40,10 @@ class Site:
         flops_after: The matrix products that will run [FLOP].
         flops_before_expr: ``flops_before`` as an expression in the site's dimensions.
         flops_after_expr: ``flops_after`` as an expression in the site's dimensions.
-        changed: Whether the graph was changed here.
+        changed: True if the graph was changed here.
         reason: Why it was changed or left alone.
         considered: The cheapest plan for every first step, cheapest first.
-        is_exact: Whether all plans were compared, so that no cheaper one exists.
+        is_exact: True if all plans were compared, so that no cheaper one exists.
         find_break_even: Computes :attr:`break_even`.
     """
 

@@ -12,8 +12,7 @@ takes the step. The search chooses among all that serve it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -122,41 +121,26 @@ class Implementation:
 # -- the registry ------------------------------------------------------------------------------
 
 
-def registered() -> tuple[Implementation, ...]:
-    """All implementations; of those that serve a step the first usual one prices a graph."""
-    return tuple(_REGISTERED.values())
-
-
 def register(implementation: Implementation) -> None:
     """Add an implementation, before anything is planned: decisions are remembered.
 
     Raises:
         ValueError: If another one has its name.
     """
-    if implementation.name in _REGISTERED:
+    if implementation.name in REGISTERED:
         raise ValueError(f"there is an implementation {implementation.name!r} already")
-    _REGISTERED[implementation.name] = implementation
-
-
-@contextmanager
-def registering(implementation: Implementation) -> Iterator[None]:
-    """A context in which there is one implementation more."""
-    register(implementation)
-    try:
-        yield
-    finally:
-        del _REGISTERED[implementation.name]
+    REGISTERED[implementation.name] = implementation
 
 
 def named(name: str) -> Implementation:
     """The implementation of a name."""
-    return _REGISTERED[name]
+    return REGISTERED[name]
 
 
 def serving(work: Work) -> list[Implementation]:
     """All implementations that can do some work, the one that a graph runs first."""
     found = [
-        one for one in _REGISTERED.values() if isinstance(work.step, one.step) and one.serves(work)
+        one for one in REGISTERED.values() if isinstance(work.step, one.step) and one.serves(work)
     ]
     return sorted(found, key=lambda one: not one.is_usual) if len(found) > 1 else found
 
@@ -360,8 +344,9 @@ _GROUPED_OUTER = Implementation(
     lambda work: (GroupedMatMul(_tokens(work), *work.extents, work.itemsize, is_outer=True),),
 )
 
-#: By name. Of the products the special ones come before the one that multiplies any two matrices.
-_REGISTERED = {
+#: All implementations by name. Of those that serve a step the first usual one prices a graph that
+#: takes the step. So the special products come before the one that multiplies any two matrices.
+REGISTERED = {
     one.name: one
     for one in (
         *(_SUM, _ADDMM, _KEPT, _KEEP),

@@ -264,11 +264,10 @@ def _divided_product(
     return left, divided(right, Scalar(1.0, by.leaves))
 
 
-def product_step(left: Polynomial, right: Polynomial, *, diag_part: bool = False) -> Product:
-    """The product, or its diagonal, as a step that makes its normalised value."""
-    if not diag_part and normalise(left @ right).transposed:
+def product_step(left: Polynomial, right: Polynomial) -> Product:
+    """The product as a step that makes its normalised value."""
+    if normalise(left @ right).transposed:
         left, right = right.T, left.T
     (_, left), (_, right) = without_scalar(left), without_scalar(right)
-    made = left @ right
-    again = normalise(made.diag_part if diag_part else made).scalar.number
+    again = normalise(left @ right).scalar.number
     return Product(left, right.scaled(Scalar(1.0 / again)))

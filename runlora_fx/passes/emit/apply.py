@@ -1,4 +1,4 @@
-"""Application: plans are written into a graph, and the proven roots replace the old ones.
+"""Application: write plans into a graph, prove the new roots, replace the old ones by them.
 
     root = add(mm(X, W'), mm(mm(X, A'), B'))      ->      root = mm(X, addmm(W, B, A)')
 
@@ -22,7 +22,7 @@ from runlora_fx.passes.emit.nodes.layout import is_relied_on
 from runlora_fx.passes.emit.nodes.writer import Writer
 from runlora_fx.passes.emit.proof.probe import probe
 from runlora_fx.passes.emit.steps.emitter import Emitted, Emitter
-from runlora_fx.passes.emit.steps.task import Task, task_of
+from runlora_fx.passes.emit.steps.task import Task
 from runlora_fx.passes.levels.level import asks_about
 from runlora_fx.passes.read.analysis import Analysis
 from runlora_fx.passes.read.reader import GraphReader
@@ -30,7 +30,7 @@ from runlora_fx.passes.read.regions import Root
 
 
 class NotAppliedError(Exception):
-    """A root could not be written or proven; the graph may be half changed.
+    """A root could not be written or proven; the graph is left half changed.
 
     Attributes:
         root: The root.
@@ -38,27 +38,27 @@ class NotAppliedError(Exception):
     """
 
     def __init__(self, root: Root, cause: Exception) -> None:
-        """Say about which root what went wrong."""
+        """Name the root, and what went wrong with it."""
         super().__init__(str(cause))
         self.root = root
         self.cause = cause
 
 
 def apply(analysis: Analysis, plans: Mapping[int, Plan], *, probes: bool = False) -> None:
-    """Rewrite a graph, inside a transaction of the caller's.
+    """Rewrite a graph. The caller opens a transaction around the call.
 
     Args:
         analysis: The graph as it came.
-        plans: By the index of a region, what to compute it by; the others stay as they came.
-        probes: Whether every root is also computed from random numbers, in both ways.
+        plans: The plan of each region, by its index. The other regions stay as they came.
+        probes: True to compare the old and the new value of every root on random numbers too.
 
     Raises:
-        NotAppliedError: If a plan cannot be written, or is not what it was to be.
-        Exception: If something else fails, once all roots are proven.
+        NotAppliedError: If a root cannot be written or proven.
+        Exception: If something else fails after all roots are proven.
     """
     if not plans:
         return
-    task = task_of(analysis, plans)
+    task = Task(analysis, plans)
     writer = Writer(analysis.graph, analysis.reader, analysis.dialect)
     memory = memory_of_results(analysis.graph, analysis.effects)
     _replace(task, writer, probes=probes)
@@ -73,13 +73,13 @@ def apply(analysis: Analysis, plans: Mapping[int, Plan], *, probes: bool = False
 
 
 def _replace(task: Task, writer: Writer, *, probes: bool) -> None:
-    """Emit and verify every root, then put them all in the places of the old ones."""
+    """Emit and verify every root, then replace all old roots by the new ones."""
     graph, reader = task.analysis.graph, task.analysis.reader
     copies = Copies(task, writer, Emitter(task, writer))
     emitted: list[tuple[Root, Emitted]] = []
     for root in task.roots:
         with _of_root(root):
-            # All roots are proven before any is replaced: until then the graph is only longer.
+            # All roots are proven before any is replaced: until then nodes are only added.
             emitted.append((root, copies.write(root)))
     for root, new in emitted if probes else ():
         with _of_root(root):
@@ -88,12 +88,12 @@ def _replace(task: Task, writer: Writer, *, probes: bool) -> None:
         with _of_root(root):
             hand_over(root.node, new.node)
     for call, holder in reader.linear.asked_sizes.items():
-        call.args = holder  # no product stays for its sizes alone
-    # Without the tag the partitioner would keep them: for a merged weight a second copy of every
-    # adapted weight, from forward to backward.
+        call.args = holder  # so that no product stays only because its size is read
+    # Without the tag the partitioner would save them. A saved merged weight is a second copy of the
+    # adapted weight that lives from the forward to the backward.
     again = [node for _, new in emitted for node in new.recomputed]
     recompute([*again, *writer.picked], writer.written)
-    # The same for a weight that was quantised to be small, and is written whole.
+    # The same holds for a quantised weight that is written in full precision.
     recompute(writer.materialised, writer.written)
     given_up = {*writer.own, *reader.forms, *reader.linear.absorbed}
     for node in reversed(list(graph.nodes)):
@@ -106,7 +106,7 @@ def _replace(task: Task, writer: Writer, *, probes: bool) -> None:
 
 
 def _ask_another(reader: GraphReader, node: fx.Node) -> None:
-    """Where only its dtype or device is still asked for, have a source of the node asked."""
+    """Let users that read only a node's dtype or device read them from one of its sources."""
     if not node.users or not all(map(asks_about, node.users)):
         return
     if node not in reader.forms:
@@ -119,7 +119,7 @@ def _ask_another(reader: GraphReader, node: fx.Node) -> None:
 
 @contextmanager
 def _of_root(root: Root) -> Iterator[None]:
-    """A context in which whatever goes wrong is a failure to write a root."""
+    """A context that turns every exception into a :class:`NotAppliedError` of a root."""
     try:
         yield
     except Exception as error:
@@ -127,7 +127,7 @@ def _of_root(root: Root) -> Iterator[None]:
 
 
 def _drop_copies(graph: fx.Graph, copied: Iterable[tuple[fx.Node, fx.Node]]) -> None:
-    """Take out the copies of roots whose strides nobody relies on."""
+    """Remove the copies that restore a root's strides, where no reader relies on the strides."""
     for copy, made in copied:
         if is_relied_on(copy):
             continue

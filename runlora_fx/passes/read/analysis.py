@@ -62,7 +62,7 @@ class Analysis:
         self.regions = Regions(self.reader, self.phases, self.patterns)
         # No method of this object: Python keeps objects that refer to each other until it looks for
         # garbage.
-        hint = partial(_hint, mode=self._mode)
+        hint = partial(hint_of, mode=self._mode)
         self._poser = Poser(self.reader, self.phases, self.regions.incoming, self.patterns, hint)
         self.failures: list[tuple[Region, Exception]] = []
         self.posed = self._posed()
@@ -80,7 +80,7 @@ class Analysis:
 
     def hint(self, size: Dim) -> int:
         """The size that a dimension had when the graph was traced."""
-        return _hint(size, self._mode)
+        return hint_of(size, self._mode)
 
     def leaves_of(self, region: int, nodes: Collection[fx.Node]) -> frozenset[int]:
         """The leaves of a region's problem that are some nodes, each one matrix."""
@@ -92,6 +92,6 @@ class Analysis:
         )
 
 
-def _hint(size: Dim, mode: Any) -> int:
+def hint_of(size: Dim, mode: Any) -> int:
     """The size that a dimension had when the graph was traced in a fake mode."""
     return size if isinstance(size, int) else size_hint(sympy.sympify(size), mode, UNKNOWN_SIZE)

@@ -129,7 +129,7 @@ class Incoming:
     # -- what the backward reads ---------------------------------------------------------------
 
     def _shows_forward(self, node: fx.Node) -> bool:
-        """Whether a root of the backward only views or scales what the forward made."""
+        """True if a root of the backward only views or scales what the forward made."""
         while node in self._reader.cuts and self._phases.runs_backward(node):
             form = self._reader.forms[node]
             if form.adds or form.multiplies or form.scaling_vector is not None:

@@ -11,30 +11,39 @@ Invariant: a name stands in a list only if every function of torch of that name 
 
 from __future__ import annotations
 
+from runlora_fx.passes.levels import operators
+
 
 def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
 #: Functions and methods of torch whose result is new memory, determined by their arguments.
-PURE_AND_FRESH = _names(
-    "linear matmul __matmul__ mm bmm addmm baddbmm einsum mv dot outer "
+PURE_AND_FRESH = operators.names_of(
+    operators.PRODUCTS | operators.COMPOSED_PRODUCTS | operators.REDUCTIONS
+) | _names(
+    "__matmul__ einsum outer "
     "add sub rsub mul multiply div divide true_divide truediv neg negative pow abs sign "
     "exp expm1 log log1p sqrt rsqrt reciprocal square sin cos tanh sigmoid erf "
     "relu relu6 gelu silu mish elu selu celu leaky_relu softplus hardtanh hardswish hardsigmoid "
     "softmax log_softmax logsigmoid layer_norm rms_norm group_norm normalize "
-    "sum mean amax amin prod var std norm cumsum "
+    "prod std norm cumsum "
     "eq ne lt le gt ge maximum minimum clamp where masked_fill isnan logical_not "
     "cat stack clone tril triu zeros_like ones_like full_like "
     "eye zeros ones full arange embedding conv1d conv2d conv3d"
 )
 
+#: Functions and methods of torch that convert a tensor to another dtype.
+CASTS = operators.names_of(operators.CASTS) | _names("type float half bfloat16 double")
+
 #: Functions and methods of torch that return their argument, a view of it, a copy, or no tensor.
-PURE_AND_VIEWS = _names(
-    "view view_as reshape reshape_as flatten unflatten unsqueeze squeeze permute transpose "
-    "swapaxes swapdims movedim t expand expand_as broadcast_to select narrow chunk split unbind "
-    "getitem getattr detach contiguous to type type_as float half bfloat16 double "
-    "size dim numel sym_size"
+PURE_AND_VIEWS = (
+    CASTS
+    | operators.names_of(operators.VIEWS)
+    | _names(
+        "view_as reshape_as flatten unflatten swapaxes swapdims movedim expand_as broadcast_to "
+        "narrow chunk split unbind getitem getattr contiguous type_as size dim numel sym_size"
+    )
 )
 
 #: Factories of tensors that nothing was written to: their values are not determined.

@@ -23,8 +23,23 @@ from runlora_fx.passes.read.casts import CastRules
 from runlora_fx.passes.read.polynomial_reader import Tables
 
 
+class _Cuts:
+    """The cuts of linear nodes, as forms ask for them."""
+
+    cuts: Mapping[fx.Node, Cut]
+
+    def cut_of(self, node: fx.Node) -> Cut | None:
+        """The cut of a linear node; None for any other."""
+        return self.cuts.get(node)
+
+    def shows(self, node: fx.Node, cut: Cut) -> bool:
+        """True if a cut shows the matrix that a linear node is computed as."""
+        own = self.cuts[node]
+        return own == cut or same_matrix(shape_of(node), own, cut)
+
+
 @dataclass(frozen=True)
-class Linear:
+class Linear(_Cuts):
     """The linear nodes of a graph.
 
     Attributes:
@@ -76,17 +91,8 @@ class Linear:
                 return source
         return None
 
-    def cut_of(self, node: fx.Node) -> Cut | None:
-        """The cut of a linear node; None for any other."""
-        return self.cuts.get(node)
 
-    def shows(self, node: fx.Node, cut: Cut) -> bool:
-        """True if a cut shows the matrix that a linear node is computed as."""
-        own = self.cuts[node]
-        return own == cut or same_matrix(shape_of(node), own, cut)
-
-
-class LinearFinder:
+class LinearFinder(_Cuts):
     """Finds the linear nodes of a graph, in graph order."""
 
     def __init__(
@@ -116,7 +122,7 @@ class LinearFinder:
         self._unread = unread
         self._diagonals = diagonals
         self._facts: dict[fx.Node, TensorFacts | None] = {}
-        self._cuts: dict[fx.Node, Cut] = {}
+        self.cuts: dict[fx.Node, Cut] = {}
         self._vectors: set[fx.Node] = set()
         self._widened: set[fx.Node] = set()
         self._absorbed: set[fx.Node] = set()
@@ -128,11 +134,11 @@ class LinearFinder:
             self._classify(node)
         return Linear(
             self._tables.forms,
-            self._cuts,
+            self.cuts,
             self._vectors,
             self._widened,
             self._absorbed,
-            held_elsewhere(nodes, self._cuts),
+            held_elsewhere(nodes, self.cuts),
             [node for node in nodes if node.target is getattr and asks_about(node)],
         )
 
@@ -144,7 +150,7 @@ class LinearFinder:
         form = self._dialect.read(node)
         is_converted = False
         if isinstance(form, Cast):
-            cast = self._casts.resolve(node, form, self._tables.forms, self._cuts)
+            cast = self._casts.resolve(node, form, self._tables.forms, self.cuts)
             if cast is None:
                 return None
             form, is_converted = cast.form, cast.widens or cast.is_undone
@@ -166,7 +172,7 @@ class LinearFinder:
         cut = form.cut(node, self)
         if cut is None:
             return
-        self._cuts[node] = cut
+        self.cuts[node] = cut
         if form.is_vector(self._vectors):
             self._vectors.add(node)
         if self._widened and form.adds and not self._widened.isdisjoint(form.sources):
@@ -184,15 +190,6 @@ class LinearFinder:
         return True
 
     # -- what forms ask ------------------------------------------------------------------------
-
-    def cut_of(self, node: fx.Node) -> Cut | None:
-        """The cut of a linear node before this one; None for any other."""
-        return self._cuts.get(node)
-
-    def shows(self, node: fx.Node, cut: Cut) -> bool:
-        """True if a cut shows the matrix that a linear node is computed as."""
-        own = self._cuts[node]
-        return own == cut or same_matrix(shape_of(node), own, cut)
 
     def is_only_added(self, node: fx.Node) -> bool:
         """True if every user adds the node to something: nobody relies on its memory."""
@@ -224,7 +221,7 @@ class LinearFinder:
             return all(leaf in self._diagonals for leaf in self._tables.diagonal(vector).leaves)
         if node in self._gradients:
             return False
-        if source not in self._cuts:
+        if source not in self.cuts:
             return rows and self._meets_product(source)
         return all(self._dialect.read(user) for user in self._dialect.users_of(source))
 

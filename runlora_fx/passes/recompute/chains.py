@@ -21,6 +21,7 @@ from torch import fx
 from runlora_fx._torch_compat import draws_from_seeds, repeats_random_operators
 from runlora_fx.cost_model.cost import Cost
 from runlora_fx.passes.context import Context
+from runlora_fx.passes.levels.operators import CASTS, REDUCTIONS, VIEWS, is_pointwise
 from runlora_fx.passes.levels.sizes import example_of, numel, shape_of
 from runlora_fx.passes.read.gradients import gradient_nodes
 from runlora_fx.passes.read.phases import Phases
@@ -37,18 +38,8 @@ SPECIAL = (
     *(_aten.pow.Tensor_Scalar, _aten.pow.Tensor_Tensor),
 )
 
-#: Operators that show a tensor otherwise.
-_VIEWS = (
-    *(_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default),
-    *(_aten.permute.default, _aten.transpose.int, _aten.t.default, _aten.unsqueeze.default),
-    *(_aten.squeeze.dim, _aten.squeeze.dims, _aten.expand.default, _aten.slice.Tensor),
-    *(_aten.alias.default, _aten.detach.default),
-)
-
-_CASTS = (torch.ops.prims.convert_element_type.default, _aten._to_copy.default)
-
-#: Sums that Inductor computes in one kernel with what they read.
-_REDUCTIONS = (_aten.sum.dim_IntList, _aten.sum.default, _aten.mean.dim, _aten.amax.default)
+#: Besides pointwise operators: Inductor computes them in one kernel with what they read.
+_FUSED = CASTS | VIEWS | REDUCTIONS
 
 #: A kernel that reads more tensors gains little by not reading the one that it replaces.
 _MOST_SOURCES = 8
@@ -141,7 +132,7 @@ class Chains:
         pending = [node]
         while pending:
             for user in pending.pop().users:
-                if user.target in _VIEWS:
+                if user.target in VIEWS:
                     pending.append(user)
                 elif self._runs_backward(user) and not _is_fused(user):
                     return True
@@ -175,7 +166,7 @@ class Chains:
         acts = self._effects.is_random(node) or self._effects.writes(node)
         if acts or self._effects.is_overwritten(node):
             return False
-        return torch.Tag.pointwise in target.tags or target in _CASTS or target in _VIEWS
+        return is_pointwise(target) or target in CASTS or target in VIEWS
 
     def _is_mask(self, node: fx.Node) -> bool:
         """True if a node compares random numbers, and nothing else, with a probability."""
@@ -196,7 +187,7 @@ class Chains:
         if not self._is_cheap(node) or len(sources) > _MOST_SOURCES:
             return None
         nodes = _between(sources, node)
-        if all(n.target in _VIEWS for n in nodes):
+        if all(n.target in VIEWS for n in nodes):
             return None
         if any(n.meta.get("recompute") is not None for n in nodes):
             return None
@@ -232,7 +223,4 @@ def _between(sources: frozenset[fx.Node], made: fx.Node) -> set[fx.Node]:
 
 def _is_fused(node: fx.Node) -> bool:
     """True if Inductor computes an operator in one kernel with what it reads."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
-    return torch.Tag.pointwise in target.tags or target in (*_CASTS, *_VIEWS, *_REDUCTIONS)
+    return is_pointwise(node.target) or node.target in _FUSED

@@ -84,15 +84,6 @@ class _Sweep:
     is_complete: bool = True
 
 
-def cheapest(problem: Problem, objective: Objective, first: Step | None = None) -> Plan:
-    """The plan that :func:`search` finds.
-
-    Raises:
-        ValueError: If no plan exists.
-    """
-    return search(problem, objective, first).plan
-
-
 def search(
     problem: Problem,
     objective: Objective,

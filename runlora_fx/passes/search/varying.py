@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import pairwise
 
-from runlora_fx.cost_model.objective import Objective, Price
+from runlora_fx.cost_model.objective import Objective
 from runlora_fx.passes.algebra.plan import Plan, incoming_operations, total_cost
 from runlora_fx.passes.algebra.problem import Problem
 from runlora_fx.passes.search.decide import Priced, replaces
@@ -55,10 +55,6 @@ class Varying:
     def at(self, size: int) -> Problem:
         """The problem at a size."""
         return _sized(self.problem, self.dims, size)
-
-    def price(self, plan: Plan | None, size: int) -> Price:
-        """The price of a plan, or of the graph as it came, at a size."""
-        return self.priced(plan, size).price
 
     def priced(self, plan: Plan | None, size: int) -> Priced:
         """The price and the cost of a plan, or of the graph as it came, at a size."""

@@ -133,7 +133,7 @@ class Pricing:
 
 
 def may_measure() -> bool:
-    """Whether this process may use its own measurements; ranks of a group need equal plans."""
+    """True if this process may measure. Ranks of a group may not: they need equal plans."""
     is_group = torch.distributed.is_available() and torch.distributed.is_initialized()
     if is_group and torch.distributed.get_world_size() > 1:
         _warn_of_group()

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from runlora_fx.passes.levels.operators import is_pointwise
 from runlora_fx.passes.levels.origins import Computed
 from runlora_fx.passes.levels.sizes import example_of
 from runlora_fx.passes.read.calls import is_pure
@@ -38,7 +39,7 @@ class RegionGraph:
         module: The graph. Its inputs are those of the forward, then the incoming gradients. Its
             outputs are those of the forward, then those of the backward.
         forward_outputs: The number of outputs of the forward.
-        is_joint: Whether there is a backward.
+        is_joint: True if there is a backward.
     """
 
     module: fx.GraphModule
@@ -152,8 +153,7 @@ def _pointwise(around: set[fx.Node], *, upwards: bool) -> set[fx.Node]:
 
 
 def _is_fusible(node: fx.Node) -> bool:
-    """Whether a node computes a tensor elementwise and without effects."""
-    if not isinstance(node.target, torch._ops.OpOverload) or example_of(node) is None:
+    """True if a node computes a tensor elementwise and without effects."""
+    if not is_pointwise(node.target) or example_of(node) is None:
         return False
-    is_pointwise = torch.Tag.pointwise in node.target.tags
-    return is_pointwise and is_pure(node.target, node.args, node.kwargs)
+    return is_pure(node.target, node.args, node.kwargs)

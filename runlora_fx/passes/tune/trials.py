@@ -82,7 +82,7 @@ def try_out(analysis: Analysis, pricing: Pricing, decisions: Sequence[Decision])
 
 
 def _is_timed(posed: PosedProblem) -> bool:
-    """Whether a region can be timed: its sizes are numbers, and random inputs are valid.
+    """True if a region can be timed: its sizes are numbers, and random inputs are valid.
 
     Offsets of grouped products must ascend, and the time depends on them.
     """

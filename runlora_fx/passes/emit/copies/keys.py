@@ -1,13 +1,13 @@
-"""Keys: what two roots must have in common for one to be written as a copy of the other.
+"""Keys: two roots with equal keys may be written as copies of each other.
 
-    the root of layer 1      ->      (its layout, which demands of its regions it is made of,
-                                     for each region a number): the same as for layer 0
+    root of layer 1      ->      (its layout, the demands of its regions that it consists of, a
+                                 number for each region): equal to the key of layer 0
 
-A root is made of parts. Each part stands in a region, or needs no computation of its own. Whatever
-has leaf numbers of its own is a *slot*: a region, or a part that is in none.
+A root is a sum of parts. A part belongs to a region, or needs no computation, such as a bias. A
+*slot* is a numbering of leaves: that of a region, or that of a part that is in no region.
 
-Invariant: two roots of one key have equal polynomials over their own leaves, equal plans for them,
-and leaves of equal layouts; and the same was written before for the regions of either.
+Invariant: two roots of one key have equal polynomials over their own leaves, equal plans, and
+leaves of equal layouts. For the regions of both, equal nodes were written before.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from runlora_fx.passes.read.regions import Root
 
 
 class Slot(NamedTuple):
-    """What has leaf numbers of its own: a region, or a part of a root that is in none.
+    """A numbering of leaves: that of a region, or of a part of a root that is in no region.
 
     Attributes:
-        region: The region; None for a part of its own.
-        matrices: By number of its own, the leaf number of the graph.
+        region: The index of the region; None for a part that is in none.
+        matrices: By number in the slot, the number of the leaf in the graph.
         scalars: The same for scalar leaves.
     """
 
@@ -41,32 +41,32 @@ class Slot(NamedTuple):
 
 
 class Keys:
-    """The keys of the roots of a graph, as it is written.
+    """The keys of the roots of a graph, while they are written.
 
     Attributes:
-        layouts: The layouts of tensors of known sizes; None for any other tensor.
+        layouts: By node, the layout of its tensor; None if a size is symbolic.
     """
 
     def __init__(self, task: Task, mode: Any) -> None:
-        """Nothing is written yet.
+        """Start before any root is written.
 
         Args:
             task: What is to be written.
-            mode: The fake mode that example values live in.
+            mode: The fake mode of the example values.
         """
         self._task = task
         self._mode = mode
         self._cuts = task.analysis.reader.cuts
         self._leaves = task.analysis.reader.leaves
-        # By region, a number that stands for all that was written for it so far. None if some of
-        # it has no equal anywhere.
+        # By region, a number for the sequence of what was written for it so far. Equal sequences
+        # have equal numbers. None if a root was written that has no key.
         self._states: dict[int, int | None] = {}
         self._numbers: dict[Hashable, int] = {}
         self._facts: dict[int, Hashable | None] = {}
         self.layouts: dict[fx.Node, Layout | None] = {}
 
     def key(self, root: Root) -> tuple[Hashable | None, tuple[Slot, ...]]:
-        """What equal roots have in common, None if that is not known; and the slots of a root."""
+        """The key of a root, None if it cannot be copied; and the slots of the root."""
         slots: dict[Slot, int] = {}
         parts: list[tuple[int, Hashable]] = []
         for part in root.parts:
@@ -80,11 +80,11 @@ class Keys:
         return (layout, root.backward, self._cuts[root.node], *parts, *states), tuple(slots)
 
     def advance(self, slots: tuple[Slot, ...], written: int | None) -> None:
-        """Take note that a root was written for its regions.
+        """Take note that a root was written.
 
         Args:
             slots: The slots of the root.
-            written: A number that is the same for equal ways to write it; None if nothing is equal.
+            written: A number that is equal for a root and its copies; None for any other root.
         """
         for i, slot in enumerate(slots):
             if slot.region is not None:
@@ -93,7 +93,7 @@ class Keys:
                 self._states[slot.region] = self._number((state, written, i)) if is_known else None
 
     def layout(self, node: fx.Node) -> Layout | None:
-        """The layout of a tensor of known sizes."""
+        """The layout of a node's tensor; None if a size is symbolic."""
         if node not in self.layouts:
             value = example_of(node)
             is_plain = value is not None and is_plain_fake(value, self._mode)
@@ -109,7 +109,7 @@ class Keys:
         return Slot(None, matrices, scalars), (number, assignments)
 
     def _state(self, slot: Slot) -> int | None:
-        """What a slot is and what was written for it; None if that is not known."""
+        """A number for a slot and all that was written for it; None if it cannot be copied."""
         if slot.region is None:
             leaves = [self._leaves.matrices[i] for i in slot.matrices]
             sizes = [(leaf.batch, leaf.rows, leaf.cols, leaf.batched) for leaf in leaves]
@@ -123,7 +123,7 @@ class Keys:
         posed = analysis.posed[region]
         if posed.assignments:
             return None
-        # Equal regions share one problem. It says which polynomials the region demands and makes.
+        # Equal regions share one problem object, which has the polynomials that they demand.
         demands = analysis.regions.regions[region].demands
         touched = tuple([(root.node, part) in task.places for root, part in demands])
         return self._start(slot, (id(posed.problem), id(task.plans.get(region)), touched))
@@ -135,11 +135,12 @@ class Keys:
         layouts = [(scalar.inverse, self.layout(scalar.node)) for scalar in scalars]
         if None in leaves or any(layout is None for _, layout in layouts):
             return None
-        ranks = (_ranks(slot.matrices), _ranks(slot.scalars))  # sums are added up in their order
+        # Sums are added up in the order of their leaves' numbers.
+        ranks = (_ranks(slot.matrices), _ranks(slot.scalars))
         return self._number((what, tuple(leaves), tuple(layouts), ranks))
 
     def _facts_of(self, number: int) -> Hashable | None:
-        """What holds a leaf, but for its name; None if that is not known."""
+        """Everything about the tensor of a leaf but its name; None if it cannot be copied."""
         if number not in self._facts:
             origin, found = self._leaves.matrices[number].origin, None
             if isinstance(origin, Held):
@@ -153,5 +154,5 @@ class Keys:
 
 
 def _ranks(numbers: tuple[int, ...]) -> tuple[int, ...]:
-    """The order of some numbers."""
+    """The indices of some numbers, sorted by number."""
     return tuple(sorted(range(len(numbers)), key=numbers.__getitem__))

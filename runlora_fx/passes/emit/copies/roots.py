@@ -1,16 +1,15 @@
-"""Copies: a root that equals another one is written as a copy of what was written for that one.
+"""Copies: a root that equals an earlier one gets copies of the nodes that were written for it.
 
     layer 0: emitted step by step, read back, proven       layer 1: the same nodes on its leaves
 
 Models have equal layers. The first root of a key (:mod:`runlora_fx.passes.emit.copies.keys`) is
-emitted from its plan and read back. Another root of that key gets copies of the nodes that were
-written, without planning, measuring or reading them.
+emitted from its plan and read back. Later roots of the key get copies of its nodes.
 
-Why that is sound. The nodes written for the first root compute its polynomial from the tensors that
-they read. The other root has the same polynomial over its own leaves. Each tensor that is read has
-a counterpart of the same layout: the leaf of the same number, the same product of the incoming
-graph, the copy of the same node, or the node that makes the same call of counterparts. So the
-copies compute the same polynomial over the leaves of the other root.
+Why that is sound: the nodes of the first root compute its polynomial from the tensors that they
+read. The other root has the same polynomial over its own leaves. Every tensor that is read has a
+counterpart of the same layout: the leaf of the same number, the same product of the incoming graph,
+the copy of the same node, or the node that makes the same call on counterparts. So the copies
+compute the same polynomial over the leaves of the other root.
 
 Invariant: a root is proven, or it is a copy of a proven one.
 """
@@ -35,7 +34,7 @@ from runlora_fx.passes.emit.steps.emitter import Emitted, Emitter
 from runlora_fx.passes.emit.steps.task import Laid, Task
 from runlora_fx.passes.read.regions import Root
 
-#: A root that reads more nodes than this, besides those of its regions, is not copied.
+#: The largest number of nodes outside of its regions that a copied root may read.
 _MOST_READ = 256
 
 
@@ -44,8 +43,8 @@ class _Written(NamedTuple):
 
     Attributes:
         node: The node.
-        base: The node whose memory it shows; None if it has its own.
-        rule: Which of the root's rules it was written for.
+        base: The node that it is a view of; None if it is new memory.
+        rule: The index of its rule in :attr:`_First.rules`.
     """
 
     node: fx.Node
@@ -55,16 +54,16 @@ class _Written(NamedTuple):
 
 @dataclass(frozen=True)
 class _First:
-    """The first root of its kind, as it was written.
+    """The first root of a key, as it was written.
 
     Attributes:
-        number: Tells first roots apart.
+        number: A number of its own.
         slots: Its slots.
         emitted: What was written for it.
-        read: The nodes that a copy needs counterparts of, each behind what it reads; and whether
-            they stand in front of the root.
+        read: The nodes that a copy needs counterparts of, in an order in which each stands behind
+            what it reads; True beside a node that stands before the root.
         written: The nodes to copy, in order.
-        rules: What they were written for.
+        rules: The rules that they were written for.
     """
 
     number: int
@@ -76,7 +75,7 @@ class _First:
 
 
 class _Counterparts(NamedTuple):
-    """What a copy has in the places of the nodes, leaves and scalar leaves of a first root."""
+    """For the nodes, leaves and scalar leaves of a first root, those of its copy."""
 
     nodes: dict[Any, Any]
     leaves: dict[int, int]
@@ -84,10 +83,10 @@ class _Counterparts(NamedTuple):
 
 
 class Copies:
-    """Writes the roots of a graph, each kind step by step only once."""
+    """Writes the roots of a graph: the first of every key step by step, the others as copies."""
 
     def __init__(self, task: Task, writer: Writer, emitter: Emitter) -> None:
-        """Nothing is written yet."""
+        """Start before any root is written."""
         self._task = task
         self._writer = writer
         self._emitter = emitter
@@ -96,20 +95,20 @@ class Copies:
         self._keys = Keys(task, fake_mode_of(node.meta.get("val") for node in nodes))
         self._firsts: defaultdict[Hashable, list[_First]] = defaultdict(list)
         self._count = 0
-        # By region: what it has of the incoming graph, and then all that was written for it. Equal
-        # regions have counterparts in equal places.
+        # By region: its nodes of the incoming graph, then all that was written for it. Counterparts
+        # of equal regions have equal places in these lists.
         self._nodes: dict[int, list[fx.Node | None]] = {}
-        # By region, the copies whose values the emitter does not know yet.
+        # By region, the copies whose values the emitter was not told yet.
         self._unknown: defaultdict[int, list[tuple[_First, _Counterparts]]] = defaultdict(list)
-        # By copied node without a form, the node it is a copy of, and the counterparts of others.
+        # By copy whose form is not known yet, the node it is a copy of, and the counterparts.
         self._formless: dict[fx.Node, tuple[fx.Node, dict[Any, Any]]] = {}
 
     def write(self, root: Root) -> Emitted:
         """Write a root in front of the node that holds it now.
 
         Raises:
-            EmissionError: If the graph cannot express it.
-            VerificationError: If what was written is not the root.
+            EmissionError: If the plan cannot be expressed in this graph.
+            VerificationError: If the written nodes do not compute the root.
         """
         key, slots = self._keys.key(root)
         self._writer.move_to(root.node)
@@ -122,7 +121,7 @@ class Copies:
     # -- the first of its kind -----------------------------------------------------------------
 
     def _emitted(self, root: Root, key: Hashable | None, slots: tuple[Slot, ...]) -> Emitted:
-        """Write a root step by step, prove it, and keep it for equal ones."""
+        """Write a root step by step, prove it, and remember it for its copies."""
         regions = [slot.region for slot in slots if slot.region is not None]
         for region in regions:
             self._task.take_up(region)
@@ -139,7 +138,7 @@ class Copies:
         return emitted
 
     def _first(self, emitted: Emitted, slots: tuple[Slot, ...]) -> _First | None:
-        """A root as the first of its kind; None if a copy of it might not be the same."""
+        """A root as the first of its key; None if it cannot be copied."""
         known = {node for slot in slots for node in self._held(slot)}
         read = _made_of(emitted, known)
         if read is None or any(self._keys.layout(node) is None for node in read):
@@ -162,7 +161,7 @@ class Copies:
     # -- copies --------------------------------------------------------------------------------
 
     def copied(self, first: _First, root: Root, slots: tuple[Slot, ...]) -> Emitted | None:
-        """Write a root as a copy of another; None if the rest of the graph does not allow it."""
+        """Write a root as a copy of another; None if something has no counterpart."""
         there = self._counterparts(first, slots)
         if there is None:
             return None
@@ -193,12 +192,12 @@ class Copies:
         return first.emitted.on(nodes)
 
     def _counterparts(self, first: _First, slots: tuple[Slot, ...]) -> _Counterparts | None:
-        """What a copy has in the places of what a first root reads; None if it lacks some."""
+        """The counterparts of everything that a first root reads; None if one is missing."""
         there = nodes, leaves, scalars = _Counterparts({}, {}, {})
         for was, slot in zip(first.slots, slots, strict=True):
             leaves.update(zip(was.matrices, slot.matrices, strict=True))
             scalars.update(zip(was.scalars, slot.scalars, strict=True))
-            # More may have been written for the first region since.
+            # The first region's list may be longer: other roots may have been written since.
             for one, other in zip(self._held(was), self._held(slot), strict=False):
                 if nodes.setdefault(one, other) is not other:
                     return None
@@ -213,7 +212,7 @@ class Copies:
         return there
 
     def _held(self, slot: Slot) -> Sequence[fx.Node | None]:
-        """What stands in equal places for equal slots."""
+        """The nodes of a slot; equal slots have counterparts in equal places."""
         if slot.region is not None:
             return self._of_region(slot.region)
         leaves = self._reader.leaves
@@ -233,7 +232,7 @@ class Copies:
     # -- what was copied, for what is emitted step by step ----------------------------------------
 
     def _catch_up(self, region: int) -> None:
-        """Tell the emitter of the values that were copied."""
+        """Tell the emitter which copies hold which values of a region."""
         for first, (nodes, leaves, scalars) in self._unknown.pop(region, ()):
             for value, laid in first.emitted.values:
                 _, turned, core = normalise(substitute(value.core, leaves, scalars))
@@ -241,7 +240,7 @@ class Copies:
                 self._emitter.know(Value(core, value.backward), there)
 
     def _find_forms(self, node: fx.Node) -> None:
-        """Find the forms of the copies below a node, which is to be read."""
+        """Derive the forms of the copies that a node depends on, so that it can be read back."""
         pending, seen = [node], set[fx.Node]()
         while pending:
             node = pending.pop()
@@ -257,14 +256,15 @@ class Copies:
 
 
 def _made_of(emitted: Emitted, known: Collection[fx.Node | None]) -> list[fx.Node] | None:
-    """What a root is made of that is not written for it, each node behind what it reads.
+    """The nodes that a root depends on and that were not written for it.
 
     Args:
         emitted: The root.
-        known: Nodes that are counted as made of nothing else.
+        known: Nodes that have counterparts already; what they read does not matter.
 
     Returns:
-        None if there is too much of it, or if a node that is not known is no call.
+        The nodes, each behind what it reads. None if there are too many, or if a node that is not
+        known is no call of a function.
     """
     found = dict[fx.Node, None].fromkeys(emitted.met)
     written = set(emitted.written)
@@ -289,7 +289,7 @@ def _made_of(emitted: Emitted, known: Collection[fx.Node | None]) -> list[fx.Nod
 
 
 def _on_nodes(x: Any, nodes: Mapping[fx.Node, fx.Node]) -> Any:
-    """A form, or a part of one, of other nodes."""
+    """A form, or a part of one, with every node replaced by its counterpart."""
     if isinstance(x, fx.Node):
         return nodes.get(x, x)
     if isinstance(x, tuple):

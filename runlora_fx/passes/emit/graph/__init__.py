@@ -1,9 +1,9 @@
-"""Whole graphs: a graph whose roots are replaced goes in, and keeps its promises to its callers.
+"""Whole graphs: what must hold for a graph as a whole when its roots are replaced.
 
-Examples: two results still lie in memory of their own, a failure leaves the graph as it came, and
-the backward recomputes a merged weight instead of keeping it.
+Examples: two results stay two tensors, a failure leaves the graph as it came, and the backward
+recomputes a merged weight instead of saving it.
 
 ``apply`` and the passes import this folder. It imports ``nodes`` alone of ``emit``.
 
-Invariant: no result of the graph has other numbers afterwards.
+Invariant: nothing here changes the numbers of a result.
 """

@@ -1,13 +1,13 @@
-"""Kept weights: merged weights that are kept from call to call, where nobody can write to them.
+"""Kept weights: a merged weight is kept between calls only if nothing can write to it.
 
     M = runlora.merged_weight(W, B, A, s); return M       ->  M = addmm(W, B, A, alpha=s); return M
-    M = runlora.merged_weight(W, B, A, s); return X M'    stays
+    M = runlora.merged_weight(W, B, A, s); return X M'    stays as it is
 
-The operator returns the same tensor in every call. Whoever gets hold of it and edits it in place
-corrupts all later calls.
+The operator returns the same tensor in every call. If the user gets this tensor and edits it in
+place, all later calls are wrong.
 
-Invariant: a kept tensor is read by operators on a closed list only, which make new memory or views
-that are read in the same way. It is neither an output of the graph nor the memory of one.
+Invariant: all readers of a kept tensor, and of its views, are on a closed list of operators that
+write to no operand. No output of the graph is a kept tensor or a view of one.
 """
 
 from __future__ import annotations
@@ -18,35 +18,28 @@ from typing import Any, cast
 import torch
 from torch import fx
 
+from runlora_fx.passes.levels.operators import (
+    CASTS,
+    COMPOSED_PRODUCTS,
+    PRODUCTS,
+    REDUCTIONS,
+    VIEWS,
+    is_pointwise,
+)
+
 _aten = torch.ops.aten
 _MERGED = torch.ops.runlora.merged_weight.default
 
 #: Operators that only read a tensor and make another one.
-_READERS = frozenset(
-    [
-        *(_aten.mm.default, _aten.bmm.default, _aten.addmm.default, _aten.baddbmm.default),
-        *(_aten.mv.default, _aten.matmul.default, _aten.linear.default, _MERGED),
-        *(_aten.sum.default, _aten.sum.dim_IntList, _aten.linalg_vector_norm.default),
-        *(_aten.mean.default, _aten.mean.dim, _aten.amax.default, _aten.amin.default),
-        *(_aten.var.correction, _aten.var_mean.correction),
-    ]
-)
+_READERS = PRODUCTS | COMPOSED_PRODUCTS | REDUCTIONS | {_MERGED}
 
-#: Operators whose result is, or may be made, the memory of what they read: a compiler takes out
-#: copies and additions of zero.
-_SAME_MEMORY = frozenset(
-    [
-        *(_aten.permute.default, _aten.transpose.int, _aten.t.default, _aten.view.default),
-        *(_aten._unsafe_view.default, _aten.reshape.default, _aten.unsqueeze.default),
-        *(_aten.squeeze.default, _aten.squeeze.dim, _aten.squeeze.dims, _aten.expand.default),
-        *(_aten.alias.default, _aten.detach.default, _aten.clone.default, _aten.to.dtype),
-        *(_aten._to_copy.default, torch.ops.prims.convert_element_type.default),
-    ]
-)
+#: Operators whose result may share memory with their operand. Copies and casts are among them,
+#: because a compiler may remove them.
+_SAME_MEMORY = VIEWS | CASTS | {_aten.clone.default}
 
 
 def stop_keeping_what_escapes(graph: fx.Graph, addmm: Callable[..., Any]) -> int:
-    """Make merged weights anew in every call where something may write to them, in place.
+    """Replace, in place, kept weights that something may write to by weights merged in every call.
 
     Args:
         graph: A graph of ATen operators.
@@ -78,23 +71,16 @@ def _is_only_read(node: fx.Node) -> bool:
         target: Any = user.target
         if target in _READERS or user in seen:
             continue
-        if target not in _SAME_MEMORY and not _is_pointwise(target):
+        is_new = is_pointwise(target) and not target._schema.is_mutable
+        if target not in _SAME_MEMORY and not is_new:
             return False
         seen.add(user)
         pending.extend(user.users)
     return True
 
 
-def _is_pointwise(target: Any) -> bool:
-    return (
-        isinstance(target, torch._ops.OpOverload)
-        and torch.Tag.pointwise in target.tags
-        and not target._schema.is_mutable
-    )
-
-
 def _memory(node: fx.Node) -> fx.Node:
-    """The node that a view shows."""
+    """The node whose memory a view may share."""
     while node.target in _SAME_MEMORY:
         node = cast(fx.Node, node.args[0])
     return node

@@ -1,14 +1,14 @@
-"""Recomputation: what the backward computes again instead of keeping it from the forward.
+"""Recompute tags: tensors that the backward computes again instead of saving them.
 
-The partitioner saves what the backward reads, unless ``meta["recompute"]`` says otherwise. Three
-kinds of tensors are tagged, each as large as what was to stay small, and cheap to compute again:
+The partitioner saves tensors that the backward reads, unless ``meta["recompute"]`` says otherwise.
+Three kinds of tensors are tagged. All are large, and cheap to compute again:
 
     M = W + s B A               a merged weight that a plan also makes in the backward
     W = dequantise(Wq, scales)  a weight that was quantised
     norm(h), mask * x           an activation, by price (:mod:`runlora_fx.passes.recompute`)
 
-Invariant: tags of nodes that were in the graph are the user's (checkpoint policies). None of them
-is changed. No other module tags anything.
+Invariant: tags of the incoming graph are the user's (checkpoint policies), and none is changed. No
+other module sets tags.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from runlora_fx.passes.levels.operators import COMPOSED_PRODUCTS, PRODUCTS, names_of
 from runlora_fx.passes.levels.sizes import example_of
 from runlora_fx.passes.read.calls import name_of, operator_facts
 from runlora_fx.passes.read.effects import Effects
@@ -28,21 +29,22 @@ _COMPARISONS = (
     *(torch.ops.aten.lt.Scalar, torch.ops.aten.le.Scalar),
 )
 
-#: Operations that are followed from a weight back to the graph's inputs.
+#: The largest number of operations between a dequantised weight and the graph's inputs.
 _MAX_NODES = 64
 
-_PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "convolution", "matmul", "linear")
+_PRODUCTS = names_of(PRODUCTS | COMPOSED_PRODUCTS) | {"convolution"}
 
 
 def recompute(nodes: Iterable[fx.Node], ours: Sequence[fx.Node] = ()) -> None:
-    """Have the backward compute nodes again, but for those that the user has tagged.
+    """Tag nodes so that the backward recomputes them, except those that the user has tagged.
 
-    A node of ours that only they read is computed again with them if it is no product: the backward
-    would otherwise hold it for nothing else.
+    A node of ours that only recomputed nodes read is recomputed too, unless it is a product.
+    Otherwise it would be saved for them.
 
     Args:
         nodes: The nodes.
-        ours: Those that we wrote, in order: a tag that they have is a copy of another node's.
+        ours: The nodes that we wrote, in order. Their tags are copies of other nodes' tags, so they
+            are overwritten.
     """
     again, written = set(nodes), set(ours)
     for node in reversed(ours):
@@ -54,12 +56,12 @@ def recompute(nodes: Iterable[fx.Node], ours: Sequence[fx.Node] = ()) -> None:
 
 
 def keep_random_numbers(graph: fx.Graph, effects: Effects) -> list[fx.Node]:
-    """Have the backward use the random numbers of the forward, not draw others.
+    """Tag random numbers so that the forward saves them, and the backward does not draw others.
 
-    Numbers that are only compared with a probability are kept as the mask that they make.
+    If random numbers are only compared with a probability, the mask is saved instead.
 
     Returns:
-        The nodes that are tagged now; those that the user has tagged are not among them.
+        The nodes that were tagged. Nodes that the user has tagged are not among them.
     """
     found = []
     for node in graph.nodes:
@@ -74,10 +76,10 @@ def keep_random_numbers(graph: fx.Graph, effects: Effects) -> list[fx.Node]:
 
 
 def recompute_dequantised(weights: Iterable[fx.Node], effects: Effects) -> None:
-    """Have the backward make those weights again that were dequantised.
+    """Tag dequantised weights so that the backward dequantises them again.
 
-    Such a weight is a tensor which few simple operations make from inputs that are smaller than it
-    is, and that nothing modifies.
+    A weight counts as dequantised if a few simple operations compute it from inputs of the graph
+    that are smaller than it is, and if nothing writes to these inputs.
     """
     costly: set[fx.Node] = set()
     for weight in weights:
@@ -85,12 +87,12 @@ def recompute_dequantised(weights: Iterable[fx.Node], effects: Effects) -> None:
 
 
 def _chain(weight: fx.Node, effects: Effects, costly: set[fx.Node]) -> list[fx.Node]:
-    """What makes a tensor from inputs of the graph; nothing if that is not cheap to do again.
+    """The nodes that compute a weight from inputs of the graph; none if they are not cheap.
 
     Args:
-        weight: The tensor.
+        weight: The weight.
         effects: What the nodes do besides computing a value.
-        costly: Tensors that are not cheap to make again; more are added.
+        costly: Nodes that are known not to be cheap; more are added.
     """
     pending, chain, inputs = [weight], dict[fx.Node, None](), dict[fx.Node, None]()
     while pending:
@@ -123,7 +125,7 @@ def _is_simple(node: fx.Node, effects: Effects) -> bool:
 
 
 def _bytes(node: fx.Node) -> int | None:
-    """The size of a tensor, unless only the run knows it; nothing for anything else."""
+    """The size of a tensor [B]; None if it is symbolic, 0 if the node holds no tensor."""
     val = example_of(node)
     if val is None:
         return 0

@@ -1,11 +1,12 @@
-"""Results: two results that lay in memory of their own do so after a rewrite.
-
-Two roots of one value are emitted once. The caller of the graph may write to one of them:
+"""Results: two results of a graph that were two tensors stay two tensors.
 
     return x @ w + x @ a @ b, x @ w + x @ a @ b        ->        return y, y.clone()
 
-Invariant: two results of a graph share memory, with each other or with an input, only if they did
-before.
+Two roots of one value are emitted once. Without the copy, a caller who writes to one of the results
+would change the other.
+
+Invariant: two results share memory with each other, or one with an input, only if they did in the
+incoming graph.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from runlora_fx.passes.read.memory import Memories, Memory
 
 
 def results_of(graph: fx.Graph) -> list[fx.Node]:
-    """The nodes that a graph returns, one for every place among its results."""
+    """The nodes that a graph returns, in order; a node that is returned twice is in it twice."""
     found: list[fx.Node] = []
 
     def see(node: fx.Node) -> fx.Node:
@@ -40,7 +41,7 @@ def memory_of_results(graph: fx.Graph, effects: Effects) -> list[frozenset[Memor
 def keep_results_apart(
     graph: fx.Graph, before: list[frozenset[Memory]], clone: Callable[..., Any]
 ) -> int:
-    """Copy the results that share memory since a graph was rewritten, in place.
+    """Copy, in place, the results that share memory only since the graph was rewritten.
 
     Args:
         graph: The rewritten graph.
@@ -71,7 +72,7 @@ def keep_results_apart(
 
 
 def _copy(graph: fx.Graph, which: list[int], clone: Callable[..., Any]) -> None:
-    """Return copies of some results."""
+    """Make a graph return copies of some results, given by their places."""
     insert, output = Inserter(graph, "copy: two results lie apart"), graph.output_node()
     insert.move_to(output)
     place = iter(range(len(results_of(graph))))

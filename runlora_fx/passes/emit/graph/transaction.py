@@ -1,13 +1,14 @@
-"""Transactions: a graph is changed wholly, or it is as it came.
+"""Transactions: a graph is changed completely, or not at all.
 
     with transaction(graph):
         ...                     # insert, replace, erase, set metadata: anything
-        raise RuntimeError      # the graph is as it was when the block began
+        raise RuntimeError      # the graph is restored to what it was when the block began
 
-A block that ends well leaves a graph that lints. Nodes that survive an undone block are the same
-objects as before it; nodes that were erased in it are made again under their names.
+A block that ends without an exception leaves a graph that passes ``graph.lint()``. When a block is
+undone, nodes that still exist stay the same objects. Erased nodes are created again with their old
+names.
 
-Invariant: after a block there is no graph half changed, whatever was raised in it and wherever.
+Invariant: no exception, wherever it is raised, leaves a graph that is half changed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _log = logging.getLogger("runlora_fx")
 
 
 class _Record(NamedTuple):
-    """A node as it was; what else it is, it remains, even where it is erased."""
+    """The parts of a node that a rewrite may change; ``op`` and ``target`` are not among them."""
 
     node: fx.Node
     args: tuple[Any, ...]
@@ -35,20 +36,20 @@ class _Record(NamedTuple):
 
 
 class Snapshot:
-    """The nodes of a graph at one moment: what they compute, in which order, and their metadata.
+    """A snapshot of a graph: its nodes in order, with their arguments, names and metadata.
 
     Attributes:
         nodes: The nodes, in order.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
-        """Take note of a graph."""
+        """Take a snapshot of a graph."""
         self._graph = graph
         self.nodes = tuple(graph.nodes)
         self._records = [_Record(n, n.args, n.kwargs, n.name, n.meta.copy()) for n in self.nodes]
 
     def has_changed(self) -> bool:
-        """Whether some node is new, gone, or reads something else."""
+        """True if a node was added, moved or erased, or reads other nodes."""
         nodes = tuple(self._graph.nodes)
         return nodes != self.nodes or any(
             node.args is not was.args and _read(node.args) != _read(was.args)
@@ -56,7 +57,7 @@ class Snapshot:
         )
 
     def restore(self) -> None:
-        """Make the graph what it was."""
+        """Restore the graph to the snapshot."""
         alive = set(self._graph.nodes)
         now: dict[fx.Node, fx.Node] = {}
         before: fx.Node | None = None
@@ -75,10 +76,10 @@ class Snapshot:
             if node not in kept:
                 self._graph.erase_node(node)
         for was in self._records:
-            now[was.node].name = was.name  # free again: whatever had it meanwhile is gone
+            now[was.node].name = was.name  # nodes that had taken the name are erased by now
 
     def _made_again(self, was: _Record, before: fx.Node | None) -> fx.Node:
-        """A node that was erased; it reads nothing yet."""
+        """Create an erased node again, without arguments."""
         at = self._graph.inserting_before(next(iter(self._graph.nodes)))
         with at if before is None else self._graph.inserting_after(before):
             gone = was.node
@@ -86,14 +87,14 @@ class Snapshot:
 
 
 def _read(args: Any) -> list[fx.Node]:
-    """The nodes among arguments, in order."""
+    """The nodes in some arguments, in order."""
     found: list[fx.Node] = []
     fx.node.map_arg(args, found.append)
     return found
 
 
 def note_failure(context: Context, names: Sequence[str], error: Exception) -> None:
-    """Log that a part of a graph is left as it came, and add it to the context's failures."""
+    """Log that a part of a graph stays as it came, and add it to the failures of the context."""
     _log.warning(
         "runlora leaves %s as it came; please report this "
         "(options={'runlora.strict': True} raises instead): %s: %s",
@@ -107,15 +108,15 @@ def note_failure(context: Context, names: Sequence[str], error: Exception) -> No
 
 @contextmanager
 def transaction(graph: fx.Graph, as_it_is: Snapshot | None = None) -> Iterator[None]:
-    """A context in which a graph is changed wholly or not at all.
+    """A context in which a graph is changed completely or not at all.
 
     Args:
         graph: The graph.
-        as_it_is: What was noted of the graph, if nothing was changed since.
+        as_it_is: A snapshot of the graph as it is now, if there is one already.
 
     Raises:
-        Exception: Whatever is raised inside, and what ``graph.lint()`` finds at the end; the graph
-            is then as it was.
+        Exception: Every exception from inside the block or from ``graph.lint()`` at its end. The
+            graph is restored first.
     """
     snapshot = Snapshot(graph) if as_it_is is None else as_it_is
     try:

@@ -2,9 +2,9 @@
 
     mm(fake (64, 8), fake (8, 32)), the second time    ->    a fake (64, 32), made without the call
 
-Layers are alike, so most calls that a rewrite writes have been written before. A call is known by
-its target, its plain arguments, and the shape, strides, offset, dtype and device of its tensors.
-Whatever is not such a call runs as it is: symbolic sizes, real tensors, several results.
+Models have equal layers, so most calls that a rewrite writes were written before. The key of a call
+is its target, its constants, and the shape, strides, offset, dtype and device of its tensors. A
+call with symbolic sizes, real tensors or several results is computed every time.
 
 Invariant: a result has the shape, strides, offset, dtype and device that the call would give it,
 and shares memory with an argument exactly if the result of the call does.
@@ -22,7 +22,7 @@ from runlora_fx._torch_compat import fake_like, in_fake_mode, is_plain_fake, sto
 
 
 class Layout(NamedTuple):
-    """What is known of a tensor without its numbers."""
+    """Everything about a tensor but its numbers."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -32,7 +32,7 @@ class Layout(NamedTuple):
 
 
 class _Known(NamedTuple):
-    """What a call returned once, and the position of the argument that it is a view of."""
+    """The result of an earlier call, and the position of the argument that it is a view of."""
 
     value: Any
     shape: tuple[int, ...]
@@ -44,7 +44,7 @@ class ExampleResults:
     """Computes the example values of calls in one fake mode."""
 
     def __init__(self, mode: Any) -> None:
-        """Compute in a fake mode; on real tensors, if it is None."""
+        """Compute in a fake mode; if it is None, on real tensors."""
         self._mode = mode
         self._known: dict[Hashable, _Known] = {}
 
@@ -56,7 +56,7 @@ class ExampleResults:
         try:
             key = (target, self._frozen(args, tensors), self._frozen(kwargs, tensors))
             known = self._known.get(key)
-        except (_NotPlainError, TypeError):  # what cannot be hashed is no plain argument either
+        except (_NotPlainError, TypeError):  # TypeError: an argument that cannot be hashed
             return self._called(target, args, kwargs)
         if known is not None:
             base = None if known.view_of is None else tensors[known.view_of]
@@ -65,7 +65,8 @@ class ExampleResults:
         if is_plain_fake(value, self._mode):
             storages = [storage_of(tensor) for tensor in tensors]
             bases = [i for i, storage in enumerate(storages) if storage == storage_of(value)]
-            if len(bases) < 2:  # of two that share memory, the next call may read two that do not
+            # If two arguments share memory here, those of an equal call need not.
+            if len(bases) < 2:
                 view_of = bases[0] if bases else None
                 self._known[key] = _Known(value, tuple(value.shape), value.stride(), view_of)
         return value
@@ -77,7 +78,7 @@ class ExampleResults:
             return target(*values_of(args), **values_of(kwargs))
 
     def _frozen(self, x: Any, tensors: list[torch.Tensor]) -> Hashable:
-        """What identifies an argument; adds the tensors in it to a list.
+        """An argument as a part of the key; its tensors are added to a list.
 
         Raises:
             _NotPlainError: If it holds anything but plain fake tensors and constants.
@@ -96,7 +97,7 @@ class ExampleResults:
 
 
 class _NotPlainError(Exception):
-    """An argument of which a call may depend on more than the key says."""
+    """An argument whose key would not determine the result."""
 
 
 def layout_of(value: torch.Tensor) -> Layout:
@@ -106,5 +107,5 @@ def layout_of(value: torch.Tensor) -> Layout:
 
 
 def values_of(x: Any) -> Any:
-    """Arguments with the nodes' example values in their places."""
+    """Arguments in which every node is replaced by its example value."""
     return fx.node.map_arg(x, lambda node: node.meta["val"])

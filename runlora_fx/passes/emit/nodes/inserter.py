@@ -1,8 +1,9 @@
-"""Insertion: operator calls are written into a graph, with metadata and example values.
+"""Insertion: write operator calls into a graph, with metadata and example values.
 
-    insert(clone, y)      ->      a node "clone" in front of the output, with a tensor in its meta
+    insert(clone, y)      ->      a node "clone" in front of the anchor, with a tensor in its meta
 
-Invariant: every inserted node has an example value and says what it was written for.
+Invariant: every inserted node has an example value, and the name of the rule that it was written
+for.
 """
 
 from __future__ import annotations
@@ -17,19 +18,20 @@ from torch.utils.checkpoint import CheckpointPolicy
 from runlora_fx._torch_compat import COPIED_META, fake_mode_of
 from runlora_fx.passes.emit.nodes.example_results import ExampleResults
 
-#: The metadata of a node that says which step or law it was written for.
+#: The key of the metadata that names the step or law that a node was written for.
 RULE = "runlora"
 
-#: What a user's checkpoint policy says of results that are kept for the backward.
+#: The tags by which a user's checkpoint policy asks to save a result for the backward.
 _SAVED = (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE)
 
 
 class Inserter:
-    """Writes calls in front of an anchor, which lends them its metadata.
+    """Writes calls in front of one node, the anchor. They get a copy of its metadata.
 
     Attributes:
-        written: The nodes made so far, in order.
-        rule: What the nodes are made for: their ``meta["runlora"]``.
+        written: The nodes written so far, in order.
+        rule: The rule that the nodes are written for: their ``meta["runlora"]``.
+        mode: The fake mode of the example tensors; None if they are real.
     """
 
     def __init__(self, graph: fx.Graph, rule: str = "") -> None:
@@ -53,7 +55,9 @@ class Inserter:
         self._anchor = anchor
         self._lent = {name: anchor.meta[name] for name in COPIED_META if name in anchor.meta}
         if self._lent.get("recompute") in _SAVED:
-            del self._lent["recompute"]  # it is the anchor's result that the user saves
+            del self._lent[
+                "recompute"
+            ]  # the user saves the anchor's result, not what it is made of
 
     def __call__(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """Write one call."""
@@ -75,21 +79,21 @@ class Inserter:
             args: Its arguments.
             kwargs: Its keyword arguments.
             value: The example value.
-            name: The name of a node of the same target, which saves looking for one.
+            name: The name of a node of the same target. Given, fx does not look for a name.
         """
         with self._graph.inserting_before(self.anchor):
             node = self._graph.create_node("call_function", target, args, kwargs, name)
         return self._described(node, value)
 
     def attribute(self, name: str, tensor: torch.Tensor) -> fx.Node:
-        """Write what reads an attribute of the graph's module."""
+        """Write the ``get_attr`` node of an attribute of the graph's module."""
         value = tensor if self.mode is None else self.mode.from_tensor(tensor, static_shapes=True)
         with self._graph.inserting_before(self.anchor):
             node = self._graph.get_attr(name)
         return self._described(node, value)
 
     def _described(self, node: fx.Node, value: Any) -> fx.Node:
-        """A new node with its metadata."""
+        """Give a new node its metadata, and return it."""
         meta = node.meta
         meta.update(self._lent)
         meta["val"] = value
@@ -100,7 +104,7 @@ class Inserter:
 
 
 def hand_over(old: fx.Node, new: fx.Node) -> None:
-    """Put a node in the place of another: what the user has saved of one is saved of the other."""
+    """Replace all uses of a node by another. A tag that saves the old one passes to the new one."""
     tag = old.meta.get("recompute")
     if tag in _SAVED:
         new.meta.setdefault("recompute", tag)

@@ -1,11 +1,13 @@
-"""Layouts: the strides of a tensor, and whether its readers rely on them.
+"""Layouts: the strides of a tensor, and the question if its readers rely on them.
 
-A plan may compute a root transposed. ``(W X')'`` holds the numbers of ``X W'`` with strides (1, N)
-instead of (o, 1). An addition takes both. Fused attention and ``view`` do not.
+    X W', strides (o, 1)      ->      (W X')', the same numbers with strides (1, N)
+
+A plan may compute a root transposed. An addition reads either layout. Fused attention and ``view``
+fail, or compute something else, if the strides change.
 
 Invariant: a root keeps its strides, unless every reader is on a closed list of operators that take
-any strides. Strides of dimensions of size 1 mean nothing and are not compared. No comparison makes
-a guard: symbolic strides are equal if their expressions are.
+any strides. Strides of dimensions of size 1 are not compared: they have no effect. No comparison
+adds a guard: symbolic strides are equal if their expressions are.
 """
 
 from __future__ import annotations
@@ -18,6 +20,14 @@ from torch import fx
 
 from runlora_fx.passes.algebra.posed import Dim
 from runlora_fx.passes.levels.modules import drops_nothing, is_plain_linear, module_of
+from runlora_fx.passes.levels.operators import (
+    CASTS,
+    COMPOSED_PRODUCTS,
+    PRODUCTS,
+    REDUCTIONS,
+    RESHAPES,
+    VIEWS,
+)
 from runlora_fx.passes.levels.sizes import (
     equal,
     example_of,
@@ -27,36 +37,28 @@ from runlora_fx.passes.levels.sizes import (
     shape_of,
     strides_of,
 )
+from runlora_fx.passes.read.calls import name_of
 
-#: What a reader makes of a layout: its result has a layout of its own; the result's layout follows;
-#: or the reader may be wrong or fail with another one.
+#: How a reader depends on the layout of its operand. "ignores": its result is the same, strides
+#: included. "follows": only the strides of its result change. "relies": it may fail or be wrong.
 _Reading: TypeAlias = Literal["ignores", "follows", "relies"]
 
 _aten = torch.ops.aten
 
-#: The result's layout is the same whatever the operands' are.
+#: Operators that compute the same result, strides included, for any strides of their operands.
 _IGNORING = frozenset(
-    [
-        *(_aten.mm.default, _aten.bmm.default, _aten.addmm.default, _aten.baddbmm.default),
-        *(_aten.mv.default, _aten.dot.default, _aten.contiguous.default),
-        torch.ops.runlora.merged_weight.default,
-    ]
+    [*PRODUCTS, _aten.contiguous.default, torch.ops.runlora.merged_weight.default]
 )
 
-#: Besides pointwise operators: any layout is right, and the result's follows from it.
+#: Operators that are right for any strides, and whose result's strides follow from them; pointwise
+#: operators are too.
 _FOLLOWING = frozenset(
     [
-        *(_aten.permute.default, _aten.transpose.int, _aten.t.default, _aten.reshape.default),
-        *(_aten.unsqueeze.default, _aten.squeeze.default, _aten.squeeze.dim, _aten.squeeze.dims),
-        *(_aten.expand.default, _aten.slice.Tensor, _aten.select.int, _aten.alias.default),
-        *(_aten.detach.default, _aten.split.Tensor, _aten.split_with_sizes.default),
+        *(VIEWS - RESHAPES | CASTS | REDUCTIONS | COMPOSED_PRODUCTS),
+        *(_aten.reshape.default, _aten.split.Tensor, _aten.split_with_sizes.default),
         *(_aten.unbind.int, _aten.cat.default, _aten.stack.default, _aten.clone.default),
-        *(_aten._to_copy.default, _aten.to.dtype, torch.ops.prims.convert_element_type.default),
-        *(_aten.sum.default, _aten.sum.dim_IntList, _aten.mean.default, _aten.mean.dim),
-        *(_aten.amax.default, _aten.amin.default, _aten.linalg_vector_norm.default),
-        *(_aten.var.correction, _aten.var_mean.correction, _aten.native_layer_norm.default),
-        *(_aten._softmax.default, _aten._log_softmax.default),
-        *(_aten.matmul.default, _aten.linear.default, _aten.einsum.default),
+        *(_aten._softmax.default, _aten._log_softmax.default, _aten.native_layer_norm.default),
+        _aten.einsum.default,
     ]
 )
 
@@ -70,7 +72,7 @@ _FOLLOWING_NAMES = frozenset(
     ]
 )
 
-#: Where functions have names that mean what they mean in torch.
+#: The modules whose functions of these names are torch's.
 _KNOWN_MODULES = ("torch", "torch.nn.functional", "torch._C._nn", "_operator")
 
 
@@ -94,15 +96,16 @@ def memory_order(node: fx.Node, hint: Callable[[Dim], int]) -> list[int] | None:
     for d in reversed(order):
         if not is_one(shape[d]) and not equal(strides[d], expected):
             return None
-        if not is_zero(shape[d]):  # the strides of an empty tensor are those of one with a 1 there
+        if not is_zero(shape[d]):  # torch computes the strides of an empty tensor as if 0 were 1
             expected = numel((expected, shape[d]))
     return order
 
 
 def is_relied_on(node: fx.Node) -> bool:
-    """Whether a reader of a tensor, or of what has its layout, relies on its strides.
+    """True if a reader relies on the strides of a tensor.
 
-    What leaves the graph is read by the user, who may take a view of it.
+    Readers of results whose strides follow from the tensor's count too. The output of the graph
+    relies on strides, because the user may take a view of it.
     """
     seen: set[fx.Node] = set()
     pending = [(user, node) for user in node.users]
@@ -118,7 +121,7 @@ def is_relied_on(node: fx.Node) -> bool:
 
 
 def takes_any_layout(target: torch._ops.OpOverload) -> bool:
-    """Whether an operator computes the same whatever the strides of its operands are."""
+    """True if an operator computes the same numbers for any strides of its operands."""
     if target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags:
         return False
     return torch.Tag.pointwise in target.tags or target in _FOLLOWING or target in _IGNORING
@@ -137,7 +140,7 @@ def _reading(user: fx.Node, node: fx.Node) -> _Reading:
     if user.op != "call_function":
         return "relies"
     is_known = getattr(target, "__module__", None) in (*_KNOWN_MODULES, None)
-    return "follows" if is_known and _name(target) in _FOLLOWING_NAMES else "relies"
+    return "follows" if is_known and name_of(target) in _FOLLOWING_NAMES else "relies"
 
 
 def _reading_of_operator(user: fx.Node, node: fx.Node, target: torch._ops.OpOverload) -> _Reading:
@@ -147,18 +150,14 @@ def _reading_of_operator(user: fx.Node, node: fx.Node, target: torch._ops.OpOver
         return "ignores"
     is_random = torch.Tag.nondeterministic_seeded in target.tags
     if target._schema.is_mutable or is_random:
-        return "relies"  # random numbers are drawn in the order of the memory
+        return "relies"  # random numbers are drawn in memory order
     if torch.Tag.pointwise not in target.tags and target not in _FOLLOWING:
         return "relies"
     return "ignores" if _is_new_vector(user, target) else "follows"
 
 
 def _is_new_vector(node: fx.Node, target: torch._ops.OpOverload) -> bool:
-    """Whether a node makes new memory with one dimension: there is one way to lie there."""
+    """True if a node makes a vector in new memory: its strides can only be (1,)."""
     val = example_of(node)
     is_new = all(result.alias_info is None for result in target._schema.returns)
     return is_new and val is not None and val.dim() <= 1
-
-
-def _name(target: Any) -> str:
-    return str(getattr(target, "__name__", ""))

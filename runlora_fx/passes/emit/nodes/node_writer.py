@@ -1,9 +1,9 @@
-"""Nodes: one call at a time, with metadata, and never the same call twice.
+"""Node writer: write one call at a time in front of a root, and reuse equal calls.
 
-    mm(x, w) written in front of a root      ->      the product that stands before it already, or a
-                                                     new node with the metadata of the root
+    call(mm, x, w)      ->      the node ``mm(x, w)`` that already stands before the root, or else a
+                                new one with the metadata of the root
 
-Invariant: what is written stands behind what it reads, and in front of the root.
+Invariant: a written node stands behind everything that it reads, and in front of the root.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from runlora_fx.passes.read.reader import GraphReader
 
 
 class EmissionError(RuntimeError):
-    """A plan cannot be written into this graph."""
+    """A plan cannot be expressed in this graph."""
 
 
 class NodeWriter:
-    """Writes nodes in front of an anchor, which lends them its metadata.
+    """Writes nodes in front of one node, the anchor. They get a copy of its metadata.
 
     Attributes:
-        own: All that was written.
-        rules: What each node was written for, but for copies.
+        own: All nodes that were written.
+        rules: The rule that each node was written for. Copied nodes have none here.
     """
 
     def __init__(self, graph: fx.Graph, reader: GraphReader, calls: Calls) -> None:
@@ -64,7 +64,7 @@ class NodeWriter:
 
     @contextmanager
     def making(self, rule: Rule) -> Iterator[None]:
-        """A context in which nodes are written for a step, and say so in their metadata."""
+        """A context in which nodes are written for one rule. Their metadata names it."""
         outer = self._rule, self._insert.rule
         root = self.anchor.name
         self._rule = rule
@@ -76,12 +76,12 @@ class NodeWriter:
 
     @property
     def written(self) -> list[fx.Node]:
-        """The nodes made so far, in order."""
+        """The nodes written so far, in order."""
         return self._insert.written
 
     @property
     def mode(self) -> Any:
-        """The fake mode that example values live in; None where they are real."""
+        """The fake mode of the example values; None if they are real."""
         return self._insert.mode
 
     @property
@@ -90,13 +90,13 @@ class NodeWriter:
         return self._insert.anchor
 
     def is_before(self, node: fx.Node) -> bool:
-        """Whether a node stands before what is written now."""
+        """True if a node stands before the anchor."""
         return self._position[node] < self._position[self.anchor]
 
     # -- calls ---------------------------------------------------------------------------------
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        """Any call that computes a tensor from others; an equal one that stands before it."""
+        """Write a call, or return the node of an equal call that stands before the anchor."""
         values = self._reader.values
         key = values.key("call_function", target, args, kwargs)
         known = self._known(key)
@@ -109,7 +109,7 @@ class NodeWriter:
         return self._placed(node)
 
     def attribute(self, name: str, tensor: torch.Tensor) -> fx.Node:
-        """The node that reads an attribute of the graph's module."""
+        """Write the ``get_attr`` node of an attribute of the graph's module."""
         node = self._insert.attribute(name, tensor)
         self._reader.values.of(node)
         return self._placed(node)
@@ -122,14 +122,14 @@ class NodeWriter:
         base: fx.Node | None,
         rule: str,
     ) -> fx.Node:
-        """The call of another node, on other nodes.
+        """Write the call of an existing node again, on other arguments.
 
         Args:
-            was: The node.
-            nodes: The other nodes, by what it reads.
+            was: The existing node.
+            nodes: For every node that it reads, the one to read instead.
             layout: The layout of the result.
-            base: The node whose memory the result shows; None if it has its own.
-            rule: What it is written for.
+            base: The node that the result is a view of; None if it is new memory.
+            rule: The rule that it is written for.
         """
         values, args, kwargs = self._reader.values, _on(nodes, was.args), _on(nodes, was.kwargs)
         key = values.key("call_function", was.target, args, kwargs)
@@ -145,14 +145,15 @@ class NodeWriter:
         return self._placed(node)
 
     def find_again(self, was: fx.Node, nodes: Mapping[fx.Node, fx.Node]) -> fx.Node | None:
-        """The node before what is written now that makes the call of another, on other nodes."""
+        """The node before the anchor that makes an existing node's call on other arguments."""
         args, kwargs = _on(nodes, was.args), _on(nodes, was.kwargs)
         return self._known(self._reader.values.key("call_function", was.target, args, kwargs))
 
     def _known(self, key: Hashable | None) -> fx.Node | None:
-        """The node before what is written now that makes the call of a key; rather one of ours.
+        """The node before the anchor that makes the call of a key, one of ours if there is one.
 
-        Ours stay in the graph, and what they are written for may have been all that read another.
+        Ours stay in the graph. A node of the incoming graph may be erased once its roots are
+        replaced, so using it would keep it alive.
         """
         nodes = self._reader.values.known(key)
         found: fx.Node | None = None
@@ -164,7 +165,7 @@ class NodeWriter:
         return found
 
     def _placed(self, node: fx.Node) -> fx.Node:
-        # After the anchor's operands and before the anchor: as early as anything written here.
+        # All nodes that are written for one anchor share the position directly before it.
         self._position[node] = self._position[self.anchor] - 1
         self.own.add(node)
         return node
@@ -172,8 +173,8 @@ class NodeWriter:
     # -- sizes ---------------------------------------------------------------------------------
 
     def _sizes(self, shape: Shape) -> list[int | fx.Node]:
-        """The arguments of a view: -1 for a size that follows from the others."""
-        if any(map(is_zero, shape)):  # any size would follow
+        """A shape as arguments of a view, with -1 for a size that follows from the others."""
+        if any(map(is_zero, shape)):  # -1 is ambiguous if there are no elements
             return list(map(self._size, shape))
         if self._calls.stacked is not None and len(shape) == 2:
             rows, cols = shape
@@ -186,7 +187,11 @@ class NodeWriter:
         return [size if isinstance(size, int) else self._size(size) for size in shape]
 
     def _size(self, size: Dim) -> int | fx.Node:
-        """A size, or a node that holds it: from the graph, or from a tensor that has it."""
+        """A size as an integer, or as a node: a symbolic integer, or ``sym_size`` of a tensor.
+
+        Raises:
+            EmissionError: If no tensor before the anchor has the size.
+        """
         if isinstance(size, int):
             return size
         limit = self._position[self.anchor]
@@ -209,5 +214,5 @@ class NodeWriter:
 
 
 def _on(nodes: Mapping[fx.Node, fx.Node], x: Any) -> Any:
-    """Arguments of a call with other nodes in the places of nodes."""
+    """Arguments of a call in which every node is replaced by another."""
     return fx.node.map_arg(x, nodes.__getitem__) if x else x

@@ -2,10 +2,10 @@
 
     node.meta["runlora"] == "sum: primals_2 + 2 primals_4 primals_3"
 
-A rule is kept in pieces: texts, and numbers of leaves in the places of their names. So the rule of
-an equal step of another layer is the same but for the numbers.
+A rule is stored as a tuple of texts and of leaf numbers. The text has names in the places of the
+numbers. So the rules of equal steps of two layers differ in these numbers alone.
 
-Invariant: a rule is for reading only; no pass decides by it.
+Invariant: rules are for people to read. No pass depends on them.
 """
 
 from __future__ import annotations
@@ -35,36 +35,36 @@ _LONGEST = 100
 
 
 class Name(NamedTuple):
-    """The place of a name.
+    """A placeholder for a name in a rule.
 
     Attributes:
-        kind: Whether it is that of a leaf, a scalar leaf, an assignment, or the root to write.
-        number: The number of the leaf or assignment.
+        kind: What is named: a leaf, a scalar leaf, an assignment, or the root that is written.
+        number: The number of the leaf or assignment; 0 for the root.
     """
 
     kind: Literal["matrix", "scalar", "assignment", "root"]
     number: int
 
 
-#: What a node is written for.
+#: What a node is written for, as texts and placeholders.
 Rule: TypeAlias = tuple[str | Name, ...]
 
-#: What a copy is written for that has the strides of a root.
+#: The rule of a copy that restores the strides of a root.
 COPY: Rule = ("copy: the strides of ", Name("root", 0))
 
 
 def text_of(rule: Rule, named: Callable[[Name], str]) -> str:
-    """A rule as a text, with the names that a function gives."""
+    """A rule as a text. A function gives the names, and long texts are cut off."""
     text = "".join([piece if isinstance(piece, str) else named(piece) for piece in rule])
     return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
 
 
 def name_in(leaves: Leaves, name: Name, root: str) -> str:
-    """What a leaf of a graph is called.
+    """The name that a placeholder stands for in one graph.
 
     Args:
         leaves: The leaves of the graph.
-        name: The place of the name.
+        name: The placeholder.
         root: The name of the root that is written.
     """
     match name.kind:
@@ -78,7 +78,7 @@ def name_in(leaves: Leaves, name: Name, root: str) -> str:
 
 
 def rule_of(value: Value, step: Step) -> Rule:
-    """The rule and the formula that a step of a plan computes a value by."""
+    """The rule of a step: its kind, and the formula by which it computes the value."""
     operands = step.operands
     if isinstance(step, Sum):
         return ("sum: ", *_joined(" + ", [_text(p) for p in operands]))
@@ -105,7 +105,7 @@ def rule_of(value: Value, step: Step) -> Rule:
 
 
 def rule_of_root(root: Root) -> Rule:
-    """The rule and the formula that the parts of a root are put together by."""
+    """The rule of the sum of a root's parts."""
     return ("sum: ", *_joined(" + ", [_text(p) for p in root.parts]))
 
 

@@ -1,11 +1,11 @@
-"""Writing: the calls that the steps of plans are made of.
+"""Writer: one method for every kind of call that the steps of plans need.
 
-    ``x A'``       ->      permute(a), mm(x, permute)
+    writer.matmul(x, writer.transpose(a))       ->      permute(a), mm(x, permute)
 
-A call whose form cannot be told from its arguments is given its form here: a column times a column
-could be read as an elementwise product.
+Most calls are read back by the readers of their level. Some are ambiguous: a column times a column
+could be a scaling or an elementwise product. The writer stores the form of such a call itself.
 
-Invariant: read back, each call is what its method says.
+Invariant: the form of every written node is what the method's docstring says.
 """
 
 from __future__ import annotations
@@ -51,8 +51,9 @@ class Writer(NodeWriter):
     """Writes the calls that the steps of plans are made of.
 
     Attributes:
-        materialised: What computes virtual leaves that a plan needs.
-        picked: What was picked: as cheap to pick again as a view, and as large as all rows.
+        materialised: The nodes that compute virtual leaves.
+        picked: The nodes that pick each token's matrix. Such a tensor is large, and cheap to
+            recompute in the backward.
     """
 
     def __init__(self, graph: fx.Graph, reader: GraphReader, dialect: Dialect) -> None:
@@ -64,13 +65,13 @@ class Writer(NodeWriter):
 
     @property
     def flattens(self) -> bool:
-        """Whether products take matrices only, so that activations must be flattened."""
+        """True if products take matrices only, so that activations must be flattened."""
         return self._calls.stacked is None
 
     # -- calls ---------------------------------------------------------------------------------
 
     def matmul(self, a: fx.Node, b: fx.Node) -> fx.Node:
-        """``a @ b`` of matrices or batches of matrices."""
+        """``a @ b`` of two matrices, two batches of matrices, or stacked rows and a matrix."""
         calls, ranks = self._calls, (len(shape_of(a)), len(shape_of(b)))
         if ranks == (2, 2):
             return self.call(calls.mm, a, b)
@@ -89,21 +90,21 @@ class Writer(NodeWriter):
         return self.call(self._calls.merged_weight, c, a, b, float(alpha))
 
     def add(self, a: fx.Node, b: fx.Node) -> fx.Node:
-        """``a + b``. Never with ``alpha``: Inductor (2.13) loses it where it fuses mm and add."""
+        """``a + b``, without ``alpha``: Inductor 2.13 drops it when it fuses ``mm`` and ``add``."""
         return self.call(self._calls.add, a, b)
 
     def scale(self, a: fx.Node, by: float | fx.Node) -> fx.Node:
-        """``a * by``."""
+        """``a * by`` for a number or a scalar node; ``a`` itself if the number is 1."""
         return a if by == 1.0 else self.call(self._calls.mul, a, by)
 
     def shift(self, a: fx.Node, by: float) -> fx.Node:
-        """``a + by`` for a number."""
+        """``a + by`` for a number; ``a`` itself if it is 0."""
         return a if by == 0.0 else self.call(self._calls.add, a, by)
 
     def stretch(self, a: fx.Node, vector: fx.Node, *, rows: bool) -> fx.Node:
-        """``a * vector``: each row of a matrix, or each column, times an entry of the vector."""
+        """``a * vector``: every row of a matrix, or every column, times one entry of the vector."""
         node = self.call(self._calls.mul, a, vector)
-        # A column times a column could as well be read as an elementwise product.
+        # The reader could take a column times a column for an elementwise product.
         self._reader.forms[node] = DiagonalMultiple(a, vector, rows)
         return node
 
@@ -112,13 +113,14 @@ class Writer(NodeWriter):
         return self.call(self._calls.div, a, by)
 
     def cast(self, a: fx.Node, dtype: torch.dtype) -> fx.Node:
-        """``a`` in another dtype."""
+        """``a`` converted to a dtype; ``a`` itself if it has that dtype."""
         val = example_of(a)
         assert val is not None
         if val.dtype == dtype:
             return a
         node = self.call(self._calls.cast, a, dtype)
-        # Whoever casts here may: also a leaf to a narrower dtype, where the reader would stop.
+        # The reader does not read through a cast of a leaf to a narrower dtype. This one is part of
+        # the plan, so it is read through.
         self._reader.forms[node] = Reshape(a)
         return node
 
@@ -126,9 +128,9 @@ class Writer(NodeWriter):
         """A copy of ``a`` that lies in memory with its dimensions in an order, outermost first."""
         permuted = self._permute(a, order)
         copied = self.call(self._calls.clone, permuted, memory_format=torch.contiguous_format)
-        # The reader stops where a copy changes the layout; this one is read through. A cut that
-        # flattens two dimensions shows no matrix of the copy while they stand in another order, so
-        # the result names what it is a copy of.
+        # The reader does not read through a copy that changes the layout, so both forms are stored.
+        # The result is a copy of ``a`` itself: a cut of ``a`` that flattens two dimensions has no
+        # counterpart in the permuted copy.
         self._reader.forms[copied] = Copy(permuted)
         result = self._permute(copied, inverse(tuple(order)))
         self._reader.forms[result] = Copy(a)
@@ -150,7 +152,7 @@ class Writer(NodeWriter):
         """The same elements in another shape."""
         if same_shape(shape_of(a), shape):
             return a
-        # A view that the graph made may be a leaf: then what it shows is none.
+        # Only views that were written here are undone: one of the graph's own may be a leaf.
         if a in self.own and a.target is self._calls.view:
             viewed = a.args[0]
             if isinstance(viewed, fx.Node) and same_shape(shape_of(viewed), shape):
@@ -161,7 +163,7 @@ class Writer(NodeWriter):
         return self.call(target, a, sizes)
 
     def _is_viewable(self, val: torch.Tensor, sizes: list[int | fx.Node]) -> bool:
-        """Whether the strides of a tensor allow a view of some sizes; equal ones tried once."""
+        """True if the strides of a tensor allow a view of some sizes."""
         key = (*val.shape, None, *val.stride(), None, *sizes)
         is_static = all(size is None or isinstance(size, int) for size in key)
         if not is_static or key not in self._viewable:
@@ -178,7 +180,7 @@ class Writer(NodeWriter):
         return self._viewable[key]
 
     def leaf(self, origin: Origin) -> fx.Node:
-        """The tensor of a leaf: the node that holds it, or one that is written."""
+        """The node that holds a leaf. For a virtual leaf, nodes are written that compute it."""
         if origin.node is not None:
             return origin.node
         begin = len(self.written)
@@ -190,65 +192,71 @@ class Writer(NodeWriter):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the root that is written now."""
+        """The dtype of the anchor, the root that is being replaced."""
         like = example_of(self.anchor)
         assert like is not None
         return like.dtype
 
     def ones(self, rows: Dim) -> fx.Node:
-        """A column of ones of shape (rows, 1), in the dtype and on the device of the root."""
+        """A column of ones of shape (rows, 1), in the root's dtype and on its device."""
         like = example_of(self.anchor)
         assert like is not None
         sizes = [self._size(rows), 1]
         return self.call(self._calls.full, sizes, 1.0, dtype=like.dtype, device=like.device)
 
     def zeros(self, shape: Shape) -> fx.Node:
-        """Zeros of a shape, in the dtype and on the device of the root."""
+        """Zeros of a shape, in the root's dtype and on its device."""
         like = example_of(self.anchor)
         assert like is not None
         sizes = [self._size(size) for size in shape]
         return self.call(self._calls.full, sizes, 0, dtype=like.dtype, device=like.device)
 
     def outer(self, column: fx.Node, row: fx.Node) -> fx.Node:
-        """A column times a row for each matrix in a batch, elementwise."""
+        """Columns (b, m, 1) times rows (b, 1, n), as an elementwise multiplication."""
         node = self.call(self._calls.mul, column, row)
         self._reader.forms[node] = OuterProduct(Operand(column, STACK), Operand(row, STACK), STACK)
         return node
 
     def pick(self, stack: fx.Node, by: TokenAssignment) -> fx.Node:
-        """The matrices of the tokens' experts."""
+        """``stack[k]``: for each token the matrix of its expert."""
         node = self.call(_aten.index.Tensor, stack, [by.node])
         self.picked.append(node)
         return node
 
     def summed_by_expert(self, rows: fx.Node, by: TokenAssignment) -> fx.Node:
-        """For each expert the sum of the matrices of its tokens."""
+        """For each expert the sum of its tokens' matrices."""
         zeros = self.zeros((by.experts, *shape_of(rows)[1:]))
         node = self.call(_aten.index_put.default, zeros, [by.node], rows, True)
         self._reader.forms[node] = SumOfRows(by, rows, zeros)
         return node
 
     def grouped_product(self, rows: fx.Node, stack: fx.Node, by: TokenAssignment) -> fx.Node:
-        """Each row times the matrix of its expert."""
+        """Each token's row times the matrix of its expert."""
         if by.kind == "aten":
             return self.call(_aten._grouped_mm.default, rows, stack, by.node)
         operator = torch.ops.transformers.grouped_mm_fallback.default
         return self.call(operator, rows, stack, by.node)
 
     def grouped_outer(self, columns: fx.Node, rows: fx.Node, by: TokenAssignment) -> fx.Node:
-        """For each expert the sum of columns times rows of its tokens; both given as rows."""
+        """For each expert the sum over its tokens of a column times a row.
+
+        Args:
+            columns: Each token's column, as a row of a matrix.
+            rows: Each token's row.
+            by: The assignment of tokens to experts.
+        """
         columns = self.call(self._calls.permute, columns, [1, 0])
         return self.call(_aten._grouped_mm.default, columns, rows, by.node)
 
     def repeat(self, a: fx.Node, times: Dim, *, rows: bool) -> fx.Node:
-        """One row repeated to a number of rows, or one column to a number of columns."""
+        """One row repeated ``times`` times, or one column."""
         sizes = [self._size(times), -1] if rows else [-1, self._size(times)]
         node = self.call(self._calls.expand, a, sizes)
         self._reader.forms[node] = Broadcast(a)
         return node
 
     def total(self, a: fx.Node, *, rows: bool) -> fx.Node:
-        """The sum of the rows of a matrix as one row, or of its columns as one column."""
+        """The sum of a matrix over its rows, as one row; or over its columns, as one column."""
         n = len(shape_of(a))
         dims = list(range(n - 1)) if rows else [n - 1]
         node = self.call(self._calls.sum, a, dims, True)
@@ -256,10 +264,11 @@ class Writer(NodeWriter):
         return self.reshape(node, (1, shape_of(a)[-1])) if rows else node
 
     def row_dots(self, a: fx.Node, b: fx.Node, *, rows: bool) -> fx.Node:
-        """The dot products of the rows of two matrices, or those of their columns."""
+        """The dot products of the rows of two matrices, or of their columns, as a vector."""
         multiplied = self.call(self._calls.mul, a, b)
         node = self.call(self._calls.sum, multiplied, [1 if rows else 0])
-        # Also where something else reads the multiplication, or nothing here is a product.
+        # The reader reads such a sum only if nothing else reads the multiplication, and if a factor
+        # is made of a product.
         self._reader.forms[node] = DiagonalOfProduct(*aligned_factors(a, b, 2, rows=rows))
         return node
 

@@ -1,6 +1,6 @@
-"""Proofs: an old and a new root go in, and an error comes out if they differ.
+"""Proofs: an old and a new root go in, and an error is raised if they differ.
 
-Example: ``addmm(w, b, a), permute, mm`` is read back as ``X W' + X A' B'``, as the old root was.
+Example: ``addmm(w, b, a), permute, mm`` is read back as ``X W' + X A' B'``. So was the old root.
 
 ``copies`` and ``apply`` import this folder. It imports ``nodes`` alone of ``emit``.
 

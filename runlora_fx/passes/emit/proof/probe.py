@@ -1,15 +1,15 @@
-"""Probes: the old and the new nodes of a root, computed from the same random numbers and compared.
+"""Probes: compute the old and the new root from the same random numbers, and compare.
 
-    X W' + s (X A') B'   and   X (W + s B A)'     on random X, W, A, B: equal to within rounding
+    X W' + s (X A') B'   and   X (W + s B A)'     on random X, W, A, B: equal up to rounding
 
-A probe does not ask the reader what a node computes: it runs the calls of the graph, in fp64 and on
-the CPU, with the sizes of the examples. It walks up from the root through products, elementwise
-operators and views. Every other tensor is random: one for each input and each call that draws
-random numbers, the same one for equal calls of what is pure. So a probe also finds two draws of
-dropout that were taken for one.
+A probe does not depend on the reader: it runs the calls of the graph, in fp64 on the CPU, with the
+sizes of the example tensors. It runs products, elementwise operators and views, from the root
+upwards. All other tensors are random: one for each input and for each call that draws random
+numbers, and the same one for equal calls of a pure operator. So a probe also detects that two draws
+of dropout were merged into one.
 
-Invariant: a probe changes neither the graph nor the state of the random generators. What it cannot
-run, or what would take too much memory, is left out and logged.
+Invariant: a probe changes neither the graph nor the state of the random generators. A root that
+cannot be run, or that would take too much memory, is not probed, and the log says so.
 """
 
 from __future__ import annotations
@@ -37,26 +37,27 @@ from runlora_fx.passes.levels.forms import (
     VirtualOperand,
     WeightedSum,
 )
+from runlora_fx.passes.levels.operators import RESHAPES, names_of
 from runlora_fx.passes.levels.origins import Attribute, Computed, Origin
 from runlora_fx.passes.levels.sizes import Shape, dim_of, example_of, shape_of
 from runlora_fx.passes.read.analysis import Analysis
 from runlora_fx.passes.read.calls import name_of
+from runlora_fx.passes.read.known_calls import CASTS
 
 _log = logging.getLogger("runlora_fx")
 
-#: All tensors of one probe together are at most so large [B].
+#: The largest size of all tensors of one probe together [B].
 _MAX_BYTES = 1 << 26
 
-#: Calls above what is rewritten that a probe runs; the tensors above them are random.
+#: The largest number of calls that a probe runs above the rewritten nodes. What they read is random.
 _MAX_NODES = 200
 
-#: How far the results may be apart, relative to the largest number in them.
+#: The largest difference of the results, relative to the largest number in them.
 _TOLERANCE = 1e-8
 
-_CASTS = ("to", "float", "half", "bfloat16", "double", "type", "convert_element_type", "_to_copy")
-_VIEWS = ("view", "_unsafe_view")
+_VIEWS = names_of(RESHAPES)
 
-#: Calls that make the same tensor every time: the identity matrix is made of them.
+#: Calls that return the same tensor every time. The identity matrix is made of them.
 _CONSTANTS = ("iota", "arange", "eye", "full", "ones", "zeros", "new_zeros")
 
 _aten = torch.ops.aten
@@ -67,7 +68,7 @@ _MERGED = torch.ops.runlora.merged_weight.default
 
 
 def probe(analysis: Analysis, old: fx.Node, new: fx.Node, written: Iterable[fx.Node]) -> bool:
-    """Compare a root that was emitted with the one that it is to replace, on random numbers.
+    """Compare an emitted root with the root that it is to replace, on random numbers.
 
     Args:
         analysis: The graph; both nodes are in it.
@@ -76,7 +77,7 @@ def probe(analysis: Analysis, old: fx.Node, new: fx.Node, written: Iterable[fx.N
         written: All nodes that were emitted.
 
     Returns:
-        Whether they were compared.
+        True if they were compared; False if they cannot be run, or take too much memory.
 
     Raises:
         VerificationError: If they differ by more than rounding.
@@ -101,7 +102,7 @@ def probe(analysis: Analysis, old: fx.Node, new: fx.Node, written: Iterable[fx.N
 
 
 def _apart(was: torch.Tensor, now: torch.Tensor) -> tuple[float, float]:
-    """How far two tensors are apart, and how large the numbers in them are."""
+    """The largest difference of two tensors, and the largest number in the first."""
     finite = was.isfinite()
     if not torch.equal(finite, now.isfinite()):
         return float("inf"), 0.0
@@ -111,7 +112,7 @@ def _apart(was: torch.Tensor, now: torch.Tensor) -> tuple[float, float]:
 
 
 def _grouped(left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """Rows of each expert times its matrix, or columns of each expert times its rows."""
+    """``aten::_grouped_mm`` in fp64: rows times their experts' matrices, or columns times rows."""
     spans = list(pairwise([0, *ends.tolist()]))
     if right.dim() == 3:
         made = left.new_zeros(left.shape[0], right.shape[2])
@@ -122,7 +123,7 @@ def _grouped(left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor) -> tor
 
 
 class _Probe:
-    """One run of two nodes and of what they depend on."""
+    """One run of two nodes and of the calls above them."""
 
     def __init__(
         self, analysis: Analysis, old: fx.Node, new: fx.Node, written: set[fx.Node]
@@ -139,7 +140,7 @@ class _Probe:
         self._assigning = {by.node: by for by in analysis.reader.leaves.assignments}
 
     def values(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """What both nodes hold; None if that takes too much memory."""
+        """The values of both nodes; None if they take too much memory."""
         run = self._calls_to_run()
         needed = dict.fromkeys(n for node in run for n in (*node.all_input_nodes, node))
         if sum(map(self._bytes, needed)) > _MAX_BYTES:
@@ -152,7 +153,7 @@ class _Probe:
         return known[old], known[new]
 
     def _calls_to_run(self) -> set[fx.Node]:
-        """The calls between the two nodes and what is random."""
+        """The calls to run: from both nodes up to the tensors that are random."""
         run: set[fx.Node] = set()
         pending, above = list(self._ends), 0
         while pending:
@@ -172,7 +173,7 @@ class _Probe:
         return run
 
     def _is_run(self, node: fx.Node) -> bool:
-        """Whether a node computes something that may be run; a virtual leaf is random."""
+        """True if a node is a call that may be run. A virtual leaf is random instead."""
         if node.op == "call_module":
             return node in self._analysis.reader.forms
         is_call = node.op in ("call_function", "call_method")
@@ -192,7 +193,7 @@ class _Probe:
     # -- values --------------------------------------------------------------------------------
 
     def _given(self, node: fx.Node) -> Any:
-        """A random tensor, or the size that a symbol had when the graph was traced."""
+        """The random value of a node that is not run; a symbol has its size from the trace."""
         key = self._key(node)
         if key not in self._random:
             self._random[key] = self._new(node)
@@ -210,12 +211,13 @@ class _Probe:
         if not val.dtype.is_floating_point:
             return torch.randint(0, 2, shape, generator=self._generator).to(val.dtype)
         number = torch.rand(shape, generator=self._generator, dtype=torch.float64)
-        # Far from zero, for it may be divided by. What is drawn may be compared with any number.
+        # Numbers stay away from zero, because something may be divided by them. A random draw keeps
+        # its range [0, 1), because it may be compared with a probability.
         is_drawn = node.op.startswith("call") and self._is_random(node)
         return number if is_drawn else number + 0.5
 
     def _experts_of_tokens(self, by: TokenAssignment) -> torch.Tensor:
-        """A random index, or random offsets at which the rows of experts end."""
+        """A random expert for each token, or the offsets at which the experts' rows end."""
         tokens, experts = self._analysis.hint(by.tokens), self._analysis.hint(by.experts)
         k = torch.randint(0, experts, (tokens,), generator=self._generator)
         if by.kind == "indexed":
@@ -223,7 +225,7 @@ class _Probe:
         return torch.bincount(k, minlength=experts).cumsum(0).int()
 
     def _key(self, node: fx.Node) -> Hashable:
-        """What two nodes have in common exactly if they hold the same tensor."""
+        """A key that two nodes share exactly if they must hold the same tensor."""
         if node not in self._keys:
             self._keys[node] = self._key_of(node)
         return self._keys[node]
@@ -240,28 +242,28 @@ class _Probe:
         return (node.op, node.target, repr(args))
 
     def _number(self, node: fx.Node) -> Any:
-        """A number in the place of an argument, the same for equal keys."""
+        """A number that stands for an argument in a key; equal arguments have equal numbers."""
         key = ("number", self._key(node))
         return self._random.setdefault(key, len(self._random))
 
     def _run(self, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
-        """What a call makes of known values, in fp64 and on the CPU."""
+        """The result of a call on known values, in fp64 on the CPU."""
         form, sources = self._analysis.reader.forms.get(node), node.all_input_nodes
         if form is not None and (form.origins or node.op == "call_module"):
             return self._read_through(form, known)
-        if name_of(node.target) in _CASTS and self._is_floating(node, sources[0]):
+        if name_of(node.target) in CASTS and self._is_floating(node, sources[0]):
             return known[sources[0]]
         given: Any = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: known[n])
         args, kwargs = given[0], dict(given[1])
         if "device" in kwargs:
             kwargs["device"] = "cpu"
-        if name_of(node.target) in _VIEWS:  # the numbers given may lie otherwise in memory
+        if name_of(node.target) in _VIEWS:  # the strides here may be others than in the graph
             made = args[0].reshape(*args[1:])
         elif node.op == "call_method":
             made = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        elif node.target is _MERGED:  # nothing is kept of a probe
+        elif node.target is _MERGED:  # the operator itself would keep the random weight
             made = torch.addmm(*args[:3], alpha=args[3])
-        elif node.target is _GROUPED:  # it takes no fp64
+        elif node.target is _GROUPED:  # the operator does not take fp64
             made = _grouped(*args)
         else:
             made = node.target(*args, **kwargs)  # type: ignore[operator]
@@ -270,7 +272,7 @@ class _Probe:
         return made
 
     def _read_through(self, form: Form, known: dict[fx.Node, Any]) -> Any:
-        """What a node with virtual leaves computes: itself it may not run in fp64."""
+        """The result of a node with virtual leaves, by its form: it may not run in fp64."""
         match form:
             case Copy(source) | Broadcast(source):
                 return known[source]
@@ -283,7 +285,7 @@ class _Probe:
         raise NotImplementedError(f"a probe of {form}")
 
     def _leaf(self, origin: Origin, shape: Shape) -> torch.Tensor:
-        """The random numbers of a virtual leaf, also where a node holds it."""
+        """The random numbers of a virtual leaf; a node that holds the same tensor gets them too."""
         if isinstance(origin, Attribute):
             key: Hashable = ("get_attr", origin.target)
         else:

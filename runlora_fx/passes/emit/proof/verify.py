@@ -1,11 +1,11 @@
-"""Verification: an emitted root is read back and must have the normal form it was made from.
+"""Verification: an emitted root is read back, and its polynomial must equal that of the old root.
 
-    addmm(w, b, a), permute, mm      ->      X W' + X A' B', as the root was read
+    addmm(w, b, a), permute, mm      ->      X W' + X A' B', which is what the old root was read as
 
-A root is a leaf to whatever reads it. An equal node that is no root is read through. Where both
-stand in one polynomial, the leaf is written out on both sides before they are compared.
+One value can appear in a polynomial in two ways: a root is a leaf of its readers, but an equal node
+that is no root is read through. So such leaves are replaced by their own polynomials first.
 
-Invariant: what passes computes the root, whatever the values of the leaves are.
+Invariant: a root that passes computes the same as the old one, for all values of the leaves.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from runlora_fx.passes.read.reader import GraphReader
 
 
 class VerificationError(RuntimeError):
-    """An emitted root is not what it was to be: a bug of ours."""
+    """An emitted root does not compute the old root: a bug of this package."""
 
 
 class _Unreadable(Exception):
-    """A node that is neither readable nor a leaf of the polynomial to prove."""
+    """A node that has no readable form and is no leaf of the expected polynomial."""
 
 
 class _ReadBack(PolynomialReader):
-    """Reads down to the leaves of one polynomial, through roots and interior nodes alike."""
+    """Reads nodes down to the leaves of the expected polynomial, also through roots."""
 
     def __init__(self, reader: GraphReader, leaves: frozenset[int]) -> None:
         super().__init__(reader.values, reader.leaves, reader.forms)
@@ -57,10 +57,12 @@ class _ReadBack(PolynomialReader):
 
 
 def verify(reader: GraphReader, emitted: fx.Node, root: fx.Node, expected: Polynomial) -> None:
-    """Prove that a node computes a polynomial, as a tensor like the root's.
+    """Prove that a node computes a polynomial, with the shape, dtype, device and strides of a root.
+
+    Strides are compared only if a reader of the root relies on them.
 
     Raises:
-        VerificationError: If it does not; the message names both.
+        VerificationError: If it does not. The message says what differs.
     """
     new, old = example_of(emitted), example_of(root)
     assert new is not None and old is not None
@@ -81,7 +83,7 @@ def verify(reader: GraphReader, emitted: fx.Node, root: fx.Node, expected: Polyn
 
 
 def _written_out(reader: GraphReader, p: Polynomial) -> Polynomial:
-    """A polynomial in which no leaf is a root that equals a node which is read through."""
+    """A polynomial without leaves that equal a node which is read through."""
     while True:
         twins = {leaf: twin for leaf in p.leaves for twin in [_twin(reader, leaf)] if twin}
         if not twins:
@@ -90,7 +92,7 @@ def _written_out(reader: GraphReader, p: Polynomial) -> Polynomial:
 
 
 def _twin(reader: GraphReader, leaf: int) -> Polynomial | None:
-    """What a leaf is made of, if an equal node is read through; None if there is none."""
+    """The polynomial of a leaf, if an equal node is read through; None if there is no such node."""
     held = reader.leaves.matrices[leaf].node
     for node in () if held is None else reader.values.equals(held):
         if node not in reader.cuts or node in reader.stops:

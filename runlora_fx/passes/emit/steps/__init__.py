@@ -1,8 +1,8 @@
-"""Steps of plans: a task goes in, the nodes that hold its roots come out, not yet proven.
+"""Steps of plans: a task goes in, nodes that compute its roots come out, not yet proven.
 
-Example: the step ``M = W + 2 B A`` -> ``addmm(W, B, A, alpha=2)``.
+Example: the step ``M = W + 2 B A`` -> ``addmm(w, b, a, alpha=2)``.
 
 ``copies`` and ``apply`` import this folder. It imports ``nodes`` alone of ``emit``.
 
-Invariant: nothing here decides about the algebra. The plan says what to write.
+Invariant: nothing here changes the algebra. The plan says which steps to write.
 """

@@ -1,8 +1,13 @@
-"""Broadcasts: products with the column of ones, which repeat a row.
+"""Broadcasts: a row that is repeated for every row of a matrix, or a column for every column.
 
-    1 b'  (+ X W')       ->      a row, added to what has the shape; repeated only if nothing has
+    1 b' + X W'      ->      addmm(b, x, w'), which broadcasts the vector b
+    1 b' + 1 d'      ->      expand(add(b, d), [rows, -1])
 
-Invariant: the ones themselves are written only where a plan multiplies by them twice.
+In polynomials a repeated row is a product with a column of ones, ``1 b'``. The vector ``b`` itself
+is written. Adding it to a matrix broadcasts it. It is expanded only if no addend has the full
+shape.
+
+Invariant: a column of ones is written only if it is itself the vector that is repeated.
 """
 
 from __future__ import annotations
@@ -20,7 +25,14 @@ from runlora_fx.passes.emit.steps.values import Values
 
 
 class Vector(NamedTuple):
-    """One row, or one column, that a matrix repeats; times a scalar."""
+    """A repeated row or column, before it is repeated.
+
+    Attributes:
+        node: The row, or the column.
+        scalar: What it is still to be multiplied by.
+        times: How often it is repeated.
+        is_row: True if it is a row.
+    """
 
     node: fx.Node
     scalar: Scalar
@@ -29,34 +41,46 @@ class Vector(NamedTuple):
 
 
 class Lacks(NamedTuple):
-    """What a sum of vectors still has to be repeated to, to be a matrix; None for a full side."""
+    """How a sum of vectors must still be expanded to become the full matrix.
+
+    Attributes:
+        rows: The number of rows to repeat it to; None if it has them all.
+        cols: The number of columns to repeat it to; None if it has them all.
+        is_empty: True if nothing was added up yet.
+    """
 
     rows: Dim | None = None
     cols: Dim | None = None
     is_empty: bool = True
 
     def filled_by(self, vector: Vector) -> Lacks:
-        """What it lacks once a vector is added to it: a row and a column fill each other."""
+        """What the sum lacks once a vector is added: a row plus a column is a full matrix."""
         is_row = vector.is_row
         if self.is_empty:
             return Lacks(vector.times if is_row else None, None if is_row else vector.times, False)
         return Lacks(self.rows if is_row else None, None if is_row else self.cols, False)
 
 
-#: What a full matrix lacks.
+#: A sum that contains a full matrix lacks nothing.
 NOTHING = Lacks(is_empty=False)
 
 
 class Broadcasts:
-    """Writes products with ones."""
+    """Writes repeated rows and columns."""
 
     def __init__(self, scope: Scope, values: Values) -> None:
-        """Write in a scope, of values that are emitted when they are asked for."""
+        """Write in a scope. Operands are emitted when they are first asked for."""
         self._scope = scope
         self._values = values
 
     def vector(self, part: Normalised, flip: bool, backward: bool) -> Vector:
-        """The row that a broadcast part repeats, or the column, as it is laid in the result."""
+        """The row or column that an addend repeats.
+
+        Args:
+            part: The addend: a product with ones.
+            flip: True if the transpose of the sum is written.
+            backward: The phase that the sum is computed in.
+        """
         step = self.step(self._scope.task.value(part.core, backward))
         assert step is not None
         turned = part.transposed != flip
@@ -73,7 +97,7 @@ class Broadcasts:
         return Vector(node, part.scalar * by * c, times, is_row)
 
     def filled(self, total: fx.Node, lacks: Lacks) -> fx.Node:
-        """A sum of vectors, repeated to the matrix that it is."""
+        """A sum, expanded to the full matrix if it lacks rows or columns."""
         if lacks.rows is not None:
             return self._scope.writer.repeat(total, lacks.rows, rows=True)
         return (
@@ -83,7 +107,7 @@ class Broadcasts:
         )
 
     def step(self, value: Value) -> Product | None:
-        """The step by which a value repeats a row or a column; None if it does not."""
+        """The product with ones that a value is; None if the value is no repeated vector."""
         step, core = self._scope.task.steps.get(value), value.core
         if core.is_diag_part:
             return None
@@ -96,7 +120,7 @@ class Broadcasts:
         return step
 
     def repeated(self, value: Value, transposed: bool) -> fx.Node:
-        """A value that repeats a row or a column, as a matrix."""
+        """A repeated row or column, expanded to the full matrix."""
         vector = self.vector(Normalised(ONE, False, value.core), transposed, value.backward)
         filled = self.filled(vector.node, Lacks().filled_by(vector))
         return self._scope.scaled(filled, vector.scalar)

@@ -1,12 +1,11 @@
 """Emission: from a plan to nodes.
 
-    Y = X (W + 2 B A)'       ->      addmm(W, B, A, alpha=2), permute, mm
+    Y = X (W + 2 B A)'       ->      addmm(w, b, a, alpha=2), permute, mm
 
-The emitter decides nothing about the algebra: it obeys the plan, which also says how each value
-lies in memory (:mod:`runlora_fx.passes.algebra.orientation`).
+The emitter follows the plan. The plan also says which values are stored transposed
+(:mod:`runlora_fx.passes.algebra.orientation`).
 
-Invariant: every value is written once; all nodes are written in front of the root that first needs
-them.
+Invariant: every value is written once, in front of the first root that needs it.
 """
 
 from __future__ import annotations
@@ -41,13 +40,13 @@ class Emitted:
     """A root that was written.
 
     Attributes:
-        node: It.
+        node: The node that holds it.
         written: All nodes that were written for it, in order.
-        recomputed: Nodes of the forward that the backward computes again by itself.
-        copied: The copy of the root that has the strides it came with, and the root as it was made.
-        values: The values that were made for it, and how they lie.
-        met: The products of the incoming graph that were asked about, and whether they stand in
-            front of it.
+        recomputed: Nodes of the forward whose value the plan makes again in the backward.
+        copied: If the root was copied to restore its strides: the copy, and the node it copies.
+        values: The values that were made for it, and the nodes that hold them.
+        met: By product of the incoming graph that could be reused, True if it stands before the
+            root.
     """
 
     node: fx.Node
@@ -59,12 +58,12 @@ class Emitted:
 
     @property
     def held(self) -> Iterable[fx.Node]:
-        """The nodes that anything is said of."""
+        """The nodes that the other attributes name, apart from ``written`` and ``met``."""
         copied = (node for both in self.copied for node in both)
         return (self.node, *self.recomputed, *copied, *[laid.node for _, laid in self.values])
 
     def on(self, nodes: Mapping[fx.Node, fx.Node]) -> Emitted:
-        """The same root on other nodes, as a later stage sees it."""
+        """The same for a copy of the root; only what ``apply`` reads is kept."""
         return Emitted(
             nodes[self.node],
             tuple([nodes[node] for node in self.written]),
@@ -76,13 +75,13 @@ class Emitted:
 
 
 class Emitter:
-    """Emits the roots of a graph from one plan for all of them; every value is written once."""
+    """Emits the roots of one graph. Values that several roots need are written once."""
 
     def __init__(self, task: Task, writer: Writer) -> None:
-        """Prepare to emit; nothing is written yet."""
+        """Prepare to emit a task by a writer."""
         self._scope = Scope(task, writer)
         self._task = task
-        # A proxy: Python keeps objects that refer to each other until it looks for garbage.
+        # A weak reference, because Python frees cycles of references only in a garbage collection.
         values = proxy(self)
         products, broadcasts = Products(self._scope, values), Broadcasts(self._scope, values)
         self._sums = Sums(self._scope, values, products, broadcasts)
@@ -93,17 +92,17 @@ class Emitter:
         self._start()
 
     def _start(self) -> None:
-        """Have nothing noted of the root that is emitted."""
+        """Forget what was noted for the last root."""
         self._recomputed: list[fx.Node] = []
         self._copied: list[tuple[fx.Node, fx.Node]] = []
         self._values: list[tuple[Value, Laid]] = []
         self._met: dict[fx.Node, bool] = {}
 
     def emit(self, root: Root) -> Emitted:
-        """Write a root anew, in front of the node that holds it now.
+        """Write a root, in front of the node that holds it now.
 
         Raises:
-            EmissionError: If the graph cannot express it.
+            EmissionError: If the plan cannot be expressed in this graph.
         """
         writer = self._scope.writer
         writer.move_to(root.node)
@@ -137,7 +136,11 @@ class Emitter:
         return self._in_layout(root, result)
 
     def _in_layout(self, root: Root, emitted: fx.Node) -> fx.Node:
-        """An emitted root with the strides that it came with, as a copy if it has others."""
+        """An emitted root, copied if its strides are not those that the root came with.
+
+        Raises:
+            EmissionError: If a reader relies on strides that no copy can have.
+        """
         if same_strides(emitted, root.node):
             return emitted
         order = memory_order(root.node, self._scope.hint)
@@ -151,7 +154,7 @@ class Emitter:
         return emitted
 
     def _addends(self, part: Polynomial, backward: bool) -> list[Normalised]:
-        """A part of a root; a sum that nothing else reads is added up with the other parts."""
+        """A part of a root as addends; a sum that only the root reads is split into its addends."""
         scalar, transposed, core = normalised = normalise(part)
         value = self._task.value(core, backward)
         step = self._task.steps.get(value)
@@ -161,7 +164,7 @@ class Emitter:
         return [n for p in addends for n in self._addends(p.scaled(scalar), backward)]
 
     def _is_in_shape(self, part: Normalised, root: Root) -> bool:
-        """True if a part is a leaf that has the root's own shape: added there, for fusion."""
+        """True if a part is a leaf of the root's own shape. It is added last, without a reshape."""
         factor = part.core.leaf
         if factor is None or factor.transposed != part.transposed:
             return False
@@ -177,21 +180,21 @@ class Emitter:
     def matrix(self, value: Value, transposed: bool) -> fx.Node:
         """A value or its transpose as a matrix."""
         node, lies = self._laid(value, transposed)
-        if lies == transposed or value.core.is_diag_part:  # a vector is its own transpose
+        if lies == transposed or value.core.is_diag_part:  # a vector has no transpose
             return node
         return self._scope.writer.transpose(self._scope.plain(value.core, node))
 
     def operand(self, p: Polynomial, backward: bool) -> tuple[fx.Node, Scalar]:
-        """A polynomial as a matrix, and what it still has to be scaled by."""
+        """A polynomial as a matrix, and the scalar that it is still to be multiplied by."""
         scalar, transposed, core = normalise(p)
         return self.matrix(self._task.value(core, backward), transposed), scalar
 
     def laid(self, value: Value) -> Laid:
-        """The node that holds a value, and whether it holds its transpose."""
+        """The node that holds a value or its transpose, emitted if it is new."""
         return self._laid(value, False)
 
     def _laid(self, value: Value, transposed: bool) -> Laid:
-        """The same; what has no step of its own, as a row that is repeated, is made as asked."""
+        """The same; a value whose orientation the plan leaves open is made as it is asked for."""
         factor = value.core.leaf
         if factor is not None and value not in self._task.steps:
             return Laid(self._shown(factor, value.backward), False)
@@ -202,11 +205,11 @@ class Emitter:
         return self._made[value]
 
     def know(self, value: Value, laid: Laid) -> None:
-        """Take a value as made by a node."""
+        """Take note that a node holds a value."""
         self._made[value] = laid
 
     def _shown(self, factor: Factor, backward: bool) -> fx.Node:
-        """A leaf as a matrix."""
+        """A leaf as a matrix; each is reshaped once in each phase."""
         key = (factor.leaf, backward)
         if key not in self._leaves:
             self._leaves[key] = self._scope.leaf(factor)
@@ -239,7 +242,7 @@ class Emitter:
         with self._scope.writer.making(rule_of(value, step)):
             write = writing(self._task.implementations[value])
             node = write(self._emission, value, step, transposed)
-        # All nodes of the value are tagged. The partitioner would save the last untagged one.
+        # All nodes of the value get the recompute tag. The partitioner saves the last untagged one.
         own = [n for n in self._scope.writer.written[begin:] if n not in self._of_values]
         self._of_values.update(own)
         if is_repeated:
@@ -247,7 +250,7 @@ class Emitter:
         return Laid(node, transposed)
 
     def _came(self, value: Value, step: Step) -> Laid | None:
-        """The node of the incoming graph that makes a value by a step, if it can be taken."""
+        """The node of the incoming graph that computes a value by the same step, if usable."""
         known = self._task.existing.get((value, step))
         if known is None:
             return None

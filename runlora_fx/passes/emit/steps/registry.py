@@ -1,10 +1,9 @@
-"""The registry of what writes steps: by the name of an implementation, a function.
+"""Registry: the function that writes the steps of an implementation, by its name.
 
     @writes("total")
     def write(emission: Emission, value: Value, step: Step, transposed: bool) -> fx.Node: ...
 
-Invariant: a function writes what its implementation was priced for. It decides nothing about the
-algebra.
+Invariant: a function writes the operations that its implementation was priced for.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ from runlora_fx.passes.emit.steps.values import Values
 
 @dataclass(frozen=True)
 class Emission:
-    """What a step is written with.
+    """The tools that a function needs to write a step.
 
     Attributes:
-        scope: The task, where to write, and the leaves.
-        values: Operands, each written when it is first asked for.
-        products: Products of two matrices.
-        sums: Sums.
-        broadcasts: Rows and columns that are repeated.
+        scope: The task, the writer and the leaves.
+        values: Returns the nodes of operands, and emits an operand when it is first asked for.
+        products: Writes products of two matrices.
+        sums: Writes sums.
+        broadcasts: Writes repeated rows and columns.
     """
 
     scope: Scope
@@ -51,10 +50,10 @@ _WRITERS: dict[str, Write] = {}
 
 
 def writes(name: str) -> Callable[[Write], Write]:
-    """Register a function as what writes the steps that an implementation runs.
+    """Register the function that writes the steps of an implementation.
 
     Raises:
-        ValueError: If there is one already.
+        ValueError: If the implementation has one already.
     """
     if name in _WRITERS:
         raise ValueError(f"{name!r} is written already")
@@ -67,10 +66,10 @@ def writes(name: str) -> Callable[[Write], Write]:
 
 
 def writing(name: str) -> Write:
-    """What writes the steps that an implementation runs.
+    """The function that writes the steps of an implementation.
 
     Raises:
-        EmissionError: If nothing does.
+        EmissionError: If there is none.
     """
     found = _WRITERS.get(name)
     if found is None:

@@ -1,8 +1,8 @@
-"""Scope: the leaves of a graph as matrices, and the small questions that every step asks.
+"""Scope: what every step needs: leaves as matrices, sizes, dtypes, scaling and adding.
 
-    leaf x[2, 5, 64], transposed      ->      permute(view(x, [10, 64]), [1, 0])
+    leaf x of shape (2, 5, 64), transposed      ->      permute(view(x, [10, 64]), [1, 0])
 
-Invariant: nothing here depends on what was emitted before.
+Invariant: the answers do not depend on which values were emitted before.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from runlora_fx.passes.levels.sizes import equal, example_of, is_one, numel, sha
 
 
 class Scope:
-    """One emission: its task, where it writes, and the leaves.
+    """The task that is emitted, the writer, and the leaves of the graph.
 
     Attributes:
         task: What is emitted.
-        writer: Where to write.
+        writer: Writes the nodes.
         reader: The linear algebra of the graph.
         leaves: The leaves of the graph.
     """
 
     def __init__(self, task: Task, writer: Writer) -> None:
-        """Emit a task by a writer."""
+        """Collect what the steps of a task need."""
         self.task = task
         self.writer = writer
         self.reader = task.analysis.reader
@@ -47,8 +47,8 @@ class Scope:
     def dtype(self, value: Value) -> torch.dtype:
         """The dtype that a value is computed in: the narrowest of its leaves'.
 
-        They differ only where casts are crossed. A product of fp32 adapters is computed in fp32,
-        and rounded once when it is added to a bf16 weight.
+        Leaves have several dtypes only under ``numerics="relaxed"``. A product of fp32 adapters is
+        then computed in fp32, and rounded once when it is added to a bf16 weight.
         """
         origins = (self.leaves.matrices[i].origin for i in sorted(value.core.leaves))
         dtypes = [origin.dtype for origin in origins if origin.dtype is not None]
@@ -61,7 +61,7 @@ class Scope:
         return self.leaves.matrices[factor.leaf].is_ones
 
     def is_picked(self, factor: Factor) -> bool:
-        """True if a leaf is what tokens have of the matrices of all experts: a step picks it."""
+        """True if a leaf is picked: for each token the matrix of its expert."""
         return self.leaves.matrices[factor.leaf].picked is not None
 
     def leaf_node(self, factor: Factor) -> fx.Node:
@@ -69,7 +69,7 @@ class Scope:
         return self.writer.leaf(self.leaves.matrices[factor.leaf].origin)
 
     def leaf(self, factor: Factor) -> fx.Node:
-        """A leaf as a matrix, or as activations whose rows a product need not flatten."""
+        """A leaf as a matrix; activations keep their shape if products take it."""
         leaf, node = self.leaves.matrices[factor.leaf], self.leaf_node(factor)
         as_it_is = (
             not self.writer.flattens
@@ -81,18 +81,18 @@ class Scope:
         return self.writer.transpose(node) if factor.transposed else node
 
     def plain(self, p: Polynomial, node: fx.Node) -> fx.Node:
-        """A node that holds a polynomial, its rows flattened; a batch of matrices as it is."""
+        """A node of a polynomial with its rows flattened; a batch of matrices is left as it is."""
         is_batch = any(self.leaves.matrices[leaf].batched for leaf in p.leaves)
         is_plain = is_batch or len(shape_of(node)) == 2
         return node if is_plain else self.writer.reshape(node, flattened(node))
 
     def flat(self, leaf: int, node: fx.Node) -> fx.Node:
-        """A node that holds a leaf, as a matrix or a batch of matrices."""
+        """The node of a leaf, reshaped to a matrix or a batch of matrices."""
         spec = self.leaves.matrices[leaf]
         return self.writer.reshape(node, matrix_shape(spec.batch, spec.rows, spec.cols))
 
     def ones_side(self, left: Polynomial, right: Polynomial) -> Literal["left", "right"] | None:
-        """Which operand is the column of ones that repeats a row, or the row of ones."""
+        """The operand that is a column of ones on the left, or a row of ones on the right."""
         first, last = left.leaf, right.leaf
         if first is not None and not first.transposed and self.is_ones(first):
             return "left"
@@ -101,7 +101,7 @@ class Scope:
         return None
 
     def scaled(self, node: fx.Node, scalar: Scalar) -> fx.Node:
-        """A node times a number and scalar leaves."""
+        """A node times a scalar: a number and scalar leaves."""
         node = self.writer.scale(node, scalar.number)
         for i in scalar.leaves:
             by, inverse = self.leaves.scalars[i]
@@ -111,7 +111,7 @@ class Scope:
         return node
 
     def added(self, total: fx.Node | None, node: fx.Node) -> fx.Node:
-        """``total + node``; activations are flattened where one of them is."""
+        """``total + node``; if only one of them is flattened, the other is flattened too."""
         if total is None:
             return node
         if 1 < len(shape_of(total)) != len(shape_of(node)) > 1:

@@ -1,9 +1,9 @@
-"""Sums: addends put together.
+"""Sums: the addends of a value are added up.
 
-    residual + X @ W'        ->      add(residual, mm(X, W')), which fuses with what reads it
-    bias + X @ W'            ->      addmm(bias, X, W')
+    residual + X W'        ->      add(residual, mm(x, w')), which Inductor fuses with its reader
+    1 b' + X W'            ->      addmm(b, x, w')
 
-Invariant: the order of addends is fixed: rows and columns, leaves, products, the identity.
+Invariant: the order of addends is fixed: repeated vectors, leaves, products, the identity.
 """
 
 from __future__ import annotations
@@ -29,20 +29,25 @@ class Sums:
     def __init__(
         self, scope: Scope, values: Values, products: Products, broadcasts: Broadcasts
     ) -> None:
-        """Write in a scope, of values that are emitted when they are asked for."""
+        """Write in a scope. Operands are emitted when they are first asked for."""
         self._scope = scope
         self._values = values
         self._products = products
         self._broadcasts = broadcasts
 
     def added_up(self, parts: list[Normalised], flip: bool, backward: bool) -> fx.Node:
-        """The sum of parts, or its transpose.
+        """The sum of addends, or its transpose.
 
-        A product is accumulated onto a bias that stands alone. Other addends stay plain additions:
-        they fuse with whatever reads the sum.
+        A product is added to a single bias by ``addmm``. All other additions are plain ``add``
+        calls, which Inductor fuses with the reader of the sum.
+
+        Args:
+            parts: The addends.
+            flip: True to write the transpose.
+            backward: The phase that the sum is computed in.
         """
         kinds = [self._kind(part, backward) for part in parts]
-        # A leaf that is added to a diagonal part is a row or a column; it is added as a vector.
+        # A sum with diagonal parts is a vector. A leaf in it may be held as a row or a column.
         makes_vector = any(part.core.is_diag_part for part in parts)
         total: fx.Node | None = None
         takes_product = False
@@ -71,15 +76,16 @@ class Sums:
         return self._broadcasts.filled(total, lacks)
 
     def addend(self, part: Normalised, flip: bool, backward: bool) -> fx.Node:
-        """What a product is accumulated onto: the vector that a part repeats, or a matrix."""
+        """The addend that ``addmm`` adds a product to: a vector to broadcast, or a matrix."""
         if self._kind(part, backward) == "vector":
             return self._scope.scaled(*self._broadcasts.vector(part, flip, backward)[:2])
         return self._matrix(part, flip, backward, is_first=True)
 
     def _matrix(self, part: Normalised, flip: bool, backward: bool, *, is_first: bool) -> fx.Node:
-        """A part as a matrix.
+        """An addend as a matrix.
 
-        The first addend is scaled where that costs least. Scaling another fuses with adding it.
+        If the first addend is a product, its smallest operand or its result is scaled. Later
+        addends are scaled as they are, because Inductor fuses the scaling with the addition.
         """
         value, turned = self._scope.task.value(part.core, backward), part.transposed != flip
         step = self._products.unshared_product(value) if is_first else None
@@ -90,7 +96,7 @@ class Sums:
             return self._products.product(a, b, by * part.scalar)
 
     def _with(self, total: fx.Node, part: Normalised, flip: bool, backward: bool) -> fx.Node:
-        """``total + part``, by one call if the part is a product that nothing else reads."""
+        """``total + part``; one ``addmm`` if the addend is a product with one reader."""
         value, turned = self._scope.task.value(part.core, backward), part.transposed != flip
         step = self._products.unshared_product(value)
         if step is None:
@@ -113,7 +119,11 @@ class Sums:
         )
 
     def _identity_like(self, total: fx.Node) -> fx.Node:
-        """The identity matrix of the graph that can be added to a square matrix."""
+        """An identity matrix of the graph with the shape and dtype of a square matrix.
+
+        Raises:
+            EmissionError: If none stands before the anchor.
+        """
         shape, dtype = shape_of(total), dtype_of(total)
         for node, form in self._scope.reader.forms.items():
             fits = isinstance(form, Identity) and dtype_of(node) == dtype

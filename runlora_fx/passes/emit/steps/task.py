@@ -1,14 +1,14 @@
-"""Tasks: what is to be emitted, as data in the numbers of the graph's leaves.
+"""Tasks: the plans to write, translated from the leaf numbers of problems to those of the graph.
 
-    plans of two regions      ->      the roots that they touch; once a root of a region is to be
-                                      written, its steps, and the nodes that already compute one
+    plans of two regions      ->      the roots that change, and for each region its steps and the
+                                      nodes of the incoming graph that already compute one of them
 
-Regions have problems with numbers of their own, and most regions equal another one. A root that
-equals another is written as its copy (:mod:`runlora_fx.passes.emit.copies`). So the numbers of the
-graph are put into a plan only where a root is emitted step by step.
+A problem numbers its leaves by itself, so that equal layers have one problem. Most roots equal an
+earlier one and are written as its copy (:mod:`runlora_fx.passes.emit.copies`), without the numbers
+of the graph. So a region is translated only when a root of it is emitted step by step
+(:meth:`Task.take_up`).
 
-Invariant: a task says nothing of what the emitted nodes look like. What it says of a region does
-not depend on which other regions were taken up.
+Invariant: what a task says about a region does not depend on which other regions were taken up.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from runlora_fx.passes.read.reader import GraphReader
 
 
 class Laid(NamedTuple):
-    """A node that holds a value, or the transpose of it."""
+    """A node that holds a value, or its transpose if ``transposed`` is True."""
 
     node: fx.Node
     transposed: bool
@@ -42,18 +42,24 @@ class Task:
 
     Attributes:
         analysis: The graph as it came.
-        plans: By the index of a region, what to compute it by; the others stay as they came.
+        plans: The plan of each region, by its index. The other regions stay as they came.
         roots: All roots that are emitted, in graph order.
-        places: By root and part of it, the region of the part and which of its demands it is.
-        steps: Of the regions taken up: a step for every value that the roots need.
-        implementations: What runs each step, by name.
-        lies: By value that has a step, whether it is computed transposed.
-        existing: Nodes of the incoming graph that compute a value by a step.
-        uses: How often each value is read, by steps of either phase and by roots.
+        places: By root and part of it, the index of the part's region and its place among the
+            demands of that region.
+        steps: By value, its step. Like all that follow, for the regions that were taken up.
+        implementations: By value, the name of the implementation of its step.
+        lies: By polynomial of a value, True if the value is stored transposed.
+        existing: By value and step, the node of the incoming graph that computes it so.
+        uses: By value, the number of its readers: steps of both phases, and roots.
     """
 
     def __init__(self, analysis: Analysis, plans: Mapping[int, Plan]) -> None:
-        """The task of putting plans into a graph; no region is taken up yet."""
+        """The task of putting plans into a graph; no region is taken up yet.
+
+        Args:
+            analysis: The graph as it came.
+            plans: The plan of each region, by its index. The other regions stay as they came.
+        """
         self.analysis = analysis
         self.plans = plans
         regions = analysis.regions
@@ -76,12 +82,12 @@ class Task:
     # -- regions -------------------------------------------------------------------------------
 
     def take_up(self, region: int) -> None:
-        """Put the numbers of the graph into the plan of a region, and into its incoming steps."""
+        """Translate the plan of a region and its incoming steps to the graph's leaf numbers."""
         if region in self._taken:
             return
         self._taken.add(region)
         posed = self.analysis.posed[region]
-        # Sums also as they accumulate.
+        # A sum also counts as the ``addmm`` that would compute it.
         came = [posed.step_in_graph(value, step) for value, step in _all_steps(posed.problem)]
         plan = posed.in_graph(self.plans.get(region) or _as_it_came(posed.problem))
         self.steps.update(plan.steps)
@@ -103,7 +109,7 @@ class Task:
                 self.uses.update(self.value(core, value.backward) for core in operands)
 
     def _find_existing(self, region: int) -> None:
-        """Find interior nodes that are products: a plan that makes the same can take them."""
+        """Find the products inside the region, so that equal steps of the plan can reuse them."""
         reader = self.analysis.reader
         for made in self.analysis.regions.regions[region].incoming:
             is_plain = reader.forms[made.node].is_product
@@ -111,7 +117,7 @@ class Task:
                 continue
             scalar, transposed, core = normalise(made.polynomial)
             if not scalar.is_one or _reads_identity(reader, made.node):
-                continue  # the latter would drag a product with the identity matrix along
+                continue  # reusing it would keep a product with the identity matrix alive
             step = made.step.making(made.polynomial)
             laid = Laid(made.node, transposed)
             self.existing.setdefault((Value(core, made.backward), step), laid)
@@ -119,28 +125,28 @@ class Task:
     # -- questions -----------------------------------------------------------------------------
 
     def value(self, core: Polynomial, backward: bool) -> Value:
-        """The value of a normalised polynomial, in the phase in which it is computed."""
+        """The value of a normalised polynomial: one that reads a gradient is of the backward."""
         matrices, gradients = self.analysis.reader.leaves.matrices, self.analysis.phases.gradients
         nodes = (node for i in core.leaves for node in matrices[i].sources)
         return Value(core, backward or any(node in gradients for node in nodes))
 
     def is_alike(self, one: Value, other: Value) -> bool:
-        """True if two values are made by the same step, which runs in the same way."""
+        """True if two values have equal steps and equal implementations."""
         steps, names = self.steps, self.implementations
         return steps.get(one) == steps.get(other) and names.get(one) == names.get(other)
 
     def came(self, value: Value, step: Step) -> bool:
-        """True if the incoming graph takes a step, and runs it as the plan does."""
+        """True if the incoming graph computes a value by a step, and the plan runs it alike."""
         return self.runs_as_usual(value) and (value, step) in self._incoming
 
     def runs_as_usual(self, value: Value) -> bool:
-        """True if a step runs as in a graph that takes it."""
+        """True if the plan runs the step of a value as ordinary graphs do."""
         return named(self.implementations[value]).is_usual
 
     def came_so(self, value: Value, step: Step) -> bool:
-        """True if the incoming graph makes all that a step reads as the plan does.
+        """True if the incoming graph computes the operands of a step as the plan does.
 
-        Otherwise the node that takes the step there would drag along another way to its operands.
+        Otherwise reusing its node would keep other nodes alive that compute the same operands.
         """
         for p in step.operands:
             below = self.value(normalise(p).core, value.backward)
@@ -155,19 +161,9 @@ class Task:
         return True
 
 
-def task_of(analysis: Analysis, plans: Mapping[int, Plan]) -> Task:
-    """The task of putting plans into a graph.
-
-    Args:
-        analysis: The graph as it came.
-        plans: By the index of a region, what to compute it by; the others stay as they came.
-    """
-    return Task(analysis, plans)
-
-
 @lru_cache(maxsize=4096)
 def _as_it_came(problem: Problem) -> Plan:
-    """The first step of the incoming graph towards every value."""
+    """A region that has no plan, as a plan: the first incoming step of every value."""
     first: dict[Value, Step] = {}
     for value, step in problem.incoming:
         first.setdefault(value, step)
@@ -176,13 +172,13 @@ def _as_it_came(problem: Problem) -> Plan:
 
 @lru_cache(maxsize=4096)
 def _all_steps(problem: Problem) -> tuple[tuple[Value, Step], ...]:
-    """Every step of the incoming graph; sums also as they accumulate."""
+    """Every step of the incoming graph, and the ``addmm`` steps that its sums could be."""
     steps = (*problem.incoming, *_as_it_came(problem).steps.items())
     return tuple(dict.fromkeys(steps))
 
 
 def _reads_identity(reader: GraphReader, node: fx.Node) -> bool:
-    """True if a product takes, or is, a product with the identity matrix."""
+    """True if a node, or what it reads, is a product with the identity matrix."""
     form = reader.forms.get(node)
     if form is None:
         return False

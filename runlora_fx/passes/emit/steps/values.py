@@ -1,8 +1,11 @@
-"""Values: what steps, sums and broadcasts ask of the emitter that calls them.
+"""Values: the part of the emitter that steps, sums and broadcasts call for their operands.
 
-    ``values.matrix(value, transposed)``      the node that holds a value, emitted if it is new
+    values.matrix(M, transposed=True)      ->      permute(addmm(w, b, a)), where the ``addmm`` is
+                                                   written at the first call only
 
-Invariant: a value is emitted once; its transpose is a view.
+The emitter imports these modules, so they know it by this protocol.
+
+Invariant: a value is emitted once. Its transpose is a view of that node.
 """
 
 from __future__ import annotations
@@ -17,16 +20,16 @@ from runlora_fx.passes.emit.steps.task import Laid
 
 
 class Values(Protocol):
-    """Emits values, each once."""
+    """Returns the nodes of values, and emits each value when it is first asked for."""
 
     def matrix(self, value: Value, transposed: bool) -> fx.Node:
         """A value or its transpose as a matrix."""
 
     def operand(self, p: Polynomial, backward: bool) -> tuple[fx.Node, Scalar]:
-        """A polynomial as a matrix, and what it still has to be scaled by."""
+        """A polynomial as a matrix, and the scalar that it is still to be multiplied by."""
 
     def laid(self, value: Value) -> Laid:
-        """The node that holds a value, and whether it holds its transpose."""
+        """The node that holds a value or its transpose."""
 
     def is_made(self, value: Value) -> bool:
-        """Whether a value was emitted already."""
+        """True if a value was emitted already."""

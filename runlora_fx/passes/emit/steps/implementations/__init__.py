@@ -1,8 +1,8 @@
-"""What writes the steps of plans: one file for each implementation, registered by name.
+"""Implementations: the functions that write the steps of plans, registered by name.
 
-Before -> after: the product ``X A'``, which a plan runs by ``"matmul"`` -> ``permute(A)``, ``mm``.
+    the step ``X A'`` with the implementation ``"matmul"``      ->      permute(a), mm
 
-Invariant: every file of this package is imported with it, so an implementation is one file more.
+Invariant: every file of this package is imported with it, so a new implementation is one new file.
 """
 
 import pkgutil

@@ -1,9 +1,9 @@
-"""Products that are added to a matrix by the call that multiplies; also kept for later calls.
+"""A matrix plus a product in one call, and merged weights that are kept between calls.
 
-    W + s B A               ->      addmm(W, B, A, alpha=s)
-    W + s B A, kept         ->      runlora::merged_weight(W, B, A, s)
+    W + s B A               ->      addmm(w, b, a, alpha=s)
+    W + s B A, kept         ->      runlora::merged_weight(w, b, a, s)
 
-Invariant: what is kept is made of tensors that are the same in every call.
+Invariant: a kept weight is made of parameters, which are the same tensors in every call.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from runlora_fx.passes.emit.steps.registry import Emission, writes
 
 @writes("addmm")
 def addmm(emission: Emission, value: Value, step: Step, transposed: bool) -> fx.Node:
-    """Write a sum with a product, or its transpose."""
+    """Write the sum of a matrix and a product, or its transpose."""
     scope = emission.scope
     total = emission.products.accumulated(*_operands(emission, value, step, transposed))
     return scope.writer.cast(total, scope.dtype(value))
@@ -27,10 +27,10 @@ def addmm(emission: Emission, value: Value, step: Step, transposed: bool) -> fx.
 
 @writes("kept")
 def kept(emission: Emission, value: Value, step: Step, transposed: bool) -> fx.Node:
-    """Write a merged weight that is kept from call to call, or its transpose."""
+    """Write a merged weight that is kept between calls, or its transpose."""
     leaves = emission.scope.leaves.matrices
     if len({leaves[i].origin.dtype for i in value.core.leaves}) > 1:
-        # An operand is the result of a cast, and so another tensor in every call.
+        # Leaves of several dtypes are cast, and the result of a cast is a new tensor in every call.
         return addmm(emission, value, step, transposed)
     total, (a, b, by) = _operands(emission, value, step, transposed)
     return emission.scope.writer.merged_weight(total, a, b, by.number)
@@ -39,9 +39,9 @@ def kept(emission: Emission, value: Value, step: Step, transposed: bool) -> fx.N
 def _operands(
     emission: Emission, value: Value, step: Step, transposed: bool
 ) -> tuple[fx.Node, Operands]:
-    """What is added to, and what is multiplied."""
+    """The addend, and the operands of the product."""
     assert isinstance(step, Accumulate)
     total = emission.sums.addend(normalise(step.addend), transposed, value.backward)
-    # In the dtype of its own leaves: a product is rounded to another dtype once, when it is added.
+    # The product has the dtype of its own leaves. It is rounded once, when it is added.
     product = Value(step.left @ step.right, value.backward)
     return total, emission.products.operands(product, step, transposed)

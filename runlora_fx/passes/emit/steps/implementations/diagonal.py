@@ -1,8 +1,11 @@
-"""The diagonal of a product, as dot products.
+"""The diagonal of a product, as dot products of rows or of columns.
 
-    diagonal of dY' P       ->      sum(mul(dY, P), rows)
+    diagonal of dY' P       ->      sum(mul(dy, p), [0])
 
-Invariant: rows or columns are multiplied as the left operand lies in memory; both give one vector.
+The rows of ``L`` and ``R'`` have the same dot products as the columns of ``L'`` and ``R``. The pair
+is taken whose left operand is stored as it is, not transposed.
+
+Invariant: the product itself is not written.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from runlora_fx.passes.emit.steps.registry import Emission, writes
 
 @writes("diagonal")
 def write(emission: Emission, value: Value, step: Step, transposed: bool) -> fx.Node:
-    """Write the vector; it is its own transpose."""
+    """Write the diagonal as a vector, which has no transpose."""
     assert isinstance(step, Product)
     scope, values = emission.scope, emission.values
     _, turned, core = normalise(step.left)

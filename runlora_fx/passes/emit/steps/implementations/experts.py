@@ -1,11 +1,11 @@
-"""Steps that depend on the experts of tokens.
+"""Steps of mixtures of experts: an assignment ``k`` gives every token one expert.
 
     (W + s L R)[k]           ->      index(addmm, [k])
     sum_k(P)                 ->      index_put(zeros, [k], P, accumulate=True)
-    X L[k], k by offsets     ->      _grouped_mm(X, L, offs), or what the graph has in its stead
+    X L[k], k by offsets     ->      _grouped_mm(X, L, offs), or the operator of transformers
     sum_k(X' dY)             ->      _grouped_mm(permute(X), dY, offs)
 
-Invariant: what is written for an assignment calls the operators that the graph as it came calls.
+Invariant: a grouped product is written by the operator that the incoming graph uses for its ``k``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from runlora_fx.passes.levels.sizes import Shape, same_shape, shape_of
 
 @writes("pick")
 def pick(emission: Emission, value: Value, step: Step, transposed: bool) -> fx.Node:
-    """Pick the matrices of the tokens' experts, as those of all experts lie."""
+    """Pick each token's matrix from the stack of all experts, or its transpose."""
     assert isinstance(step, Pick)
     scope, by = emission.scope, emission.scope.leaves.assignments[step.assignment]
     scalar, turned, core = normalise(step.of)
@@ -35,7 +35,7 @@ def pick(emission: Emission, value: Value, step: Step, transposed: bool) -> fx.N
 
 @writes("scatter")
 def scatter(emission: Emission, value: Value, step: Step, transposed: bool) -> fx.Node:
-    """Add up the matrices of each expert's tokens."""
+    """Add up the matrices of each expert's tokens, or their transposes."""
     assert isinstance(step, Scatter)
     scope, by = emission.scope, emission.scope.leaves.assignments[step.assignment]
     rows, scalar = emission.values.operand(step.of.T if transposed else step.of, value.backward)
@@ -44,7 +44,7 @@ def scatter(emission: Emission, value: Value, step: Step, transposed: bool) -> f
 
 @writes("grouped")
 def grouped(emission: Emission, value: Value, step: Step, transposed: bool) -> fx.Node:
-    """Multiply each row by the matrix of its expert."""
+    """Multiply each token's row by the matrix of its expert, or write the transposed columns."""
     assert isinstance(step, GroupedProduct)
     scope, by = emission.scope, emission.scope.leaves.assignments[step.assignment]
     is_turned = step.picked == "left"
@@ -60,7 +60,7 @@ def grouped(emission: Emission, value: Value, step: Step, transposed: bool) -> f
 
 @writes("grouped_outer")
 def grouped_outer(emission: Emission, value: Value, step: Step, transposed: bool) -> fx.Node:
-    """Add up a column times a row for each of an expert's tokens."""
+    """For each expert, add up a column times a row of its tokens; or write the transposes."""
     assert isinstance(step, GroupedOuter)
     scope, by = emission.scope, emission.scope.leaves.assignments[step.assignment]
     left, right = (step.right.T, step.left.T) if transposed else (step.left, step.right)
@@ -76,7 +76,7 @@ def grouped_outer(emission: Emission, value: Value, step: Step, transposed: bool
 
 
 def _like(emission: Emission, shape: Shape) -> fx.Node:
-    """A tensor of a shape: one that holds a leaf, or a view of it."""
+    """A tensor of a shape, whose numbers are not read: a leaf, its transpose, or zeros."""
     writer = emission.scope.writer
     experts, rows, cols = shape
     for leaf in emission.scope.leaves.matrices:
@@ -91,7 +91,7 @@ def _like(emission: Emission, shape: Shape) -> fx.Node:
 
 
 def _rows(emission: Emission, p: Polynomial, backward: bool) -> tuple[fx.Node, Scalar]:
-    """A row for each token as two dimensions."""
+    """Each token's row, as a matrix of two dimensions; and the scalar to multiply it by."""
     node, scalar = emission.values.operand(p, backward)
     tokens, _, cols = shape_of(node)
     return emission.scope.writer.reshape(node, (tokens, cols)), scalar

@@ -1,7 +1,7 @@
 """Products of two matrices, or of two batches of matrices.
 
-    2 X A'                  ->      mul(mm(X, permute(A)), 2)
-    x' dY for each token    ->      mul(permute(x), dY), which fuses with what adds it up
+    2 X A'                  ->      mul(mm(x, permute(a)), 2)
+    x' dY for each token    ->      mul(permute(x), dy), which Inductor fuses with its reader
 
 Invariant: both operands have the dtype of the product.
 """

@@ -1,10 +1,10 @@
-"""Weights that are stored in few bits: multiplied by as they are, or unpacked.
+"""Weights that are stored in 4 bits: a fused operator multiplies by them, or they are unpacked.
 
-    X W', W in 4 bits       ->      gemm_4bit(X, packed, ...), which unpacks on the way
-    W X'                    ->      permute(gemm_4bit(X, packed, ...))
+    X W'                    ->      gemm_4bit(x, packed, ...), which unpacks inside
+    W X'                    ->      permute(gemm_4bit(x, packed, ...))
     W                       ->      dequantize_4bit(packed, ...)
 
-Invariant: the weight is written only where a plan has a step that unpacks it.
+Invariant: the unpacked weight is written only if the plan has a step for it.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ def write(emission: Emission, value: Value, step: Step, transposed: bool) -> fx.
 
 @writes("unpack")
 def unpack(emission: Emission, value: Value, step: Step, transposed: bool) -> fx.Node:
-    """Write the weight itself, or its transpose."""
+    """Write the unpacked weight, or its transpose."""
     assert value.core.leaf is not None
     node = emission.scope.leaf(value.core.leaf)
     return emission.scope.writer.transpose(node) if transposed else node
 
 
 def _operator(scope: Scope, weight: Polynomial, value: Value) -> FusedProduct | None:
-    """What multiplies by a packed weight; None where the operator has another dtype."""
+    """The operator that multiplies by a packed weight; None if its dtype is another one."""
     factor = weight.leaf
     if factor is None or not factor.transposed:
         return None

@@ -1,10 +1,10 @@
-"""Products with a column of ones on the left or a row of ones on the right: a repeated vector.
+"""A vector that is repeated: a product with ones on the left (rows) or on the right (columns).
 
     1 b'                    ->      expand(b, [rows, -1])
 
-A sum adds the vector itself. So this is written only where something else reads the matrix.
+A sum adds the vector itself. So this is written only if something else reads the whole matrix.
 
-Invariant: nothing is copied.
+Invariant: ``expand`` returns a view, so no memory is written.
 """
 
 from __future__ import annotations
@@ -18,5 +18,5 @@ from runlora_fx.passes.emit.steps.registry import Emission, writes
 
 @writes("repeat")
 def write(emission: Emission, value: Value, step: Step, transposed: bool) -> fx.Node:
-    """Write the matrix that repeats a row or a column."""
+    """Write the matrix that repeats a row or a column, or its transpose."""
     return emission.broadcasts.repeated(value, transposed)

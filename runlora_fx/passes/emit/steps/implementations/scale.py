@@ -1,8 +1,8 @@
-"""Products with a diagonal matrix: rows or columns scaled by the entries of its vector.
+"""Products with a diagonal matrix: every row or column times one entry of a vector.
 
-    diag(g) P               ->      mul(P, view(g, [o, 1]))
+    diag(g) P               ->      mul(p, view(g, [o, 1]))
 
-Invariant: scaling is elementwise, so its result lies in memory as its operand does.
+Invariant: the result has the orientation of its operand, because scaling is elementwise.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     X W' + Z                ->      add(mm(X, W'), Z)
 
-Invariant: a sum has the dtype of its narrowest leaf, and is rounded to it once.
+Invariant: a sum has the dtype of its narrowest leaf, and is rounded once.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Products with a row of ones on the left or a column of ones on the right, as sums.
+"""The sum over the rows or the columns of a matrix: the product ``1' X`` or ``X 1`` with ones.
 
-    1' X                    ->      sum(X, rows)
+    1' X                    ->      sum(x, [0])
 
 Invariant: the ones are not written.
 """
@@ -17,7 +17,7 @@ from runlora_fx.passes.emit.steps.registry import Emission, writes
 
 @writes("total")
 def write(emission: Emission, value: Value, step: Step, transposed: bool) -> fx.Node:
-    """Write the sum of rows or columns."""
+    """Write the sum over rows or columns, or its transpose."""
     assert isinstance(step, Product)
     scope = emission.scope
     left, right = (step.right.T, step.left.T) if transposed else (step.left, step.right)
