@@ -1,6 +1,11 @@
-"""The price of a plan: what operations cost, what a machine can do, and how plans are ranked.
+"""Cost model: operations go in, their costs and prices come out.
 
-Goes in: operations with their dimensions, and a device. Comes out: seconds, FLOPs, or a reason to
-leave a graph alone. The modules here import no torch; those of :mod:`.devices` do, for they ask
-devices and measure. Nothing here knows of graphs or plans; everyone may import it.
+    MatMul(m=512, k=768, n=16)      ->      {"flops.nn": 12582912, ...}      ->      147 us
+
+``cost.py`` and ``ops.py`` define costs, ``profile.py`` the times of a machine, ``objective.py`` the
+price that plans are ranked by. ``store.py`` keeps measurements on disk, and ``published.py`` has
+the rates of devices elsewhere. These modules do not import torch. Those of :mod:`.devices` do,
+because they query devices and measure.
+
+Invariant: nothing here imports ``passes``. Every other room may import this one.
 """

@@ -1,14 +1,14 @@
-"""What an operation costs: an amount of each term, such as FLOPs, bytes read, or launches.
+"""Costs: an operation costs an amount of each term, such as FLOPs, bytes read, or launches.
 
 Example: a product (512, 768) @ (768, 16) in fp32 whose right operand lies transposed costs ::
 
     {"flops.nt": 12582912, "read": 1622016, "written": 32768, "launches": 1}
 
-A machine has a time for one unit of each term (:mod:`runlora_fx.cost_model.profile`), and the price
-of an operation is the sum of their products. A new term is one line of :data:`TERMS`: operations
-may mention it from then on, calibration fits it, and files store it.
+A profile has the time of one unit of each term (:mod:`runlora_fx.cost_model.profile`). The
+predicted time of an operation is the sum of amount times time. A new term is one line of
+:data:`TERMS`. Then operations may use it, calibration fits it, and files store it.
 
-Invariant: costs are data. No time and no property of a machine is in them.
+Invariant: a cost contains no time and no property of a machine.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from typing import Literal, TypeAlias
 
 import sympy
 
-#: A dimension or an amount: a number where shapes are known, an expression where they are symbols.
+#: A dimension or an amount: an integer, or an expression if shapes are symbolic.
 Amount: TypeAlias = int | sympy.Expr
 
-#: What reports add up.
+#: The totals that reports show.
 Total: TypeAlias = Literal["flops", "bytes", "kernels", "saved"]
 
 
 @dataclass(frozen=True)
 class Term:
-    """One thing that takes time, or memory.
+    """One kind of cost.
 
     Attributes:
-        name: How operations mention it.
-        total: The total that it counts towards, if any.
+        name: Its key in costs and profiles.
+        total: The total of the report that it counts towards, if any.
         meaning: What one unit of it is.
-        like: The term that it takes as long as where a profile says nothing of it; without one it
-            takes no time there.
-        is_timed: True if a unit of it takes time. Held memory does not: the option ``memory`` says
-            what it is worth.
+        like: The term whose time it has if a profile has no time for it; without one it takes no
+            time then.
+        is_timed: True if a unit takes time. Held memory takes none; the option ``memory`` gives it
+            a price.
     """
 
     name: str
@@ -48,7 +48,8 @@ class Term:
 
 
 #: All terms by name. FLOPs are those of contractions in the profile's dtype, a multiply-add counted
-#: as two. Elementwise arithmetic is bound by the bytes that it moves, and counts by them.
+#: as two. The FLOPs of elementwise arithmetic are not counted: its time is that of the bytes it
+#: moves.
 TERMS: dict[str, Term] = {
     term.name: term
     for term in (
@@ -67,15 +68,15 @@ TERMS: dict[str, Term] = {
 
 
 class Cost(Mapping[str, Amount]):
-    """Amounts by term: an immutable mapping that adds and scales.
+    """Amounts by term: an immutable mapping that can be added and scaled.
 
-    A term that is not mentioned has the amount 0.
+    A term that is not in it has the amount 0.
     """
 
     __slots__ = ("_amounts",)
 
     def __init__(self, amounts: Mapping[str, Amount]) -> None:
-        """Amounts, by the names of terms; nobody may change the mapping afterwards."""
+        """Take amounts by the names of terms. The mapping must not be changed afterwards."""
         self._amounts = amounts
 
     def __getitem__(self, term: str) -> Amount:
@@ -91,7 +92,7 @@ class Cost(Mapping[str, Amount]):
         return len(self._amounts)
 
     def items(self) -> ItemsView[str, Amount]:
-        """The mentioned terms and their amounts; what the search reads, so not by each key."""
+        """The terms and their amounts. Written by hand, because the search calls it most often."""
         return self._amounts.items()
 
     def __add__(self, other: Cost) -> Cost:
@@ -126,7 +127,7 @@ class Cost(Mapping[str, Amount]):
 
     @property
     def kernels(self) -> Amount:
-        """Launches."""
+        """Kernels that are launched."""
         return self._total("kernels")
 
     @property

@@ -1,11 +1,11 @@
-"""The objective: how operations are priced, and when a plan is worth changing a graph for.
+"""Objective: the price of operations, and the rule that says if a plan replaces a graph.
 
-Example: under ``"time"`` two small products that share a launch cost more than one large product of
-more FLOPs; under ``"flops"`` they cost less.
+Example: two small products have fewer FLOPs than one large product, but one launch more. Under
+``"flops"`` they are cheaper. Under ``"time"`` they may be dearer.
 
-Invariant: the price of an operation is the sum over the terms of its cost, each times the weight
-that the objective gives it; under ``"flops"`` it is an exact integer. One exception: a product that
-was measured takes, under ``"time"``, the time that it took.
+Invariant: the price of an operation is the sum over its terms of amount times weight. Under
+``"flops"`` it is an exact integer. One exception: under ``"time"``, a product that was measured has
+its measured time as price.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from runlora_fx.cost_model.profile import DEFAULT_PROFILE, MachineProfile
 
 ObjectiveName: TypeAlias = Literal["time", "flops"]
 
-#: Prices add up and are compared, nothing else; integers where the ranking must be exact.
+#: Prices are added and compared. They are integers if the ranking must be exact.
 Price: TypeAlias = int | float
 
-#: Larger than any byte count, so that ``flops * _BYTES + bytes`` ranks by FLOPs first, exactly.
+#: More than any number of bytes, so that ``flops * _BYTES + bytes`` ranks exactly by FLOPs first.
 _BYTES = 1 << 80
 
-#: Predicted times closer than this share are equal: sums of floats in another order.
+#: Predicted times that differ by less than this share are equal: sums of floats round differently.
 _ROUNDING = 1e-9
 
 
@@ -40,10 +40,10 @@ class Objective:
             FLOPs of contractions, and breaks ties by bytes moved and held.
         margin: The share of the incoming graph's price that a plan must save to replace it.
         profile: The machine that ``"time"`` is predicted for.
-        flops_per_saved_byte: What it may cost to compute a byte again in the backward rather than
-            to hold it from the forward [FLOP/B].
-        adds_rounding: True if plans for dtypes of less than 32 bits may materialise, and so round,
-            values that the graph as it came does not.
+        flops_per_saved_byte: The most that recomputing a byte in the backward may cost, instead of
+            holding it from the forward [FLOP/B].
+        adds_rounding: True if, in dtypes of less than 32 bits, plans may materialise values that
+            the incoming graph does not. Each is rounded once more.
     """
 
     name: ObjectiveName = "flops"
@@ -60,18 +60,18 @@ class Objective:
                 return known
         weights = self._weights
         price: Price = 0
-        for term, amount in operation.cost.items():  # a loop, for it is the search's innermost
+        for term, amount in operation.cost.items():  # a loop: the innermost one of the search
             price += weights[term] * amount
         return price
 
     @property
     def seconds_per_saved_byte(self) -> float:
-        """What it may take to compute a byte again rather than to hold it [s]."""
+        """The most that recomputing a byte may take, instead of holding it [s]."""
         return self.flops_per_saved_byte * self.profile.seconds_per_flop
 
     @cached_property
     def _weights(self) -> Mapping[str, Price]:
-        """The price of one unit of each term."""
+        """By term, the price of one unit."""
         if self.name == "time":
             worth = self.seconds_per_saved_byte
             return {
@@ -87,21 +87,22 @@ class Objective:
         return sum(map(self.price, operations))
 
     def holds_less(self, before: Cost, after: Cost) -> bool:
-        """True if a plan that ties in FLOPs holds less from the forward to the backward."""
+        """True if two plans tie in FLOPs, and the second holds less memory for the backward."""
         is_tie = self.name == "flops" and not self.margin and before.flops == after.flops
         return is_tie and after.saved < before.saved and after.bytes <= before.bytes
 
     def is_less(self, one: Price, other: Price) -> bool:
-        """True if a price is less than another: the rule for ties, wherever plans are compared.
+        """True if a price is less than another, and not a tie. All comparisons of plans use it.
 
-        Equal FLOPs are a tie, whatever else differs, and so are times that differ by rounding.
+        Equal FLOPs are a tie under ``"flops"``. Times that differ by rounding are a tie under
+        ``"time"``.
         """
         if self.name == "flops":
             return int(one) // _BYTES < int(other) // _BYTES
         return saves(other, one, 0.0)
 
     def worthwhile(self, before: Price, after: Price) -> bool:
-        """True if a plan saves enough. A tie never justifies a change."""
+        """True if a plan saves at least the margin. A tie is never worth a change."""
         if self.name == "flops":
             before, after = int(before) // _BYTES, int(after) // _BYTES
         return saves(before, after, self.margin)

@@ -1,10 +1,10 @@
-"""The operations that a plan is made of, and their symbolic costs.
+"""Operations: what a plan runs, and a formula for the cost of each.
 
 Example: ``MatMul(1, m=s0, k=64, n=8, itemsize=2).cost`` is ``{"flops.nn": 1024*s0, "read":
 128*s0 + 1024, "written": 16*s0, "launches": 1}``.
 
-Invariant: a cost is a polynomial of the dimensions. They are integers in the search, which plans
-at the hints, and sympy expressions in the report.
+Invariant: a cost is a polynomial of the dimensions. The search fills in integers, the sizes of the
+example tensors. The report fills in sympy symbols.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import NamedTuple, TypeAlias
 
 from runlora_fx.cost_model.cost import Amount, Cost
 
-#: The term of a product's FLOPs, by whether the left and the right operand lie transposed. Where
-#: both do, it is as if none did: ``(L R)' = R' L'``.
+#: The term of a product's FLOPs. The key says if the left and the right operand are stored
+#: transposed. Two transposed operands count as none: ``(L R)' = R' L'``.
 _FLOPS = {
     (False, False): "flops.nn",
     (False, True): "flops.nt",
@@ -25,15 +25,15 @@ _FLOPS = {
 
 
 class GemmShape(NamedTuple):
-    """What the time of b products (m, k) @ (k, n) depends on, for one device and dtype.
+    """Sizes and layouts of b products (m, k) @ (k, n): what a measured time is stored under.
 
     Attributes:
         b: Batch [products].
         m: Rows of the result [elements].
         k: Contracted dimension [elements].
         n: Columns of the result [elements].
-        left_turned: True if the left operand lies transposed in memory.
-        right_turned: True if the right operand does.
+        left_turned: True if the left operand is stored transposed.
+        right_turned: True if the right operand is stored transposed.
     """
 
     b: int
@@ -45,7 +45,7 @@ class GemmShape(NamedTuple):
 
     @property
     def canonical(self) -> GemmShape:
-        """The same call of the library: ``(L R)' = R' L'`` moves the same memory."""
+        """One of the two spellings of the product: ``(L R)' = R' L'`` is the same library call."""
         turned = GemmShape(
             self.b, self.n, self.k, self.m, not self.right_turned, not self.left_turned
         )
@@ -67,7 +67,7 @@ class MatMul:
         k: Contracted dimension [elements].
         n: Columns of the result [elements].
         itemsize: Element width [B].
-        turned: For the left and the right operand, True if it lies transposed in memory.
+        turned: For the left and the right operand, True if it is stored transposed.
     """
 
     b: Amount
@@ -92,12 +92,12 @@ class MatMul:
 
     @property
     def layout(self) -> str:
-        """How the operands lie: nn, nt or tn (tt is nn: ``(L R)' = R' L'``)."""
+        """The layout of the operands: nn, nt or tn (tt counts as nn: ``(L R)' = R' L'``)."""
         return _FLOPS[self.turned].rpartition(".")[2]
 
     @property
     def shape(self) -> GemmShape:
-        """What a measurement of it is filed under; its dimensions have to be integers."""
+        """The key under which its measured time is stored. Its dimensions must be integers."""
         b, m, k, n = (int(size) for size in (self.b, self.m, self.k, self.n))
         return GemmShape(b, m, k, n, *self.turned).canonical
 
@@ -106,9 +106,9 @@ class MatMul:
 class Add:
     """The elementwise sum of ``operands`` matrices (b, m, n).
 
-    The compiler fuses such a sum into its neighbours (or into a product's accumulator), so it costs
-    no launch. Every addition is priced alike, so that nested sums cost what the flat one does: the
-    search need not tell them apart, and emission flattens them.
+    Inductor fuses a sum into its neighbours, or into the accumulator of a product, so it costs no
+    launch. Every addition has the same price, so nested sums cost as much as the flat sum that
+    emission writes.
 
     Attributes:
         b: Batch [matrices].
@@ -133,7 +133,7 @@ class Add:
 
 @dataclass(frozen=True)
 class Elementwise:
-    """Arithmetic that the compiler fuses into its neighbours: a scaling, a reduction, a gather.
+    """Arithmetic that Inductor fuses into its neighbours: a scaling, a reduction, a gather.
 
     Attributes:
         moved: What it reads and writes [B].
@@ -149,7 +149,7 @@ class Elementwise:
 
 @dataclass(frozen=True)
 class GroupedMatMul:
-    """Products of tokens with the matrices (rows, cols) of their experts, by one operator.
+    """Products of all tokens with the matrices (rows, cols) of their experts, in one operator.
 
     Attributes:
         tokens: Tokens [rows].
@@ -157,9 +157,9 @@ class GroupedMatMul:
         rows: Rows of each [elements].
         cols: Columns of each [elements].
         itemsize: Element width [B].
-        is_outer: True if the matrices are made, each as the sum of a column times a row of its
-            tokens; else every token's row is multiplied by one.
-        turned: True if the matrices lie transposed in memory.
+        is_outer: True if the matrices are the result: for each expert the sum over its tokens of a
+            column times a row. Otherwise each token's row is multiplied by its expert's matrix.
+        turned: True if the matrices are stored transposed.
     """
 
     tokens: Amount

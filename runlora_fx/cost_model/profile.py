@@ -1,18 +1,18 @@
-"""What a machine can do: seconds for one unit of each term, and the products measured on it.
+"""Profiles: the seconds of one unit of each cost term on a device, and measured products.
 
 Example: where a FLOP takes 7 ps, a byte read 33 ps, a byte written 67 ps and a launch 3 us, the
 product (512, 768) @ (768, 16) in fp32 takes ::
 
     12582912 * 7e-12 + 1622016 * 33e-12 + 32768 * 67e-12 + 3e-6  =  147 us
 
-It is a sum, not a maximum: so the rate falls off smoothly where a dimension is small. With outputs
-of few columns the operands dominate, with a short inner dimension the result does. And it is linear
-in every dimension, so that sympy can solve it for a break-even.
+The time is a sum of the terms, not their maximum. So the predicted rate falls smoothly as a
+dimension
+becomes small: operands dominate if the result has few columns, the result dominates if the inner
+dimension is short. The sum is linear in every dimension, so sympy can solve it for a break-even.
 
-Invariant: a product that was measured takes the time it took; everything else takes the product of
-its cost and :attr:`MachineProfile.seconds_per`. (Correcting the formula by products of about the
-same shape was tried: it carries the noise of single measurements over to others, and chose worse
-plans than the formula alone.)
+Invariant: a measured product has its measured time. Any other operation has the time that its cost
+and :attr:`MachineProfile.seconds_per` give. (Correcting the formula by measured products of similar
+shape was tried. It spreads the noise of single measurements, and chose worse plans.)
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class MachineProfile:
     """The times of one device for one dtype.
 
     Attributes:
-        known: Times of one unit [s], by term; terms that are missing take as long as those that
-            they are :attr:`~runlora_fx.cost_model.cost.Term.like`.
-        measured: Times of products [s].
+        known: By term, the time of one unit [s]. A missing term has the time of the term in
+            :attr:`~runlora_fx.cost_model.cost.Term.like`.
+        measured: Measured times of products [s].
     """
 
     known: Mapping[str, float]
@@ -49,7 +49,7 @@ class MachineProfile:
 
     @cached_property
     def seconds_per(self) -> Mapping[str, float]:
-        """The time of one unit of each term [s]."""
+        """By term, the time of one unit [s]."""
 
         def time(term: Term) -> float:
             if term.name in self.known:
@@ -60,26 +60,26 @@ class MachineProfile:
 
     @property
     def seconds_per_flop(self) -> float:
-        """The time of a FLOP where the operands lie best [s]."""
+        """The time of a FLOP in the fastest layout [s]."""
         return min(self.seconds_per[t.name] for t in TERMS.values() if t.total == "flops")
 
     def seconds(self, operation: Operation) -> float:
-        """The time of an operation of known size [s], measured if it was and predicted if not."""
+        """The time of an operation of known size [s]: measured, or else predicted."""
         known = self.measured_seconds(operation)
         return float(self.formula(operation)) if known is None else known
 
     def measured_seconds(self, operation: Operation) -> float | None:
-        """The time that an operation took [s]; None if it was not measured."""
+        """The measured time of an operation [s]; None if it was not measured."""
         if self.measured and isinstance(operation, MatMul):
             return self._times.get(operation.shape)
         return None
 
     def formula(self, operation: Operation) -> Seconds:
-        """The time of an operation as its cost gives it [s]; symbolic if its dimensions are."""
+        """The predicted time of an operation [s]; an expression if its dimensions are symbols."""
         return self._of(operation.cost)
 
     def of(self, cost: Cost) -> float:
-        """The time of a cost of known amounts [s]."""
+        """The predicted time of a cost whose amounts are numbers [s]."""
         return float(self._of(cost))
 
     def _of(self, cost: Cost) -> Seconds:
@@ -98,7 +98,7 @@ class MachineProfile:
         return self._hash
 
 
-#: A few cores of a current CPU in fp32; a ratio of FLOPs to bytes that most machines resemble.
+#: A few cores of a current CPU in fp32. Many machines have a similar ratio of FLOPs to bytes.
 DEFAULT_PROFILE = MachineProfile(
     {"flops.nn": 1 / 1.5e11, "read": 1 / 3e10, "written": 1 / 1.5e10, "launches": 3e-6}
 )

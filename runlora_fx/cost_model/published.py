@@ -1,10 +1,12 @@
-"""Devices by name: what their makers publish, so that a graph can be planned for one elsewhere.
+"""Published devices: rates from data sheets, to plan for a device that is not in this machine.
 
-    profiles_of("h100")["bfloat16"]  ->  642 TFLOP/s, 2.7 TB/s, 4 us a launch
+    profiles_of("h100")["bfloat16"]  ->  594 TFLOP/s, 2.7 TB/s, 4 us a launch
 
-Invariant: a number of the table is a published peak of dense products, from the source that stands
-next to it. Nothing in it was measured by us. :data:`REACHED_FLOPS` and :data:`REACHED_BANDWIDTH`
-are the shares of the peaks that a plan is priced by.
+A plan is priced by a share of the published peaks: :data:`REACHED_FLOPS` and
+:data:`REACHED_BANDWIDTH`.
+
+Invariant: every number of the table is a published peak of dense products, and its source stands
+beside it. None of them was measured by us.
 """
 
 from __future__ import annotations
@@ -16,22 +18,23 @@ from pathlib import Path
 from runlora_fx.cost_model import store
 from runlora_fx.cost_model.profile import DEFAULT_PROFILE, DTYPES, MachineProfile
 
-#: The share of the peak rate that products of real sizes reach.
+#: The share of the peak rate that products are assumed to reach.
 REACHED_FLOPS = 0.6
 
-#: The share of the peak bandwidth that kernels reach.
+#: The share of the peak bandwidth that kernels are assumed to reach.
 REACHED_BANDWIDTH = 0.8
 
-#: The time from one kernel of a queue to the next [s].
+#: The time from one kernel in a queue to the next [s].
 LAUNCH_S = 4e-6
 
-#: What an exp and a random number take on a GPU, as FLOP of its peak in single precision. A unit
-#: that does 256 FLOP a cycle does 16 exps or 64 integer operations (throughput tables of NVIDIA's
-#: programming guide), and ten rounds of Philox are 40 of the latter. Nothing of it was measured.
+#: The time of an exp and of a random number on a GPU, in FLOP at the peak rate of single precision.
+#: A unit that does 256 FLOP a cycle does 16 exps or 64 integer operations (throughput tables of
+#: NVIDIA's programming guide). Ten rounds of Philox are 40 integer operations. Nothing was
+#: measured.
 _GPU_SPECIAL, _GPU_RANDOM = 16, 160
 
-#: The same on a CPU: 0.25 ns and 7.5 ns, as Inductor's kernels took on one core with AVX-512 that
-#: does 128 GFLOP/s.
+#: The same on a CPU. Inductor's kernels took 0.25 ns and 7.5 ns on one core with AVX-512 that does
+#: 128 GFLOP/s.
 _CPU_SPECIAL, _CPU_RANDOM = 32, 960
 
 _TERA = 1e12
@@ -43,7 +46,7 @@ class PublishedDevice:
 
     Attributes:
         title: The device and its variant.
-        bandwidth: Of its memory [B/s].
+        bandwidth: Peak bandwidth of its memory [B/s].
         half: Dense products in bfloat16 and float16, accumulated in float32 [FLOP/s].
         single: Dense products in float32 without TF32 [FLOP/s].
         double: Dense products in float64 [FLOP/s].
@@ -64,7 +67,7 @@ class PublishedDevice:
         return {"float32": self.single, "float64": self.double}.get(dtype, self.half)
 
     def profile(self, dtype: str) -> MachineProfile:
-        """The profile that plans are priced by."""
+        """The profile for a dtype: shares of the peaks."""
         return MachineProfile(
             {
                 "flops.nn": 1 / (self.peak(dtype) * REACHED_FLOPS),
@@ -76,7 +79,7 @@ class PublishedDevice:
 
 
 def pointwise_times(single: float, *, is_cpu: bool = False) -> dict[str, float]:
-    """What a special function and a random number take beyond the bytes that they move [s].
+    """The times of a special function and of a random number, without the bytes they move [s].
 
     Args:
         single: The device's peak in single precision [FLOP/s].
@@ -122,7 +125,7 @@ PUBLISHED: Mapping[str, PublishedDevice] = {
 
 
 def title_of(name: str) -> str:
-    """What reports call a device, and where its rates are from; nothing for no name."""
+    """The name of a device in reports, with the source of its rates; "" if no device is named."""
     known = PUBLISHED.get(name)
     if known is None:
         return name and f"the device of {name}"

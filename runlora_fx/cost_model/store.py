@@ -1,11 +1,11 @@
-"""What was measured, on disk: JSON files in the platform's cache folder.
+"""Store: measured times on disk, as JSON files in the platform's cache folder.
 
-Example: ``nvidia-a100-sxm4-40gb-8-0-bfloat16-1f0c...json`` holds what a calibration found for one
-device, dtype, version of torch and combination of settings.
+Example: ``nvidia-a100-sxm4-40gb-8-0-bfloat16-1f0c...json`` has the calibrated and measured times
+for one device, dtype, version of torch and combination of settings.
 
-Invariant: :func:`load` never raises. A file that is not ours, damaged or from another version
-counts as absent. Files are written atomically, merged under a lock between processes, and bounded
-in size and number.
+Invariant: :func:`load` never raises. A file that is damaged, from another version or not ours
+counts as absent. Files are written atomically and merged under a lock between processes. Their size
+and number are limited.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from runlora_fx.cost_model.profile import MachineProfile
 
 _log = logging.getLogger("runlora_fx")
 
-#: Where the files are, if the user wants them elsewhere.
+#: The environment variable that names another folder for the files.
 FOLDER_VARIABLE = "RUNLORA_CACHE_DIR"
 
 _FORMAT = 3
@@ -43,24 +43,24 @@ _MAX_FILE_BYTES = 4 << 20
 _MAX_SIZE = (1 << 63) - 1
 _LOCK_TIMEOUT_S = 10.0
 
-#: What reading a file raises that is not ours, or damaged.
+#: The errors that reading a damaged or foreign file raises.
 _UNREADABLE = (
     *(OSError, ValueError, TypeError, LookupError),
     *(AttributeError, RecursionError),
 )
 
-#: No process takes so long to write a file: it was killed while it did [s].
+#: The age at which a temporary file counts as abandoned by a process that was killed [s].
 _ABANDONED_S = 3600.0
 
 
 class Key(NamedTuple):
-    """What measured times hold for.
+    """What stored times are valid for.
 
     Attributes:
-        device: The model of the device, with what distinguishes one from another.
-        dtype: Of the elements, as torch names it.
-        torch: Version of torch.
-        settings: Of the process, those that change times: ``name=value``, sorted.
+        device: The model of the device.
+        dtype: The dtype of the elements, as torch names it.
+        torch: The version of torch.
+        settings: The settings of the process that change times: ``name=value``, sorted.
     """
 
     device: str
@@ -70,7 +70,7 @@ class Key(NamedTuple):
 
     @property
     def file_name(self) -> str:
-        """A readable name that is different for every key."""
+        """A readable name with a digest, different for every key."""
         digest = hashlib.sha256(json.dumps(self).encode()).hexdigest()[:12]
         readable = re.sub(r"[^A-Za-z0-9]+", "-", f"{self.device}-{self.dtype}").strip("-").lower()
         return f"{readable[:80]}-{digest}.json"
@@ -78,12 +78,13 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Record:
-    """What is known for a key.
+    """The stored times for a key.
 
     Attributes:
-        seconds_per: Calibrated times of one unit [s], by term; empty if never calibrated.
-        products: Times of single products [s], the latest last.
-        plans: Times of whole plans [s], by problem and plan (:mod:`runlora_fx.passes.tune.trials`).
+        seconds_per: By term, the calibrated time of one unit [s]; empty if never calibrated.
+        products: Measured times of single products [s], the latest last.
+        plans: By problem and plan, measured times of whole plans [s]
+            (:mod:`runlora_fx.passes.tune.trials`).
     """
 
     seconds_per: Mapping[str, float] = field(default_factory=dict)
@@ -91,12 +92,12 @@ class Record:
     plans: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def profile(self, default: MachineProfile) -> MachineProfile:
-        """The profile: calibrated times, or else the default's, and all products measured."""
+        """The profile: calibrated times, the default's where there are none, measured products."""
         known = {**default.known, **self.seconds_per}
         return MachineProfile(known, tuple(sorted(self.products.items())))
 
     def updated(self, newer: Record) -> Record:
-        """Both, the newer one's numbers where both have some; the oldest fall out if too many."""
+        """Both records merged: newer numbers win, and beyond a limit the oldest are dropped."""
         products = {k: v for k, v in self.products.items() if k not in newer.products}
         plans = {k: v for k, v in self.plans.items() if k not in newer.plans}
         return Record(
@@ -107,20 +108,20 @@ class Record:
 
     @property
     def digest(self) -> str:
-        """Changes with every number, but not with the order in which they became known."""
+        """A digest of all numbers, whatever the order in which they were added."""
         content = _to_json(self)
         content["products"].sort()
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def folder() -> Path:
-    """Where the files are: ``$RUNLORA_CACHE_DIR``, or else the platform's cache folder."""
+    """The folder of the files: ``$RUNLORA_CACHE_DIR``, or else the platform's cache folder."""
     given = os.environ.get(FOLDER_VARIABLE)
     return Path(given) if given else user_cache_path("runlora-fx")
 
 
 def load(key: Key) -> Record:
-    """What is known for a key; an empty record where nothing is, or nothing readable."""
+    """The record of a key; an empty one if there is no file, or no readable one."""
     path = folder() / key.file_name
     try:
         if path.stat().st_size > _MAX_FILE_BYTES:
@@ -137,9 +138,9 @@ def load(key: Key) -> Record:
 
 
 def add(key: Key, newer: Record) -> Record:
-    """Merge numbers into what is known for a key, and return all of it.
+    """Merge a record into the stored one of a key, and return the merged record.
 
-    Where the folder cannot be written to, a warning says so and nothing is kept.
+    If the folder cannot be written to, a warning is logged and nothing is stored.
     """
     path = folder() / key.file_name
     try:
@@ -155,7 +156,7 @@ def add(key: Key, newer: Record) -> Record:
 
 
 def write(path: Path, records: Mapping[str, Record]) -> None:
-    """Write records by dtype into a file of its own, for another machine to read.
+    """Write records by dtype into a separate file, for another machine to read.
 
     Raises:
         OSError: If the file cannot be written.
@@ -165,10 +166,10 @@ def write(path: Path, records: Mapping[str, Record]) -> None:
 
 
 def read(path: str | Path) -> dict[str, Record]:
-    """The records of a file that :func:`write` wrote, by dtype; at least one.
+    """The records by dtype of a file that :func:`write` wrote; at least one.
 
     Raises:
-        ValueError: If the file is none of those.
+        ValueError: If the file is not such a file, or has no record.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -187,7 +188,7 @@ def read(path: str | Path) -> dict[str, Record]:
 
 @lru_cache(maxsize=1024)
 def _warn(message: str) -> None:
-    """Warn of what is wrong with a file, once: every compilation looks at the files again."""
+    """Log a warning once, although every compilation reads the files again."""
     _log.warning("%s", message)
 
 
@@ -200,11 +201,11 @@ def _to_json(record: Record) -> dict[str, Any]:
 
 
 def _from_json(content: Mapping[str, Any]) -> Record:
-    """A record from a file's content.
+    """A record from the content of a file.
 
     Raises:
-        ValueError: If a number is not what it has to be; or another of the errors of taking apart
-            what is not built as expected.
+        ValueError: If a number is not valid.
+        TypeError, LookupError, AttributeError: If the content is not structured as expected.
     """
     seconds_per = {term: _positive(time) for term, time in content["seconds_per"].items()}
     unknown = [term for term in seconds_per if term not in TERMS or not TERMS[term].is_timed]
@@ -226,7 +227,7 @@ def _shape(numbers: list[Any]) -> GemmShape:
 
 
 def _positive(x: Any) -> float:
-    # Compared as what it is: an integer may be too large for a float.
+    # Compared before the conversion: an integer may be too large for a float.
     if isinstance(x, bool) or not isinstance(x, int | float) or not 0 < x <= sys.float_info.max:
         raise ValueError(f"{x!r:.40} is not a positive number")
     return float(x)
@@ -237,7 +238,7 @@ def _latest(entries: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a file such that a reader sees the old content or the new one, never half of it."""
+    """Write a file so that readers see the old content or the new one, never a part of it."""
     with tempfile.NamedTemporaryFile(
         "w", dir=path.parent, prefix=path.stem, suffix=".tmp", delete=False, encoding="utf-8"
     ) as file:
@@ -254,7 +255,7 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _drop_oldest(of: Path) -> None:
-    """Keep the folder from growing: with versions of torch, and with writers that were killed."""
+    """Delete the oldest files beyond the limit, and abandoned temporary files."""
     files = sorted(of.glob("*.json"), key=_modified)
     for path in files[:-_MAX_FILES]:
         path.unlink(missing_ok=True)

@@ -1,11 +1,11 @@
-"""The context of a pass: the graph, and all that may be asked about it.
+"""Context: what a pass is given: the graph, its level, the options, the machine.
 
 A pass takes a context, changes ``context.graph``, and returns what it found:
 
     def plan_linear_algebra(context: Context) -> Outcome
 
-Invariant: a context never changes, but for the list of what failed in its passes. Passes change the
-graph, so what is derived from it (:meth:`Context.effects`) is derived anew when asked for.
+Invariant: a context does not change, except for its list of failures. Passes change the graph, so
+:meth:`Context.effects` and :meth:`Context.read` analyse it again at every call.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from runlora_fx.passes.read.analysis import Analysis, hint_of
 from runlora_fx.passes.read.casts import Casts
 from runlora_fx.passes.read.effects import Effects
 
-#: What the policies of the option ``numerics`` take casts for.
+#: By value of the option ``numerics``, how casts between floats are read.
 _CASTS: dict[str, Casts] = {"strict": "kept", "default": "joined", "relaxed": "crossed"}
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A part of a graph that was left as it came because something went wrong.
+    """A part of a graph that stays as it came because something failed.
 
     Attributes:
-        nodes: What is left as it came, by name.
-        error: What went wrong.
+        nodes: The names of the nodes that stay.
+        error: The error.
     """
 
     nodes: tuple[str, ...]
@@ -51,7 +51,7 @@ class Outcome:
     """What a pass did.
 
     Attributes:
-        findings: What it found and maybe changed, for the report to describe.
+        findings: The regions that it found, for the report to describe.
         is_joint: True if the graph has a forward and a backward.
     """
 
@@ -61,17 +61,17 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Context:
-    """One graph to rewrite, and what is known of it.
+    """One graph to rewrite, and what passes need to know about it.
 
     Attributes:
         graph: Every tensor node has an example tensor in ``meta["val"]``.
         level: The level of the graph.
-        options: What is asked of the passes.
-        machine: What is known about the devices.
+        options: The options of the pass.
+        machine: The profiles of the devices.
         may_guard: True if Dynamo compiles the graph. It checks guards on symbolic sizes before each
             call, and compiles again for a size outside of them.
-        parameters: Which of the graph's inputs are parameters, the same tensors in every call.
-        failures: What went wrong so far; passes add to it.
+        parameters: Positions of the inputs that are parameters, the same tensors in every call.
+        failures: The parts that failed so far. Passes add to it.
     """
 
     graph: fx.Graph
@@ -86,7 +86,7 @@ class Context:
 
     @cached_property
     def mode(self) -> Any:
-        """The fake mode that the example tensors live in; None where they are real."""
+        """The fake mode of the example tensors; None if they are real."""
         return fake_mode_of(node.meta.get("val") for node in self.graph.nodes)
 
     def hint(self, size: Dim) -> int:
@@ -94,24 +94,24 @@ class Context:
         return hint_of(size, self.mode)
 
     def guard(self, size: sympy.Expr, low: int, high: int | None) -> bool:
-        """Have Dynamo check ``low <= size < high`` before every call; False if it cannot."""
+        """Add the guard ``low <= size < high`` to the compiled code; False if that fails."""
         return self.may_guard and guard_range(size, low, high, self.mode)
 
     def is_current(self, size: Dim) -> bool:
-        """True if a size is still what it was: a guard may have put a number in its place."""
+        """True unless a guard has replaced a symbolic size by a number."""
         return isinstance(size, int) or is_current(size, self.mode)
 
     # -- the graph -----------------------------------------------------------------------------
 
     @cached_property
     def device(self) -> torch.device:
-        """Where the graph computes: the accelerator, if any of its tensors is on one."""
+        """The device that computes: an accelerator if some tensor is on one, else the CPU."""
         known = [facts_of(node) for node in self.graph.nodes]
         return computing(dict.fromkeys(facts.kind.device for facts in known if facts is not None))
 
     @cached_property
     def lasting(self) -> tuple[fx.Node, ...]:
-        """The inputs of which merged weights may be kept from call to call (option ``reuse``)."""
+        """The inputs whose merged weights may be kept between calls (option ``reuse``)."""
         if not self.options.reuse:
             return ()
         inputs = [node for node in self.graph.nodes if node.op == "placeholder"]

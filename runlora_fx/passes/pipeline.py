@@ -2,9 +2,9 @@
 
     rewrite_graph(graph, level, options)    changes the graph in place, returns the report
 
-Invariant: whatever fails, the graph computes what it did. Without the option ``strict`` a failure
-costs the part of the graph that it is found in; under ``strict`` it is raised, and the graph is as
-it came.
+Invariant: the graph computes the same before and after, whatever fails. Without the option
+``strict``, the part of the graph in which something fails stays as it came. Under ``strict`` the
+error is raised, and the whole graph stays as it came.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from runlora_fx.report.origin import unmatched
 
 _log = logging.getLogger("runlora_fx")
 
-#: In the place of the description of a finding, where making it failed.
+#: Stands for the description of a region that could not be described.
 _FAILED = object()
 
 
@@ -111,7 +111,7 @@ def _collection_paused() -> Iterator[None]:
 
 
 def _report(context: Context, came: Sequence[fx.Node], outcome: Outcome | None) -> Report:
-    """The report on what was done; its failure costs nothing but the report."""
+    """The report on what was done."""
     graph = "joint" if outcome is not None and outcome.is_joint else context.level.graph
     findings: Sequence[PlannedRegion] = () if outcome is None else outcome.findings
     failed = [
@@ -142,7 +142,7 @@ def _report(context: Context, came: Sequence[fx.Node], outcome: Outcome | None) 
 
 
 def _described(context: Context, finding: PlannedRegion, known: Known) -> Site | object | None:
-    """What was found, as a site; what cannot be described is missing from the report."""
+    """A planned region as a site; None if it is no site, ``_FAILED`` if describing it failed."""
     try:
         region, posed, decision = finding.region, finding.posed, finding.decision
         return describe(region, posed, decision, finding.changed, finding.objective, known)
@@ -152,7 +152,7 @@ def _described(context: Context, finding: PlannedRegion, known: Known) -> Site |
 
 
 def _missed(context: Context, came: Sequence[fx.Node], sites: Sequence[Site]) -> list[Refusal]:
-    """The adapters that no site covers."""
+    """A refusal for the adapters that no site covers."""
     try:
         return list(unmatched(came, sites))
     except Exception as error:

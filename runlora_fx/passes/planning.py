@@ -2,10 +2,10 @@
 
     x W' + 2 (x A') B'      ->      x (W + 2 B A)'      where that costs less
 
-A failure costs one region. What fails before anything is written is known by its region. What fails
-when plans are put in is searched for by halves: each half is a transaction of its own.
+A failure leaves one region as it came, and no other. If writing plans fails and the region is not
+known, the regions are split in halves, each half is written in a transaction of its own, and so on.
 
-Invariant: the graph runs as it came wherever no plan was written and proven.
+Invariant: a region is either written and proven, or runs as it came.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class PlannedRegion:
-    """A region as it came, and what was done about it.
+    """A region of the incoming graph, and what was done with it.
 
     Attributes:
         region: The region.
@@ -66,7 +66,7 @@ def plan_linear_algebra(context: Context, came: Snapshot | None = None) -> Outco
 
     Args:
         context: The graph.
-        came: What was noted of the graph as it came, if anything was.
+        came: A snapshot of the graph as it is now, if there is one already.
     """
     return _Planner(context, came).run()
 
@@ -82,7 +82,7 @@ class _Planner:
         self._changed: set[str] = set()
 
     def run(self) -> Outcome:
-        """Read, decide, and write what is worth it."""
+        """Read the graph, decide about its regions, and write the chosen plans."""
         analysis, decisions = self._decided()
         names = [_name(region) for region in analysis.regions.regions]
         chosen = [n for n, decision in zip(names, decisions, strict=True) if _is_chosen(decision)]
@@ -152,14 +152,14 @@ class _Planner:
             decisions = self._or_else(
                 lambda: spend(offered, objectives, settled, budget), settled, "spend the budget"
             )
-        # Trials tell times only: where memory is to be saved, they would choose what holds more.
+        # Trials compare times alone. They would undo choices that save memory.
         if measures and self._options.tune == "plans" and self._options.memory == "balanced":
             tried = decisions
             decisions = self._or_else(lambda: try_out(analysis, pricing, tried), tried, "try plans")
         return decisions
 
     def _or_else(self, do: Callable[[], _T], otherwise: _T, what: str) -> _T:
-        """What a step that only improves decisions returns; without it, if it fails."""
+        """The result of an optional step; ``otherwise`` if it fails, unless ``strict`` is set."""
         try:
             return do()
         except Exception as error:
@@ -192,7 +192,7 @@ class _Planner:
     # -- writing -------------------------------------------------------------------------------
 
     def _write(self, analysis: Analysis, decisions: list[Decision], chosen: list[str]) -> None:
-        """Write plans; a failure costs the region that it is found to belong to.
+        """Write plans. A failure leaves the region that causes it as it came.
 
         Args:
             analysis: The graph as it came.
@@ -203,7 +203,7 @@ class _Planner:
         is_fresh = True
         while pending:
             names = pending.pop()
-            if not is_fresh:  # what failed was taken back, what did not has changed the graph
+            if not is_fresh:  # earlier transactions may have changed the graph
                 analysis = self._context.read()
                 decisions = self._planned(analysis)
             is_fresh = False
@@ -232,10 +232,11 @@ class _Planner:
     # -- memory --------------------------------------------------------------------------------
 
     def _recompute(self, analysis: Analysis, decisions: Sequence[Decision]) -> None:
-        """Have the backward make again what is worth it.
+        """Tag the activations that the backward recomputes.
 
-        Under ``balanced`` all of it takes no more time than the plans save. Under ``low`` each
-        byte may also take as much as it may in a plan. Where FLOPs are counted, it is free.
+        Under ``balanced`` they take no more time together than the plans are predicted to save.
+        Under ``low`` each byte may take as long as in a plan, too. Under ``objective="flops"`` and
+        ``low``, pointwise operators cost nothing, so all chains are taken.
         """
         is_low, is_timed = self._options.memory == "low", self._options.objective == "time"
         budget = self._seconds_saved(analysis, decisions) if is_timed else 0.0
@@ -248,10 +249,11 @@ class _Planner:
             recompute(chain.nodes)
 
     def _keep_random_numbers(self) -> None:
-        """Have the backward see the masks of the forward where torch would draw others.
+        """Save the random numbers of the forward where the backward would draw others.
 
         Raises:
-            RuntimeError: If that cannot be had, under ``strict``; else it is a warning.
+            RuntimeError: Under ``strict``, if the partitioner would ignore the tags. Otherwise a
+                warning is logged.
         """
         kept = keep_random_numbers(self._context.graph, self._context.effects())
         if not kept or not keeps_inputs_only():
@@ -266,7 +268,7 @@ class _Planner:
         _log.warning("runlora: %s", problem)
 
     def _seconds_saved(self, analysis: Analysis, decisions: Sequence[Decision]) -> float:
-        """The time that the plans which were written are predicted to save [s]."""
+        """The time that the written plans are predicted to save [s]."""
         total = 0.0
         for region, posed, decision in zip(
             analysis.regions.regions, analysis.posed, decisions, strict=True
@@ -280,7 +282,7 @@ class _Planner:
         return max(total, 0.0)
 
     def _of_root(self, analysis: Analysis, here: dict[str, int], root: fx.Node) -> set[str]:
-        """The names of the regions that are a part of a root."""
+        """The names of the regions that have a part of a root."""
         return {
             name
             for name, i in here.items()
@@ -297,5 +299,5 @@ def _known(plans: dict[int, Plan | None]) -> dict[int, Plan]:
 
 
 def _name(region: Region) -> str:
-    """What a region is called: by the nodes that it makes, which no other region makes so."""
+    """The name of a region: those of its roots."""
     return ", ".join(dict.fromkeys(root.node.name for root, _ in region.demands))

@@ -1,4 +1,4 @@
-"""The CPU: known by its model and instruction sets; threads and rounding change its times.
+"""The CPU: identified by its model and instruction sets. Threads and rounding change its times.
 
 Example: ``"AMD EPYC 7B13 AVX2"`` with ``{"threads": 2, "deterministic": False, "onednn": True}``.
 
@@ -22,18 +22,18 @@ from runlora_fx.cost_model.published import REACHED_FLOPS, pointwise_times
 _FLOPS_PER_CYCLE = {"AVX512": 64, "AVX2": 32}
 _FLOPS_PER_CYCLE_OTHER = 16
 
-#: How much faster instructions for 16-bit floats are, by the name of the CPU's flag.
+#: By CPU flag, the speed of products of 16-bit floats relative to single precision.
 _HALF_SPEEDUP = {"amx_bf16": 8, "avx512_bf16": 2}
 _HERTZ = 2.5e9
 _BYTES_PER_S = 1.2e10
 
-#: What the libraries read when they are loaded: other instructions, other rounding.
+#: Variables that oneDNN and MKL read when they are loaded: they change instructions or rounding.
 _ENVIRONMENT = (
     *("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"),
     *("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR"),
 )
 
-#: Attributes that torch makes when it is imported: a type checker does not see them.
+#: torch creates these attributes at import, so a type checker does not see them.
 _ONEDNN: Any = torch.backends.mkldnn
 
 
@@ -44,11 +44,11 @@ class Cpu(Device):
     is_host = True
 
     def present(self) -> list[torch.device]:
-        """There is one."""
+        """One CPU."""
         return [torch.device("cpu")]
 
     def model(self, device: torch.device) -> str:
-        """The model as the system names it, with its instruction sets."""
+        """The name that the system reports, with the instruction sets."""
         return _model()
 
     def settings(self, dtype: str) -> Settings:
@@ -63,7 +63,7 @@ class Cpu(Device):
         return found
 
     def profile(self, device: torch.device, dtype: str) -> MachineProfile:
-        """By the instruction set and the number of threads."""
+        """A profile estimated from the instruction set and the number of threads."""
         itemsize = getattr(torch, dtype).itemsize
         per_cycle = _FLOPS_PER_CYCLE.get(
             torch.backends.cpu.get_cpu_capability(), _FLOPS_PER_CYCLE_OTHER
@@ -86,7 +86,7 @@ class Cpu(Device):
         )
 
     def synchronise(self, device: torch.device) -> None:
-        """A call has done its work when it returns."""
+        """Nothing to wait for: a call returns when its work is done."""
 
 
 @cache
@@ -105,7 +105,7 @@ def _half_flags() -> tuple[str, ...]:
 
 @cache
 def _cpuinfo() -> tuple[str, ...]:
-    """What Linux tells of the CPU; nothing on other systems."""
+    """The lines of ``/proc/cpuinfo`` on Linux; empty on other systems."""
     try:
         return tuple(Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines())
     except OSError:

@@ -1,4 +1,4 @@
-"""GPUs that torch calls ``cuda``: known by name and capability; TF32 and cuBLAS change their times.
+"""GPUs of type ``cuda``: identified by name and capability. TF32 and cuBLAS change their times.
 
 Example: ``"NVIDIA A100-SXM4-40GB 8.0, 108 multiprocessors"`` with
 ``{"deterministic": False, "blas": "Cublas", "fp32_precision": "tf32"}``.
@@ -20,8 +20,8 @@ from runlora_fx.cost_model.published import (
 )
 
 #: Dense FLOP per multiprocessor and clock cycle, in 16-bit floats and in single precision, by
-#: compute capability: those of NVIDIA's architecture whitepapers. A newer device counts as the
-#: newest known.
+#: compute capability, from NVIDIA's architecture whitepapers. A newer capability counts as the
+#: newest of these.
 _FLOPS_PER_CYCLE = {
     (7, 0): (1024, 128),
     (8, 0): (2048, 128),
@@ -31,10 +31,10 @@ _FLOPS_PER_CYCLE = {
     (12, 0): (1024, 256),
 }
 
-#: What cuBLAS and the driver read: forced TF32, deterministic kernels, launches that wait.
+#: Variables of cuBLAS and the driver: forced TF32, deterministic kernels, synchronous launches.
 _ENVIRONMENT = ("NVIDIA_TF32_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG", "CUDA_LAUNCH_BLOCKING")
 
-#: Which flags of cuBLAS concern products of a dtype.
+#: By dtype, the flags of cuBLAS that concern its products.
 _FLAGS = {
     "bfloat16": ("allow_bf16_reduced_precision_reduction",),
     "float16": ("allow_fp16_reduced_precision_reduction", "allow_fp16_accumulation"),
@@ -42,7 +42,7 @@ _FLAGS = {
 
 
 class Cuda(Device):
-    """NVIDIA's GPUs, and AMD's under ROCm."""
+    """GPUs of NVIDIA, and of AMD under ROCm."""
 
     type = "cuda"
 
@@ -57,7 +57,7 @@ class Cuda(Device):
         return f"{found.name} {capability}, {found.multi_processor_count} multiprocessors"
 
     def settings(self, dtype: str) -> Settings:
-        """The library, and how it may round."""
+        """The BLAS library, and how it may round."""
         matmul = torch.backends.cuda.matmul
         found: dict[str, object] = {
             "blas": str(torch.backends.cuda.preferred_blas_library()),
@@ -65,12 +65,12 @@ class Cuda(Device):
             **environment(_ENVIRONMENT),
         }
         if dtype == "float32":
-            # Not `allow_tf32`: torch does not answer it where this one was set.
+            # Not `allow_tf32`: reading it raises an error once `fp32_precision` was set.
             found["fp32_precision"] = fp32_precision(matmul)
         return found
 
     def profile(self, device: torch.device, dtype: str) -> MachineProfile:
-        """By multiprocessors, clocks and the width of the bus."""
+        """A profile estimated from multiprocessors, clock rates and the width of the bus."""
         properties = torch.cuda.get_device_properties(device)
         known = [c for c in _FLOPS_PER_CYCLE if c <= (properties.major, properties.minor)]
         half, single = _FLOPS_PER_CYCLE[max(known, default=(7, 0))]
@@ -83,7 +83,7 @@ class Cuda(Device):
         hertz = getattr(properties, "clock_rate", 1.7e6) * 1e3
         cycles = properties.multi_processor_count * hertz
         rate = cycles * per_cycle * REACHED_FLOPS
-        # Twice the clock (double data rate) times the width of the bus.
+        # Double data rate: two transfers a clock cycle, each as wide as the bus.
         memory_hertz = getattr(properties, "memory_clock_rate", 2.6e6) * 1e3
         bus_bytes = getattr(properties, "memory_bus_width", 5120) / 8
         bandwidth = 2 * memory_hertz * bus_bytes * REACHED_BANDWIDTH

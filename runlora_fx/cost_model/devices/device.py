@@ -1,4 +1,4 @@
-"""What the package has to know of one kind of device.
+"""Device: the interface of one kind of device.
 
 Every kind is one file of this folder with one object called ``DEVICE``
 (:mod:`runlora_fx.cost_model.devices.registry` finds it)::
@@ -7,8 +7,8 @@ Every kind is one file of this folder with one object called ``DEVICE``
                                  settings: {"deterministic": False, "blas": "Cublas", ...}
                                  profile:  seconds per FLOP, per byte, per launch
 
-Invariant: two measurements of one product may be compared only if the model and the settings are
-equal. So whatever changes the time of a product is in the model or in the settings.
+Invariant: everything that changes the time of a product is in the model or in the settings.
+Measured times of equal models and settings may be compared, and no others.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 
 from runlora_fx.cost_model.profile import MachineProfile
 
-#: Settings by name. They are compared as text.
+#: Settings by name. Their texts are compared.
 Settings: TypeAlias = Mapping[str, object]
 
 
@@ -30,9 +30,9 @@ class Device(ABC):
     """One kind of device.
 
     Attributes:
-        type: How torch calls it, such as ``"cuda"``.
-        is_host: Whether it is where Python runs. A graph with tensors on the host and on another
-            device computes on the other one.
+        type: Its type in torch, such as ``"cuda"``.
+        is_host: True for the CPU, which runs Python. A graph with tensors on the host and on
+            another device computes on the other one.
     """
 
     type: str
@@ -44,24 +44,24 @@ class Device(ABC):
 
     @abstractmethod
     def model(self, device: torch.device) -> str:
-        """What the device is called: equal for devices that are equally fast."""
+        """The name of the model: equal for devices that are equally fast."""
 
     @abstractmethod
     def settings(self, dtype: str) -> Settings:
         """The settings of this process that change the times of products.
 
         Args:
-            dtype: Of the elements. A setting that concerns other dtypes only is left out, so that
-                it does not make measurements useless that it does not touch.
+            dtype: The dtype of the elements. Settings that concern other dtypes only are left out,
+                so that changing one does not invalidate times that do not depend on it.
         """
 
     @abstractmethod
     def profile(self, device: torch.device, dtype: str) -> MachineProfile:
-        """What the device can be expected to do, by its properties; no measurement."""
+        """A profile that is estimated from the properties of the device, without measuring."""
 
     @abstractmethod
     def synchronise(self, device: torch.device) -> None:
-        """Wait until the device has done all that it was told to do."""
+        """Wait until the device has finished all work that was submitted to it."""
 
     def generator(self, device: torch.device) -> torch.Generator | None:
         """A new generator of random numbers; None if the device has none."""
@@ -72,16 +72,16 @@ class Device(ABC):
 
 
 def environment(names: Iterable[str]) -> dict[str, str]:
-    """The environment variables of some names that are set."""
+    """Those of some environment variables that are set."""
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def fp32_precision(backend: Any) -> str:
-    """How a backend may round 32-bit operands of a product: ``"ieee"`` is not at all.
+    """How a backend may round 32-bit operands of a product; ``"ieee"`` means not at all.
 
     Args:
-        backend: A part of ``torch.backends``. Its own attribute is read, for
-            ``torch.get_float32_matmul_precision`` raises where backends differ.
+        backend: A part of ``torch.backends``. Its own attribute is read, because
+            ``torch.get_float32_matmul_precision`` raises if backends differ.
     """
     found = str(backend.fp32_precision)
     return "ieee" if found == "none" else found

@@ -1,9 +1,9 @@
-"""A device that is not in this machine: graphs are planned for it wherever they are compiled.
+"""Elsewhere: plan for a device that is not in this machine (the option ``device``).
 
     Elsewhere("h100")             plans by what the maker publishes
     Elsewhere("rig/gpu.json")     plans by what ``calibrate --export`` wrote on another machine
 
-Invariant: nothing that this machine measured enters the plan, and nothing is measured for it.
+Invariant: plans depend on no measurement of this machine, and nothing is measured for them.
 """
 
 from __future__ import annotations
@@ -26,48 +26,48 @@ _log = logging.getLogger("runlora_fx")
 
 
 class Elsewhere(Machine):
-    """What is known about a device that is named, or that a file describes.
+    """The profiles of a device that is named, or that a file describes.
 
     Attributes:
-        name: The name or the file.
+        name: The name, or the path of the file.
     """
 
     def __init__(self, name: str) -> None:
-        """Look a device up.
+        """Look up the profiles of a device.
 
         Raises:
-            ValueError: If it is neither a known name nor a file of a profile.
+            ValueError: If the name is neither in the table nor a file of profiles.
         """
         super().__init__(use_stored=False)
         self.name = name
         self._profiles = profiles_of(name)
 
     def record(self, device: torch.device, dtype: str) -> Record:
-        """Nothing: what this machine measured says nothing about another."""
+        """An empty record, because measurements of this machine do not apply to another."""
         return Record()
 
     def profile(self, device: torch.device, dtype: str) -> MachineProfile:
-        """The profile of the device that is planned for, wherever the graph is compiled."""
+        """The profile of the device that is planned for, whatever device the graph is on."""
         if dtype not in self._profiles:
             _warn_missing(self.name, dtype)
         return self._profiles.get(dtype) or next(iter(self._profiles.values()))
 
     def identity(self) -> str:
-        """Changes with every number that a plan can depend on."""
+        """A digest of every number that a plan can depend on."""
         known = [(d, sorted(p.known.items()), p.measured) for d, p in self._profiles.items()]
         return hashlib.sha256(json.dumps([self.name, known]).encode()).hexdigest()
 
 
 def machine_for(name: str, *, use_stored: bool) -> Machine:
-    """The machine that is planned for: this one, unless another device is named."""
+    """The machine to plan for: this one, or the named device."""
     return Elsewhere(name) if name else Machine(use_stored=use_stored)
 
 
 def export(device: torch.device, path: Path) -> list[str]:
-    """Write what is known about a device of this machine into a file.
+    """Write the calibrated profiles of a device of this machine into a file.
 
     Returns:
-        The dtypes that the file has: those that were calibrated under the settings of now.
+        The dtypes in the file: those that were calibrated under the current settings.
 
     Raises:
         OSError: If the file cannot be written.
@@ -85,5 +85,5 @@ def export(device: torch.device, path: Path) -> list[str]:
 
 @cache
 def _warn_missing(name: str, dtype: str) -> None:
-    """Warn once: a model has many graphs."""
+    """Log a warning once, although a model has many graphs."""
     _log.warning("runlora: profile %s has no rates for %s; it takes those of another", name, dtype)

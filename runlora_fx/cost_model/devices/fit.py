@@ -1,11 +1,11 @@
-"""Calibration: from measured operations to the time of one unit of each term.
+"""Fit: from the measured times of operations to the time of one unit of each cost term.
 
-Example: products in all layouts and some sums, each with the time it took, become ::
+Example: the measured times of products in all layouts and of some sums become ::
 
     {"flops.nn": 7.1e-12, "flops.nt": 6.9e-12, ..., "launches": 2.4e-6}
 
-Invariant: the terms of the result are exactly the timed ones that the operations mention. None of
-the times is zero or negative.
+Invariant: the result has exactly the timed terms that the operations mention. All times are
+positive.
 """
 
 from __future__ import annotations
@@ -18,20 +18,22 @@ import torch
 from runlora_fx.cost_model.cost import TERMS
 from runlora_fx.cost_model.ops import Operation
 
-#: Stands for "costs nothing" where no time is found for a unit: a stored time is positive [s].
+#: The time of a unit for which the fit finds none [s]. A stored time must be positive.
 FREE = 1e-18
 
 
 def fit(times: Mapping[Operation, float]) -> dict[str, float]:
-    """The times of units that predict operations best: with the least squared relative error.
+    """The times of units that predict the operations with the least squared relative error.
 
-    ``seconds = sum over terms of (time of a unit) * (amount)``, no time negative, no FLOP free.
+    ``seconds = sum over terms of (time of a unit) * (amount)``. No time is negative, and a FLOP
+    takes time. If the measurements are too noisy to tell the layouts apart, all FLOPs take the same
+    time.
 
     Args:
         times: Times of operations of known size [s].
 
     Returns:
-        The time of one unit [s] of every term that an operation mentions.
+        By term that an operation mentions, the time of one unit [s].
 
     Raises:
         ValueError: If there are fewer operations than terms.
@@ -48,7 +50,7 @@ def fit(times: Mapping[Operation, float]) -> dict[str, float]:
     are_flops = [TERMS[name].total == "flops" for name in terms]
     columns = [[i] for i in range(len(terms))]
     solved = _solved(relative, are_flops)
-    if solved is None:  # too noisy to tell layouts apart
+    if solved is None:
         flops = [i for i, is_flops in enumerate(are_flops) if is_flops]
         columns = [flops, *([i] for i, is_flops in enumerate(are_flops) if not is_flops)]
         grouped = torch.stack([relative[:, own].sum(1) for own in columns], 1)
@@ -64,19 +66,19 @@ def _solved(relative: torch.Tensor, positive: Sequence[bool]) -> list[float] | N
 
     Args:
         relative: By operation and term, the amount over the operation's time [1/s].
-        positive: By term, whether a unit of it must take time.
+        positive: By term, True if a unit must take time.
 
     Returns:
-        The times [s]; None if one that must be positive would not be.
+        The times [s]; None if the best solution gives no time to a unit that must take some.
     """
-    scale = relative.norm(dim=0)  # sizes of features differ by many orders of magnitude
+    scale = relative.norm(dim=0)  # columns differ by many orders of magnitude
     scaled = relative / scale
     count = scaled.shape[1]
     ones = torch.ones(len(scaled), 1, dtype=scaled.dtype)
     always = [i for i in range(count) if positive[i]]
     free = [i for i in range(count) if not positive[i]]
     best, least = None, torch.inf
-    # So few terms that every choice of which are zero can be tried.
+    # There are few terms, so every choice of the terms that are zero is tried.
     for others in chain.from_iterable(combinations(free, k) for k in range(len(free) + 1)):
         columns = [*always, *others]
         solved = torch.linalg.lstsq(scaled[:, columns], ones, driver="gelsd").solution[:, 0]

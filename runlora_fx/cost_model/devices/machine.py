@@ -1,9 +1,9 @@
-"""The machine: what is stored about a device under the settings that this process runs with.
+"""Machine: the stored times of this machine's devices, under the settings of this process.
 
 Example: ``key_of(torch.device("cpu"), "float32")`` is the model of the CPU, the dtype, the version
 of torch and ``"deterministic=False, fp32_precision=ieee, onednn=True, threads=2"``.
 
-Invariant: whatever can change a plan of this machine changes :meth:`Machine.identity`.
+Invariant: every number and setting that can change a plan also changes :meth:`Machine.identity`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from runlora_fx.cost_model.store import Key, Record
 
 
 def key_of(device: torch.device, dtype: str) -> Key:
-    """What times measured on a device now hold for."""
+    """The key of times that are measured on a device now."""
     entry = registry.entry_of(device)
     return Key(
         device=entry.model(device),
@@ -32,48 +32,48 @@ def key_of(device: torch.device, dtype: str) -> Key:
 
 
 def settings_of(device: torch.device) -> str:
-    """The settings that times on a device hold for, whatever the dtypes."""
+    """The settings that times on a device depend on, for all dtypes together."""
     entry = registry.entry_of(device)
     return _text({name: x for dtype in DTYPES for name, x in entry.settings(dtype).items()})
 
 
 def _text(settings: Settings) -> str:
-    """Settings as text, with those that concern every device."""
+    """Settings as text, with the one that concerns every device."""
     every = {"deterministic": torch.are_deterministic_algorithms_enabled(), **settings}
     return ", ".join(f"{name}={every[name]}" for name in sorted(every))
 
 
 class Machine:
-    """A snapshot of what is known about this machine: one compilation plans by one state of it."""
+    """A snapshot of the stored times, so that one compilation plans by one state of them."""
 
     def __init__(self, *, use_stored: bool) -> None:
-        """Start with nothing; records are loaded when they are first asked for.
+        """Start empty. Records are loaded when they are first asked for.
 
         Args:
-            use_stored: Whether to use what was measured before.
+            use_stored: True to use times that were measured before.
         """
         self._use_stored = use_stored
         self._records: dict[Key, Record] = {}
 
     def record(self, device: torch.device, dtype: str) -> Record:
-        """What was measured on a device."""
+        """The measured times of a device."""
         key = key_of(device, dtype)
         if key not in self._records:
             self._records[key] = store.load(key) if self._use_stored else Record()
         return self._records[key]
 
     def add(self, device: torch.device, dtype: str, newer: Record) -> None:
-        """Add measurements to what is known about a device, and store them."""
+        """Add measured times of a device to the snapshot, and store them."""
         key = key_of(device, dtype)
         self._records[key] = self.record(device, dtype).updated(newer)
         store.add(key, newer)
 
     def profile(self, device: torch.device, dtype: str) -> MachineProfile:
-        """The profile of a device: calibrated if it was, and with the products measured on it."""
+        """The profile of a device: calibrated or estimated times, and measured products."""
         return self.record(device, dtype).profile(default_profile(device, dtype))
 
     def identity(self) -> str:
-        """Changes with every number and every setting that a plan can depend on."""
+        """A digest of every number and setting that a plan can depend on."""
         known = [
             (*key_of(device, dtype), self.record(device, dtype).digest)
             for device in registry.present()
@@ -83,5 +83,5 @@ class Machine:
 
 
 def default_profile(device: torch.device, dtype: str) -> MachineProfile:
-    """What a device can be expected to do, from its properties."""
+    """The profile that is estimated from the properties of a device."""
     return registry.entry_of(device).profile(device, dtype)

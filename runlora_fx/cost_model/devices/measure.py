@@ -1,11 +1,11 @@
-"""Measurement: the time of single operations on a device, also in the middle of a compilation.
+"""Measurement: time single operations on a device, even while a graph is being traced.
 
 Example: ``matmul_seconds(GemmShape(1, 256, 768, 768), torch.float32, device)`` multiplies random
-matrices until the time is known, and answers ``2.1e-3``.
+matrices several times and returns ``2.1e-3``.
 
-Invariant: data is real and random, and the device has done its work before the clock is read. The
-fake tensors of a trace around it do not reach it. The user's random state, autocast and gradient
-mode stay as they are.
+Invariant: operations run on real random data, and the clock is read after the device has finished.
+The tracing modes around the call are off. The user's random state, autocast and gradient mode do
+not change.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from runlora_fx.cost_model.devices.fit import FREE
 from runlora_fx.cost_model.devices.registry import entry_of
 from runlora_fx.cost_model.ops import GemmShape
 
-#: The shortest time that one measurement adds up [s], and how often it is repeated.
+#: The least total time of the runs of one measurement [s], and the number of measurements.
 _MIN_RUN_S = 2e-3
 _REPEATS = 2
 
 
 @contextmanager
 def undisturbed(device: torch.device) -> Iterator[None]:
-    """A context in which operators run eagerly on real tensors, whatever is being traced around."""
+    """A context in which operators run eagerly on real tensors, even inside a trace."""
     with ExitStack() as stack:
         stack.enter_context(outside_all_modes())
         stack.enter_context(torch.no_grad())
@@ -40,7 +40,7 @@ def undisturbed(device: torch.device) -> Iterator[None]:
 
 
 def random_tensor(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Normally distributed numbers; the user's random state is not touched."""
+    """Normally distributed numbers from a generator of their own."""
     generator = entry_of(device).generator(device)
     if generator is None:  # drawn on the host, and copied
         host = torch.Generator().manual_seed(0)
@@ -50,15 +50,15 @@ def random_tensor(*shape: int, dtype: torch.dtype, device: torch.device) -> Tens
 
 
 def seconds(run: Callable[[], object], device: torch.device, repeats: int = _REPEATS) -> float:
-    """The time of a call [s]: the least of some medians, since disturbances only add.
+    """The time of a call [s]: the least of some medians, because disturbances only add time.
 
     Args:
-        run: What to call.
-        device: Where it computes; the clock is read when the device has done its work.
-        repeats: How many medians are taken.
+        run: The function to call.
+        device: The device that it computes on. The clock is read after the device has finished.
+        repeats: The number of medians.
 
     Raises:
-        RuntimeError: What the call raises, such as that memory does not suffice.
+        RuntimeError: If the call raises it, such as for lack of memory.
     """
 
     def clock() -> float:
@@ -77,7 +77,7 @@ def matmul_seconds(shape: GemmShape, dtype: torch.dtype, device: torch.device) -
     """The time of a product [s].
 
     Raises:
-        RuntimeError: If the device has not the memory for it.
+        RuntimeError: If the device lacks the memory.
     """
     b, m, k, n, left_turned, right_turned = shape
     left = _operand(b, m, k, left_turned, dtype, device)
@@ -96,20 +96,20 @@ def add_seconds(rows: int, cols: int, dtype: torch.dtype, device: torch.device) 
 
 
 def pointwise_seconds(count: int, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """What a special function and a random number take, beyond the bytes that they move [s].
+    """The times of a special function and of a random number, without the bytes they move [s].
 
-    They are compiled by Inductor, as those of a compiled model are.
+    Inductor compiles the kernels, as it does for a compiled model.
 
     Args:
         count: Elements to compute.
-        dtype: Of the elements.
-        device: Where they are computed.
+        dtype: The dtype of the elements.
+        device: The device that computes them.
 
     Returns:
-        The time of one element, by the name of the cost term; positive, also where noise hides it.
+        By cost term, the time of one element; positive even if it is hidden by noise.
 
     Raises:
-        Exception: If Inductor cannot compile, such as where there is no compiler.
+        Exception: If Inductor cannot compile, for example without a C++ compiler.
     """
     x = random_tensor(count, dtype=dtype, device=device)
 

@@ -1,14 +1,14 @@
-"""The kinds of devices that are known, and which of them a graph runs on.
+"""Registry: all kinds of devices, and the device that a graph computes on.
 
-A kind is a module of this folder with an object ``DEVICE``; :mod:`unknown` stands for all others::
+A kind is a module of this folder with an object ``DEVICE``. :mod:`unknown` stands for all others::
 
     entry_of(torch.device("mps"))   ->  mps.DEVICE
     entry_of(torch.device("npu"))   ->  unknown.DEVICE
 
-A graph may also be traced, with fake tensors, for a device that is not in this machine. Then
-:mod:`unknown` stands for it as well: it is planned for the default machine, and not measured.
+A graph of fake tensors may be on a device that is not in this machine. Then :mod:`unknown` stands
+for it too: the graph is planned by the default profile, and nothing is measured.
 
-Invariant: no other module compares ``device.type`` with anything.
+Invariant: no other module chooses a kind by ``device.type``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 
 @cache
 def entries() -> MappingProxyType[str, Device]:
-    """All kinds by type, without the unknown ones."""
+    """All kinds by type, without ``unknown``."""
     names = sorted(module.name for module in pkgutil.iter_modules(devices.__path__))
     modules = (import_module(f"{devices.__name__}.{name}") for name in names)
     found = (getattr(module, "DEVICE", None) for module in modules)
@@ -38,20 +38,20 @@ def entries() -> MappingProxyType[str, Device]:
 
 
 def entry_of(device: torch.device) -> Device:
-    """What is known of the kind of a device; of one that is not in this machine, nothing is."""
+    """The kind of a device; ``unknown`` if it has no file, or if none is in this machine."""
     kind = entries().get(device.type, UNKNOWN)
     return kind if kind.present() else UNKNOWN
 
 
 def present() -> list[torch.device]:
-    """All devices of this machine: the host first."""
+    """All devices of this machine, the CPU first."""
     kinds = sorted(entries().values(), key=lambda kind: not kind.is_host)
     known = [device for kind in kinds for device in kind.present()]
     return known + [device for device in UNKNOWN.present() if device.type not in entries()]
 
 
 def computing(candidates: Iterable[torch.device]) -> torch.device:
-    """Of the devices that a graph's tensors are on, the one that computes."""
+    """The device that computes, of those that a graph's tensors are on: not the CPU, if any."""
     others = (d for d in candidates if not entry_of(d).is_host and d.type != "meta")
     return next(others, CPU)
 

@@ -1,9 +1,9 @@
-"""Every device that has no file of its own, by what torch knows of all of them.
+"""Unknown devices: every type of device that has no file here.
 
-Example: ``torch.device("npu", 0)`` is called ``"npu"``, or by its name if its module tells one, and
-counts as the default machine until a calibration measures it.
+Example: ``torch.device("npu", 0)`` has the model ``"npu"``, with its name if torch reports one, and
+the default profile until a calibration measures it.
 
-Invariant: it raises nothing for any type of device, also for one that is not there.
+Invariant: no method raises an error, whatever the type of the device, and even if there is none.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from runlora_fx.cost_model.devices.device import Device, Settings, fp32_precision
 from runlora_fx.cost_model.profile import DEFAULT_PROFILE, MachineProfile
 
-#: Attributes that torch makes when it is imported: a type checker does not see them.
+#: torch creates these attributes at import, so a type checker does not see them.
 _BACKENDS: Any = torch.backends
 
 
@@ -25,7 +25,7 @@ class Unknown(Device):
     type = "unknown"
 
     def present(self) -> list[torch.device]:
-        """The accelerators of this machine, whatever they are."""
+        """The accelerators of this machine, of any type."""
         accelerator = torch.accelerator.current_accelerator()
         if accelerator is None:
             return []
@@ -33,7 +33,7 @@ class Unknown(Device):
         return [torch.device(accelerator.type, i) for i in count]
 
     def model(self, device: torch.device) -> str:
-        """The type, and the name if the device's module tells one."""
+        """The type, and the name if torch reports one."""
         try:
             named = torch.get_device_module(device).get_device_name(device)
         except (RuntimeError, AttributeError, AssertionError):
@@ -41,13 +41,13 @@ class Unknown(Device):
         return f"{device.type} {named}"
 
     def settings(self, dtype: str) -> Settings:
-        """How backends in general may round 32-bit operands."""
+        """How torch's backends may round 32-bit operands."""
         if dtype != "float32":
             return {}
         return {"fp32_precision": fp32_precision(_BACKENDS)}
 
     def profile(self, device: torch.device, dtype: str) -> MachineProfile:
-        """The default: a ratio of FLOPs to bytes that most machines resemble."""
+        """The default profile."""
         return DEFAULT_PROFILE
 
     def synchronise(self, device: torch.device) -> None:

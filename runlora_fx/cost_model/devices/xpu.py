@@ -1,9 +1,9 @@
-"""Intel's GPUs, which torch calls ``xpu``: known by name; oneDNN's rounding changes their times.
+"""Intel's GPUs, of type ``xpu``: identified by name. oneDNN's rounding changes their times.
 
 Example: ``"Intel(R) Data Center GPU Max 1550, 1024 units"`` with ``{"deterministic": False}``.
 
-Invariant: the profile depends on the model and the settings only. It was written from data sheets
-and has not been compared with a device.
+Invariant: the profile depends on the model and the settings only. Its numbers are from data sheets
+and were not compared with a device.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from runlora_fx.cost_model.devices.device import Device, Settings, environment, 
 from runlora_fx.cost_model.profile import MachineProfile
 from runlora_fx.cost_model.published import REACHED_FLOPS, pointwise_times
 
-#: FLOP per vector engine and clock cycle, in 16-bit floats and in single precision: those of Arc.
+#: FLOP per vector engine and clock cycle of Arc GPUs, in 16-bit floats and in single precision.
 _FLOPS_PER_CYCLE = (128, 16)
 _HERTZ = 2e9
 _BYTES_PER_S = 4.5e11
 
 _ENVIRONMENT = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")
 
-#: Attributes that torch makes when it is imported: a type checker does not see them.
+#: torch creates these attributes at import, so a type checker does not see them.
 _ONEDNN: Any = torch.backends.mkldnn
 
 
@@ -37,7 +37,7 @@ class Xpu(Device):
         return [torch.device("xpu", i) for i in range(torch.xpu.device_count())]
 
     def model(self, device: torch.device) -> str:
-        """The name, and how many vector engines it has."""
+        """The name, and the number of vector engines."""
         properties = torch.xpu.get_device_properties(device)
         return f"{properties.name}, {properties.gpu_eu_count} units"
 
@@ -46,12 +46,12 @@ class Xpu(Device):
         found: dict[str, object] = {**environment(_ENVIRONMENT)}
         if dtype == "float32":
             found["fp32_precision"] = fp32_precision(_ONEDNN.matmul)
-            # The older switch, which only Intel's GPUs read.
+            # An older switch, which only Intel's GPUs use.
             found["allow_tf32"] = torch.backends.mkldnn.allow_tf32
         return found
 
     def profile(self, device: torch.device, dtype: str) -> MachineProfile:
-        """By the number of vector engines."""
+        """A profile estimated from the number of vector engines."""
         half, single = _FLOPS_PER_CYCLE
         per_cycle = {"float64": single / 2, "float32": single}.get(dtype, half)
         units = torch.xpu.get_device_properties(device).gpu_eu_count

@@ -2,5 +2,8 @@
 
 Example: ``aten.mm(x, w)`` of one level and ``torch.matmul(x, w)`` of another are one form.
 
-Invariant: no room above names an operator to find out what it computes.
+Goes in: a node. Comes out: its form (``forms/``), or None. ``operators.py`` groups the ATen
+operators that other rooms ask about.
+
+Invariant: what a node computes is decided here alone. Other rooms read its form.
 """

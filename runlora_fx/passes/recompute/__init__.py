@@ -1,5 +1,9 @@
-"""Recompute: activations that the backward makes again instead of keeping them.
+"""Recompute: activations that the backward computes again instead of saving them.
 
-Goes in: a joint graph whose plans are written. Comes out: the same graph, with tags for the
-partitioner. Imports from ``emit`` and below. ``passes/planning.py`` imports it.
+    dA = z' norm(h), where h is saved anyway      ->      norm(h) is not saved
+
+Goes in: a joint graph whose plans are written. Comes out: the chains of nodes to recompute.
+``passes/planning.py`` calls this room, and ``passes/emit/graph/recompute.py`` sets the tags.
+
+Invariant: nothing here changes the graph.
 """

@@ -1,13 +1,14 @@
-"""Chains: what pointwise operators make again of tensors that the backward has anyway.
+"""Chains: pointwise operators that can compute a saved tensor again from other saved tensors.
 
-    n = norm(h);  y = n W';  ...;  dA = z' n      n is kept for dA, h for the norm's gradient
+    n = norm(h);  y = n W';  ...;  dA = z' n      n is saved for dA, h for the norm's gradient
     ->  Chain(made=n, nodes=(..., n), sources=(h, rstd))
 
-The partitioner keeps a tensor that a product of the backward reads, for the product needs it in
-memory. Where what it is made of is kept for something else, the backward can make it again.
+A product of the backward reads its operand from memory, so the partitioner saves the operand. If
+all that the operand is computed from is saved too, for another reason, the backward can compute it
+again.
 
-Invariant: a chain draws no random numbers but those of seeds, writes to no memory, and holds no
-node that the user has tagged.
+Invariant: a chain writes to no memory, draws no random numbers but from seeds, and contains no node
+that the user has tagged.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _aten = torch.ops.aten
 
 _RANDOM = (_aten.rand.default, _aten.rand_like.default)
 
-#: Functions that take longer for an element than its bytes do on some devices.
+#: Functions that, on some devices, take longer than moving the bytes of their element.
 SPECIAL = (
     *(_aten.exp.default, _aten.sigmoid.default, _aten.tanh.default, _aten.erf.default),
     *(_aten.rsqrt.default, _aten.sqrt.default, _aten.sin.default, _aten.cos.default),
@@ -41,20 +42,21 @@ SPECIAL = (
 #: Besides pointwise operators: Inductor computes them in one kernel with what they read.
 _FUSED = CASTS | VIEWS | REDUCTIONS
 
-#: A kernel that reads more tensors gains little by not reading the one that it replaces.
+#: The largest number of sources of a chain. Reading many tensors gains little over reading one.
 _MOST_SOURCES = 8
 
 
 @dataclass(frozen=True)
 class Chain:
-    """A tensor that can be made again.
+    """A tensor that can be recomputed.
 
     Attributes:
-        made: The tensor, as it is kept.
-        nodes: What makes it, in graph order, the tensor itself included.
-        sources: What it is made of.
-        size: Of the tensor [B].
-        cost: What making it again costs, less what not keeping it saves.
+        made: The tensor, which is saved unless the chain is recomputed.
+        nodes: The nodes that compute it, in graph order, the tensor itself last.
+        sources: The tensors that it is computed from.
+        size: The size of the tensor [B].
+        cost: The cost of recomputing it. For a mask it is less the cost of writing and reading it,
+            because Inductor draws a mask inside of the kernel that uses it.
     """
 
     made: fx.Node
@@ -68,11 +70,12 @@ class Chains:
     """The chains of a joint graph.
 
     Attributes:
-        kept: What the backward reads that is no chain, or that chains are made of.
+        kept: The tensors that count as saved: those that the backward reads and that are no chains,
+            and the sources of chains that were taken.
     """
 
     def __init__(self, context: Context) -> None:
-        """Find what the backward reads of a graph whose plans are written."""
+        """Find the tensors that the backward reads, in a graph whose plans are written."""
         graph = context.graph
         self._effects = context.effects()
         self._hint = context.hint
@@ -93,24 +96,24 @@ class Chains:
         self.kept.update(node for node in self._written if not self._is_cheap(node))
 
     def masks(self) -> list[Chain]:
-        """The masks of dropout that the backward can draw again from their seeds."""
+        """The dropout masks that the backward can draw again from their seeds."""
         if not draws_from_seeds() or repeats_random_operators():
             return []
         found = sorted(filter(self._is_mask, self.kept), key=self._order.__getitem__)
         return [self._mask(node) for node in found]
 
     def tensors(self) -> list[Chain]:
-        """The operands of products that the backward can make again of what is kept."""
+        """The operands of products that the backward can recompute from saved tensors."""
         cuts = self._cuts()
         chains = (self._chain(node, cuts) for node in self._written if node not in self.kept)
         return [chain for chain in chains if chain is not None]
 
     def gain(self, chain: Chain) -> int:
-        """How much less is kept if the chain is made again [B]."""
+        """How many bytes fewer are saved if the chain is recomputed [B]."""
         return chain.size - sum(self._bytes(s) for s in chain.sources if s not in self.kept)
 
     def take(self, chain: Chain) -> None:
-        """Count a chain as made again, and what it is made of as kept."""
+        """Count a chain as recomputed, and its sources as saved."""
         if chain.made in self.kept:  # a mask
             self.kept.remove(chain.made)
             self._redrawn.add(chain.made)
@@ -120,7 +123,7 @@ class Chains:
         return 0 if example_of(node) is None else self._hint(numel(shape_of(node)))
 
     def _bytes(self, node: fx.Node) -> int:
-        """The size of a tensor; nothing for anything else [B]."""
+        """The size of a tensor [B]; 0 if the node holds none."""
         val = example_of(node)
         return 0 if val is None else self._elements(node) * val.itemsize
 
@@ -128,7 +131,7 @@ class Chains:
         return node.op == "call_function" and self._phases.runs_backward(node)
 
     def _is_written(self, node: fx.Node) -> bool:
-        """True if the backward reads a tensor by an operator that needs it in memory."""
+        """True if an operator of the backward, such as a product, reads a tensor from memory."""
         pending = [node]
         while pending:
             for user in pending.pop().users:
@@ -139,7 +142,7 @@ class Chains:
         return False
 
     def _cuts(self) -> dict[fx.Node, frozenset[fx.Node]]:
-        """By node, the smallest tensors that pointwise operators make it of."""
+        """By node, the smallest tensors from which pointwise operators compute it."""
         cuts: dict[fx.Node, frozenset[fx.Node]] = {}
         for node in self._forward:
             cuts[node] = frozenset([node])
@@ -147,19 +150,19 @@ class Chains:
                 cuts[node] = frozenset()
             elif node not in self.kept and self._is_cheap(node):
                 below = _below(node, cuts)
-                # Of two of one size the earlier one: others may be made of it as well.
+                # Of equal sizes the earlier tensor is taken: more may be computed from it.
                 if self._size(below) <= self._bytes(node):
                     cuts[node] = below
         return cuts
 
     def _size(self, sources: frozenset[fx.Node]) -> float:
-        """What has to be kept for some sources, beyond what is [B]."""
+        """The bytes that must be saved in addition, to have some sources [B]."""
         if len(sources) > _MOST_SOURCES:
             return inf
         return sum(self._bytes(s) for s in sources if s not in self.kept)
 
     def _is_cheap(self, node: fx.Node) -> bool:
-        """True if an operator is as cheap as the bytes that it moves, and may run again."""
+        """True if an operator costs no more than moving its bytes, and may run again."""
         target = node.target
         if not isinstance(target, torch._ops.OpOverload) or node.meta.get("recompute") is not None:
             return False
@@ -169,20 +172,20 @@ class Chains:
         return is_pointwise(target) or target in CASTS or target in VIEWS
 
     def _is_mask(self, node: fx.Node) -> bool:
-        """True if a node compares random numbers, and nothing else, with a probability."""
+        """True if a node compares random numbers with a constant, as dropout does."""
         given = node.all_input_nodes
         if len(given) != 1 or given[0].target not in _RANDOM or not self._is_cheap(node):
             return False
         return given[0].meta.get("recompute") is None
 
     def _mask(self, node: fx.Node) -> Chain:
-        # It is drawn where it is read, so it is neither written nor read.
+        # Inductor draws it inside the kernel that uses it, so it is neither written nor read.
         size, elements = self._bytes(node), self._elements(node)
         cost = Cost({"random": elements, "elementwise": -2 * size})
         return Chain(node, (node.all_input_nodes[0], node), frozenset(), size, cost)
 
     def _chain(self, node: fx.Node, cuts: dict[fx.Node, frozenset[fx.Node]]) -> Chain | None:
-        """What makes a tensor; None if that is not cheap to do again."""
+        """The chain of a tensor; None if recomputing it is not cheap."""
         sources = _below(node, cuts)
         if not self._is_cheap(node) or len(sources) > _MOST_SOURCES:
             return None
@@ -205,13 +208,13 @@ class Chains:
 
 
 def _below(node: fx.Node, cuts: dict[fx.Node, frozenset[fx.Node]]) -> frozenset[fx.Node]:
-    """The smallest tensors that a node's inputs are made of; inputs of the graph are none."""
+    """The smallest tensors that a node's operands are computed from, without the graph's inputs."""
     below = (cuts.get(given, frozenset()) for given in node.all_input_nodes)
     return frozenset().union(*below)
 
 
 def _between(sources: frozenset[fx.Node], made: fx.Node) -> set[fx.Node]:
-    """What is computed of some tensors towards another."""
+    """The nodes that compute a tensor from some sources."""
     pending, nodes = [made], set[fx.Node]()
     while pending:
         node = pending.pop()
@@ -222,5 +225,5 @@ def _between(sources: frozenset[fx.Node], made: fx.Node) -> set[fx.Node]:
 
 
 def _is_fused(node: fx.Node) -> bool:
-    """True if Inductor computes an operator in one kernel with what it reads."""
+    """True if Inductor computes an operator in one kernel with its operands."""
     return is_pointwise(node.target) or node.target in _FUSED

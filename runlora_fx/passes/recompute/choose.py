@@ -1,9 +1,9 @@
-"""The choice of what the backward makes again, by price.
+"""Choice: which chains the backward recomputes.
 
-    balanced    what the plans of the graph save, in predicted time, is spent on it
-    low         and every byte that is not kept may take a stated time
+    memory="balanced"    all chains together may take the time that the plans save, as predicted
+    memory="low"         in addition, every byte that is not saved may take a fixed time
 
-Invariant: every chain that is chosen has less kept than before.
+Invariant: every chosen chain reduces the bytes that are saved.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from runlora_fx.passes.recompute.chains import Chain, Chains
 def choose(
     chains: Chains, price: Callable[[Cost], float], budget: float, per_byte: float
 ) -> list[Chain]:
-    """The chains to make again: masks first, then those that cost least for a byte.
+    """The chains to recompute: dropout masks first, then those that take least time for a byte.
 
-    A tensor that dropout masked is made of its mask, so masks are decided about before it.
+    Masks come first because a masked tensor is recomputed from its mask.
 
     Args:
-        chains: The chains of a graph; what is chosen is taken from what they count as kept.
-        price: The time that a cost takes [s]; negative where not keeping a tensor saves more.
+        chains: The chains of a graph. They take note of every chain that is chosen.
+        price: The time of a cost [s]; negative if recomputing is faster than writing and reading.
         budget: The time for all chains that take longer than ``per_byte`` allows [s].
-        per_byte: The time that a chain may always take for each byte that is not kept [s].
+        per_byte: The time that a chain may always take for each byte that is not saved [s].
     """
     chosen: list[Chain] = []
     for offer in (chains.masks, chains.tensors):

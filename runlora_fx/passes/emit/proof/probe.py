@@ -49,7 +49,7 @@ _log = logging.getLogger("runlora_fx")
 #: The largest size of all tensors of one probe together [B].
 _MAX_BYTES = 1 << 26
 
-#: The largest number of calls that a probe runs above the rewritten nodes. What they read is random.
+#: The largest number of calls that a probe runs above the rewritten nodes. Their inputs are random.
 _MAX_NODES = 200
 
 #: The largest difference of the results, relative to the largest number in them.
