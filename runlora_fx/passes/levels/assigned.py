@@ -1,9 +1,9 @@
-"""Assignments in a graph: what gives each token an expert, and rows that are picked by it.
+"""Assignments in a graph: the node that assigns an expert to each token, and picked matrices.
 
-Example: in ``index(w, [k])`` the node ``k`` assigns an expert to each token, in
-``_grouped_mm(x, w, offs)`` the node ``offs`` does. Of the latter no node holds ``w[k]``.
+Example: in ``index(w, [k])`` the node ``k`` assigns an expert to each token. In
+``_grouped_mm(x, w, offs)`` the node ``offs`` does, and no node holds ``w[k]``.
 
-Invariant: two assignments are one if they are of one kind and their nodes hold equal values.
+Invariant: two assignments are equal if they are of one kind and their nodes hold equal values.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ _aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class TokenAssignment:
-    """What assigns tokens to experts.
+    """The assignment of experts to tokens by one node.
 
     Attributes:
-        kind: How the operators that read it multiply: ``"indexed"`` by picked rows, ``"aten"`` and
-            ``"transformers"`` by a grouped product of that library.
-        node: The index, a number for each token; or the offsets, where the rows of each expert end.
-        tokens: Tokens.
-        experts: Experts.
-        multiple: Widths that grouped products take are multiples of it [elements].
+        kind: ``"indexed"`` if matrices are picked by an index; ``"aten"`` or ``"transformers"`` if
+            the grouped product of that library multiplies.
+        node: The index of each token's expert, or the offsets at which the rows of experts end.
+        tokens: The number of tokens.
+        experts: The number of experts.
+        multiple: Grouped products take widths that are multiples of it [elements].
     """
 
     kind: Literal["indexed", "aten", "transformers"]
@@ -41,13 +41,13 @@ class TokenAssignment:
     multiple: int = 1
 
     def key(self, numbers: Numbers) -> Hashable:
-        """What identifies it."""
+        """A key that equal assignments share."""
         return TokenAssignment, self.kind, numbers.of(self.node), self.tokens, self.experts
 
 
 @dataclass(frozen=True)
 class PickedRows:
-    """The matrices of the tokens' experts, picked from those of all experts."""
+    """For each token the matrix of its expert, picked from a stack."""
 
     base: Origin
     assignment: TokenAssignment
@@ -56,23 +56,23 @@ class PickedRows:
 
     @property
     def sources(self) -> tuple[fx.Node, ...]:
-        """Those of what is picked from."""
+        """The sources of the stack."""
         return self.base.sources
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """That of what is picked from."""
+        """The dtype of the stack."""
         return self.base.dtype
 
     @property
     def name(self) -> str:
-        """As ``primals_2[primals_5]``."""
+        """The stack and the index, as ``primals_2[primals_5]``."""
         return f"{self.base.name}[{self.assignment.node.name}]"
 
     def key(self, numbers: Numbers) -> Hashable:
-        """What is picked from, and by what."""
+        """The keys of the stack and of the assignment."""
         return PickedRows, self.base.key(numbers), self.assignment.key(numbers)
 
     def write(self, writer: LeafWriter) -> fx.Node:
-        """The picked rows."""
+        """Write the pick."""
         return writer.call(_aten.index.Tensor, self.base.write(writer), [self.assignment.node])

@@ -5,8 +5,8 @@ Example: a linear layer on ``x[b, s, i]`` sees the matrix ``(b s, i)``: ``Cut(0,
 A cut splits the dimensions of a tensor in three blocks: the leading block is the batch, the middle
 block, flattened, the rows, the last block the columns. ``view`` and ``permute`` only move cuts.
 
-Invariant: a cut that a function here returns shows the same matrix, or its transpose where it says
-so, element by element. Where that is not known for every value of a symbolic size, it returns None.
+Invariant: a cut that a function here returns shows the same matrix, or its transpose if the
+function says so. If that is not known for all values of symbolic sizes, the function returns None.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Cut(NamedTuple):
         return _extents(shape, *self)
 
 
-# Equal layers ask the same, and the answers follow from the arguments alone.
+# Equal layers make equal calls, and the results depend on the arguments alone.
 _remembered = lru_cache(maxsize=1 << 14)
 
 
@@ -90,7 +90,7 @@ def permuted_cut(shape: Shape, cut: Cut, dims: tuple[int, ...]) -> tuple[Cut, bo
     """
     blocks = (range(cut.rows), range(cut.rows, cut.cols), range(cut.cols, len(shape)))
     if dims == (*blocks[0], *blocks[2], *blocks[1]) and blocks[1] and blocks[2]:
-        # Plainly the transpose, also of a row or a column, which could be taken for a reshape.
+        # A transpose. For a row or a column, the code below would take it for a reshape.
         return Cut(cut.rows, cut.rows + len(blocks[2])), True
     batch, rows, cols = ([d for d in block if not is_one(shape[d])] for block in blocks)
     order = [d for d in dims if not is_one(shape[d])]
@@ -107,10 +107,9 @@ def permuted_cut(shape: Shape, cut: Cut, dims: tuple[int, ...]) -> tuple[Cut, bo
 
 
 def _cut_behind_ones(shape: Sequence[Dim], rows: int, cols: int) -> Cut:
-    """A cut with the dimensions of size 1 that follow the rows among them; a column is left.
+    """A cut that counts the dimensions of size 1 behind the rows as rows; one column is left.
 
-    So a matrix of one row, or of one number, has a dimension for its rows, and a permutation that
-    transposes it is seen as one.
+    So a matrix of one row has a dimension for its rows, and its transpose is a permutation.
     """
     while cols + 1 < len(shape) and is_one(shape[cols]):
         cols += 1

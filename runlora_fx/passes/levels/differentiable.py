@@ -3,9 +3,9 @@
 Example: a Dynamo graph with ``F.linear`` and one ``torch.ops.mine.op.default`` is read as a graph
 of torch functions, and its ATen operators besides.
 
-A target says by itself which level a node is of: an ``OpOverload`` is an ATen operator, all else is
-a torch function or a method. So one table reads both. What emission writes is decided per graph: a
-graph that computes any tensor by a torch function stays one of torch functions.
+The target of a node determines its level: an ``OpOverload`` is an ATen operator, any other target
+is a torch function or a method. So one table reads both. Emission writes torch functions if the
+graph computes any tensor by one, and ATen operators otherwise.
 
 Invariant: ``detach`` is not read at either level.
 """
@@ -43,6 +43,6 @@ def _is_torch_call(node: fx.Node) -> bool:
         return False
     if node.op != "call_function":
         return node.op in ("call_method", "call_module")
-    # Operators of every kind, higher-order ones too, stand in ATen graphs.
+    # ATen graphs contain operators of every kind, also higher-order ones.
     is_operator = isinstance(node.target, torch._ops.OperatorBase | torch._ops.OpOverloadPacket)
     return not is_operator and node.target is not operator.getitem

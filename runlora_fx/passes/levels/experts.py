@@ -29,7 +29,7 @@ _aten = torch.ops.aten
 
 _BACKWARD = "transformers.grouped_mm_fallback_backward.default"
 
-#: What rows of the operands of ``aten::_grouped_mm`` are aligned to [B].
+#: The alignment that ``aten::_grouped_mm`` requires of the rows of its operands [B].
 _ALIGNMENT = 16
 
 
@@ -73,7 +73,7 @@ def grouped_mm(rows: Any, other: Any, offs: Any = None) -> Form | None:
 
 
 def grouped_mm_fallback(rows: Any, stack: Any, offs: Any) -> Form | None:
-    """What transformers has where ``aten::_grouped_mm`` does not run."""
+    """The operator of transformers for devices and dtypes without ``aten::_grouped_mm``."""
     return _product("transformers", rows, stack, offs)
 
 
@@ -159,7 +159,7 @@ def _is_zero(node: Any) -> bool:
 
 
 def _untransposed(node: fx.Node) -> fx.Node | None:
-    """What a node is the transpose of, of two dimensions; None if it is no transpose."""
+    """The matrix that a node is the transpose of; None if it is no transpose."""
     args: Any = node.args
     is_transpose = (
         (node.target is _aten.permute.default and [d % 2 for d in args[1]] == [1, 0])

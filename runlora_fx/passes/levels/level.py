@@ -1,8 +1,8 @@
-"""What a dialect is: a table of readers, and the few calls that emission needs.
+"""Level: the table of readers of one kind of graph, and the calls that emission writes.
 
 Example: ``ATEN.read(node)`` of ``aten.mm(x, w)`` is the matrix product of ``x`` and ``w``.
 
-Invariant: a node that no reader takes has no form, and is a leaf.
+Invariant: a node without a form is a leaf.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import fx
 
 from runlora_fx.passes.levels.forms import Form
 
-#: The namespaces of operators that are always registered.
+#: Namespaces whose operators are in ``readers``, because they are always registered.
 _OWN = ("aten", "prims", "runlora")
 
-#: How many nodes :meth:`Dialect.is_made_of_product` looks through.
+#: The largest number of nodes in a row that :meth:`Dialect.is_made_of_product` looks through.
 _DEPTH = 6
 
 #: Reads a node's normalised arguments.
@@ -31,10 +31,10 @@ class Calls:
     """The call targets that emission writes.
 
     Attributes:
-        stacked: Multiplies a tensor of any rank by a matrix, where the level has such a call.
-            Graphs traced at that level hold for any batch shape, so activations are not flattened.
-        merged_weight: Adds a product onto a weight and keeps the result from call to call,
-            where the graph is only run and never differentiated.
+        stacked: Multiplies a tensor of any rank by a matrix; None if the level has no such call.
+            With it activations are not flattened, so the graph stays valid for any batch shape.
+        merged_weight: Adds a product to a weight and keeps the result between calls; None if the
+            graph is still to be differentiated.
     """
 
     mm: Callable[..., Any]
@@ -67,15 +67,14 @@ class Dialect:
     """One graph level.
 
     Attributes:
-        name: Shown in errors.
-        graph: What a graph of this level without a backward is called in reports.
-        readers: By call target, or by method name where the level has method calls. Each takes the
-            node's own arguments and returns its form, or None for "not linear".
+        name: Its name in errors.
+        graph: The name in reports of a graph of this level without a backward.
+        readers: By call target or method name, the reader. It takes the arguments of a node and
+            returns its form, or None if the node is not linear.
         calls: The targets that emission writes.
-        foreign: Readers of operators of other libraries, by their names: they are registered where
-            the library is imported.
-        modules: Reads a node that calls a module, where the level has such nodes.
-        unread: Nodes that must not be read through, whatever they call.
+        foreign: By name, the readers of operators that exist only if another library is imported.
+        modules: The reader of nodes that call modules; None if the level has no such nodes.
+        unread: Nodes that must not be read, whatever they call.
     """
 
     name: str
@@ -85,7 +84,7 @@ class Dialect:
     foreign: Mapping[str, Reader] = field(default_factory=dict)
     modules: Callable[[fx.Node], Form | None] | None = None
     unread: frozenset[fx.Node] = frozenset()
-    # The readers of operators, by identity: their own hash is a call of Python's.
+    # The readers of operators, by identity: the hash of an operator is a slow call in Python.
     _of_operators: dict[int, tuple[object, Reader | None]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -104,14 +103,14 @@ class Dialect:
         try:
             form = reader(*node.args, **node.kwargs)
         except TypeError:
-            # An overload whose arguments the reader does not take (out=, dtype=, ...): a leaf.
+            # The reader does not take the arguments of this overload (out=, dtype=, ...).
             return None
         if form is None or (self.unread and not self.unread.isdisjoint(form.absorbed)):
             return None
         return form
 
     def _reader(self, target: Any) -> Reader | None:
-        """What reads the calls of a target."""
+        """The reader of a target; None if it has none."""
         operator, reader = self._of_operators.get(id(target), (None, None))
         if operator is target:
             return reader
@@ -123,16 +122,16 @@ class Dialect:
         return reader
 
     def is_absorbed(self, node: fx.Node) -> bool:
-        """True if every user reads a node as a part of itself."""
+        """True if every user absorbs a node: reads it as a part of itself."""
         forms = map(self.read, node.users)
         return bool(node.users) and all(f is not None and node in f.absorbed for f in forms)
 
     def is_readable(self, node: fx.Node) -> bool:
-        """True if a node has a form, or is a part of one that has."""
+        """True if a node has a form, or is absorbed."""
         return self.read(node) is not None or self.is_absorbed(node)
 
     def users_of(self, node: fx.Node) -> list[fx.Node]:
-        """The users of a node that read its elements; where one is a part of others, those."""
+        """The users that read a node's elements; an absorbed user is replaced by its own users."""
         users = [user for user in node.users if not asks_about(user)]
         readers = (list(u.users) if self.is_absorbed(u) else [u] for u in users)
         return list(dict.fromkeys(reader for group in readers for reader in group))

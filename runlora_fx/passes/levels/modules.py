@@ -1,9 +1,9 @@
-"""Modules: calls of torch's own modules that are linear algebra, read in place.
+"""Modules: calls of torch's own modules that are linear algebra.
 
     call_module lin(x)   ->   X W' + 1 b', with W and b the parameters of ``lin``
 
-The parameters are virtual leaves: ``get_attr`` nodes are written where a plan needs them. A call
-that no plan changes stays the call that it was.
+The parameters are virtual leaves. Their ``get_attr`` nodes are written only if a plan needs them,
+so a call that no plan changes stays a call of the module.
 
 Invariant: a module is read only if calling it is exactly what its class computes.
 """

@@ -1,14 +1,14 @@
 """Origins: where the tensor of a leaf comes from.
 
-Example: the leaf ``W`` of ``mm(x, w)`` is held by the node ``w``. The column of ones that repeats a
-bias is held by no node; emission writes it where a plan needs it. So is the weight that
-``gemm_4bit(x, packed, ...)`` dequantises inside: it is ``dequantize_4bit(packed, ...)``.
+Example: the node ``w`` holds the leaf ``W`` of ``mm(x, w)``. No node holds the column of ones that
+repeats a bias, or the weight that ``gemm_4bit(x, packed, ...)`` dequantises inside. Emission writes
+them if a plan needs them, the weight as ``dequantize_4bit(packed, ...)``.
 
-What no node holds is a *virtual* leaf. A form that knows of one names it by a
+A leaf that no node holds is *virtual*. A form that reads one has a
 :class:`~runlora_fx.passes.levels.forms.VirtualOperand`. A new origin is one class here.
 
-Invariant: two leaves are one if their origins have equal keys and they have equal sizes. A tensor
-has one key, whether a node holds it or not.
+Invariant: leaves with equal keys of their origins and equal sizes are one leaf. A tensor has the
+same key if a node holds it and if none does.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from runlora_fx.passes.levels.sizes import example_of
 
 
 class Numbers(Protocol):
-    """The numbers of values: equal values have equal numbers."""
+    """Value numbers, as origins need them: equal values have equal numbers."""
 
     def of(self, node: fx.Node) -> int:
         """The number of a node's value."""
@@ -43,16 +43,16 @@ class Numbers(Protocol):
 
 
 class LeafWriter(Protocol):
-    """What emission offers to an origin that has to write its tensor."""
+    """The part of the writer that origins use to write their tensors."""
 
     def ones(self, rows: Dim) -> fx.Node:
         """A column of ones of shape (rows, 1), in the dtype and on the device of the root."""
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        """A call where the writer stands, or an equal one that stands before it."""
+        """Write a call, or return an equal one that stands before."""
 
     def attribute(self, name: str, tensor: torch.Tensor) -> fx.Node:
-        """The node that reads an attribute of the graph's module."""
+        """Write the ``get_attr`` node of an attribute of the graph's module."""
 
 
 class Origin(Protocol):
@@ -64,21 +64,21 @@ class Origin(Protocol):
 
     @property
     def sources(self) -> tuple[fx.Node, ...]:
-        """The nodes that have to exist for the tensor to: its own, or those it is written from."""
+        """The nodes that the tensor depends on: the one that holds it, or those it is made from."""
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The dtype of the tensor; None if it is written in any."""
+        """The dtype of the tensor; None if it can be written in any dtype."""
 
     @property
     def name(self) -> str:
-        """What the tensor is called where a formula is shown."""
+        """The name of the tensor in formulas."""
 
     def key(self, numbers: Numbers) -> Hashable:
-        """What identifies the tensor."""
+        """A key that equal tensors share."""
 
     def write(self, writer: LeafWriter) -> fx.Node:
-        """The node that holds the tensor, written where the writer stands if there is none."""
+        """The node that holds the tensor, written if there is none."""
 
 
 @dataclass(frozen=True)
@@ -94,13 +94,13 @@ class Held:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """That of the node."""
+        """The dtype of the node."""
         val = example_of(self.node)
         return None if val is None else val.dtype
 
     @property
     def name(self) -> str:
-        """That of the node."""
+        """The name of the node."""
         return self.node.name
 
     def key(self, numbers: Numbers) -> Hashable:
@@ -134,7 +134,7 @@ class OnesColumn:
 
 @dataclass(frozen=True)
 class FusedProduct:
-    """An operator that multiplies by a computed matrix M and makes no M: ``target(x, *args)``.
+    """An operator that multiplies by a matrix M without writing M to memory: ``target(x, *args)``.
 
     Attributes:
         target: Computes ``x M'`` for ``x`` of any number of rows.
@@ -159,8 +159,8 @@ class Computed:
         target: What is called.
         args: Its arguments: nodes, constants, and other computed tensors.
         dtype: The dtype of the tensor.
-        product: How to multiply by it without making it, if there is a way. It does not tell two
-            tensors apart.
+        product: An operator that multiplies by the tensor without making it, if there is one. It is
+            not a part of the key.
     """
 
     target: Callable[..., Any]
@@ -172,7 +172,7 @@ class Computed:
 
     @property
     def parts(self) -> tuple[Computed, ...]:
-        """It, and what is computed among its arguments."""
+        """The call itself, and the calls among its arguments."""
         below = (x.parts for x in self.args if isinstance(x, Computed))
         return (self, *(part for parts in below for part in parts))
 
@@ -218,7 +218,7 @@ class Attribute:
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the parameter."""
+        """The dtype of the parameter."""
         return self.tensor.dtype
 
     @property
@@ -231,7 +231,7 @@ class Attribute:
         return numbers.of_attribute(self.target, self.reader)
 
     def write(self, writer: LeafWriter) -> fx.Node:
-        """Such a node."""
+        """Write such a node."""
         return writer.attribute(self.target, self.tensor)
 
 

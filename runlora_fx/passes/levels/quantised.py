@@ -2,12 +2,11 @@
 
     gemm_4bit(x, packed, [o, i], absmax, ...)   ->   X W', with W = dequantize_4bit(packed, ...)
 
-Without the product, a weight and its adapter could not be merged. ``W`` is a virtual leaf: it is
-written only where a plan needs it. A plan that multiplies by it alone leaves, or writes, the fused
-operator.
+Read as a product, a 4-bit weight can be merged with its adapter. ``W`` is a virtual leaf, which is
+written only if a plan needs it. A plan that multiplies by ``W`` alone uses the fused operator.
 
-Invariant: the dequantised weight is called for exactly as the library does in its own backward, so
-that both are one leaf.
+Invariant: the call that dequantises the weight equals that of the library's own backward, so both
+are one leaf.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from runlora_fx.passes.levels.forms import Form, MatrixProduct, Operand, Virtual
 from runlora_fx.passes.levels.origins import Computed, FusedProduct
 from runlora_fx.passes.levels.sizes import example_of
 
-#: The blocks in which bitsandbytes quantises scales.
+#: The block size with which bitsandbytes quantises scales [elements].
 _BLOCK_OF_SCALES = 256
 
 

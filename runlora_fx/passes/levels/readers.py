@@ -1,8 +1,9 @@
-"""Forms of the usual linear-algebra calls, shared by all levels.
+"""Readers: the forms of common linear-algebra calls, shared by all levels.
 
 Example: ``addmm(b, x, w, 1, 2)`` is the sum of the broadcast ``b`` and twice the product ``x w``.
 
-Invariant: a form says exactly what the call computes; for any other call the result is None.
+Invariant: a form describes exactly what the call computes. A reader returns None for any other
+call.
 """
 
 from __future__ import annotations
@@ -175,7 +176,7 @@ def scale(a: Any, b: Any) -> Form | None:
     """A product with one side that is a scalar, or a vector that scales columns or rows."""
     one, other = facts_of(a), facts_of(b)
     if one is not None and other is not None and one.shape == other.shape:
-        is_elementwise = not all_one(one.shape)  # as most multiplications are
+        is_elementwise = not all_one(one.shape)  # most multiplications end here
         if is_elementwise:
             return None
     if ndim(b) > 0 and is_scalar(a, b):

@@ -1,11 +1,11 @@
-"""Sizes: the shapes and strides of example tensors, and every question about them.
+"""Sizes: the shapes and strides of example tensors, and comparisons of them.
 
 Example: ``s0 * 8`` and ``8 * s0`` are the same size, ``s0`` and ``s1`` are not known to be.
 
-A size is an integer or the sympy expression behind a SymInt (:data:`Dim`), multiplied out. A SymInt
-itself is never compared: that adds a guard to the graph that is being compiled, or raises where
-only the run knows the size. The helpers here compare expressions instead. "Equal" means known to be
-equal for every value of the symbols, so a question about an unknown size is answered with False.
+A size is an integer or the sympy expression of a SymInt (:data:`Dim`), multiplied out. A SymInt
+itself is never compared, because that adds a guard to the graph, or raises for an unbacked symbol.
+The functions here compare expressions instead. "Equal" means equal for all values of the symbols,
+so a comparison with an unknown size returns False.
 
 Invariant: no function of this module adds a guard or raises for a symbolic size.
 """
@@ -25,17 +25,17 @@ from runlora_fx.passes.algebra.posed import Dim
 
 Shape: TypeAlias = tuple[Dim, ...]
 
-#: What is known of tensors, by identity: a tensor's own equality means something else. Every stage
-#: asks many times, and symbolic sizes are slow to look up. It is forgotten after each pass.
+#: The facts of tensors, by identity. Every stage reads them many times, and symbolic sizes are slow
+#: to look up. They are forgotten after each pass.
 _known: dict[int, tuple[weakref.ref[torch.Tensor], TensorFacts]] = {}
 
-#: One object for every dtype, device and layout that tensors have; and for every size with them.
+#: One object for each combination of dtype, device and layout; and one for each with a shape.
 _kinds: dict[TensorKind, TensorKind] = {}
 _facts: dict[Hashable, TensorFacts] = {}
 
 
 class TensorKind(NamedTuple):
-    """What two tensors must have in common to be added or multiplied as they are."""
+    """What two tensors must have in common to be added or multiplied without a conversion."""
 
     dtype: torch.dtype
     device: torch.device
@@ -43,11 +43,11 @@ class TensorKind(NamedTuple):
 
 
 class TensorFacts(NamedTuple):
-    """What is known of an example tensor; the same object for all tensors of the same facts.
+    """The facts of an example tensor; one object for all tensors with equal facts.
 
     Attributes:
         shape: Its sizes.
-        kind: Its dtype, device and layout; the same object for all tensors of one kind.
+        kind: Its dtype, device and layout; one object for all tensors of the kind.
         is_plain: True if it is a dense tensor of floating-point numbers.
     """
 
@@ -66,7 +66,7 @@ def example_of(node: object) -> torch.Tensor | None:
 
 
 def facts_of(node: object) -> TensorFacts | None:
-    """What is known of the tensor of a node; None for anything else."""
+    """The facts of the tensor of a node; None if the node holds no tensor."""
     if not isinstance(node, fx.Node):
         return None
     val = node.meta.get("val")
@@ -115,10 +115,9 @@ def shape_of(node: fx.Node) -> Shape:
 
 
 def forget_shapes() -> None:
-    """Look all shapes up anew.
+    """Forget the facts of all tensors.
 
-    Needed once a guard has put a number in the place of a symbol; and after a pass, or what was
-    known of its tensors would be kept.
+    This is needed when a guard has replaced a symbol by a number, and after a pass to free memory.
     """
     _known.clear()
     _facts.clear()
@@ -152,7 +151,7 @@ def requested_shape(size: Sequence[object]) -> Shape | None:
 
 def equal(a: Dim, b: Dim) -> bool:
     """True if two sizes are known to be equal."""
-    return bool(a == b)  # of expressions: whether they are written alike
+    return bool(a == b)  # for expressions: structural equality
 
 
 def is_one(size: Dim) -> bool:

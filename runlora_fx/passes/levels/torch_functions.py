@@ -2,7 +2,7 @@
 
 Example: ``x.matmul(w.T)`` and ``F.linear(x, w)`` are one form, the product ``x w'``.
 
-Invariant: ``detach`` is not read, for graphs of this level are still to be differentiated.
+Invariant: ``detach`` is not read, because graphs of this level are still to be differentiated.
 """
 
 from __future__ import annotations
@@ -72,7 +72,6 @@ _product = _keywords(builders.product, "input", "mat2")
 _dropout = _keywords(builders.dropout, "input", "p", "training", "inplace")
 _linear = _keywords(builders.linear, "input", "weight", "bias")
 
-# Graphs of this level are still to be differentiated: ``detach`` is not the identity, but a border.
 TORCH = Dialect(
     name="torch",
     graph="torch",

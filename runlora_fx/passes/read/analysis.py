@@ -1,8 +1,8 @@
-"""Analysis: what a graph computes, as problems to plan.
+"""Analysis: the linear algebra of a graph, as regions and the problems that they pose.
 
 Example: ``Y = X W' + 2 X A' B'`` and its gradients are one region, and one problem.
 
-Invariant: a region that cannot be posed as a problem costs no other region.
+Invariant: if a region cannot be posed as a problem, the other regions are planned all the same.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ UNKNOWN_SIZE = 4096
 
 
 class Analysis:
-    """One graph as it came.
+    """Everything that was read from one incoming graph.
 
     Attributes:
         graph: The graph.
         dialect: Its level.
         effects: What its nodes do besides computing a value.
         reader: Its linear algebra.
-        phases: What of it is forward, what backward.
+        phases: The phase of its nodes.
         patterns: The patterns of its polynomials.
         regions: What is planned together.
         posed: The problem of each region.
@@ -50,7 +50,7 @@ class Analysis:
         Args:
             graph: Every tensor node has an example tensor in ``meta["val"]``.
             dialect: The level of the graph.
-            casts: What casts between floats are taken for.
+            casts: How casts between floats are read.
         """
         self.graph = graph
         self.dialect = dialect
@@ -83,7 +83,7 @@ class Analysis:
         return hint_of(size, self._mode)
 
     def leaves_of(self, region: int, nodes: Collection[fx.Node]) -> frozenset[int]:
-        """The leaves of a region's problem that are some nodes, each one matrix."""
+        """The leaves of a region's problem that are held by some nodes, batches left out."""
         matrices = self.reader.leaves.matrices
         return frozenset(
             own

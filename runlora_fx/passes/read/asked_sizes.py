@@ -1,7 +1,9 @@
-"""Asked sizes: the sizes that a graph asks of linear nodes, and other tensors that have them.
+"""Asked sizes: calls that read a size of a linear node, and other tensors that have the size.
 
-Example: ``sym_size(mm(x, w), 0)`` is ``sym_size(x, 0)``. Graphs with symbolic sizes are full of
-such calls. They need no element of the product, so that they make no root of it.
+    sym_size(mm(x, w), 0)      ->      sym_size(x, 0)
+
+Graphs with symbolic sizes have many such calls. They read no element of the product, so the product
+need not be a root for them.
 
 Invariant: the other tensor stands before the call, is not linear, and has the same size.
 """
@@ -22,14 +24,14 @@ _SIZE = torch.ops.aten.sym_size.int
 def held_elsewhere(
     nodes: Sequence[fx.Node], linear: Container[fx.Node]
 ) -> dict[fx.Node, tuple[fx.Node, int]]:
-    """The calls that ask a linear node for a size that another tensor has as well.
+    """The calls that read a size of a linear node which another tensor has as well.
 
     Args:
-        nodes: Those of a graph, in order.
+        nodes: The nodes of a graph, in order.
         linear: The linear nodes.
 
     Returns:
-        For each call the other tensor and the dimension of it.
+        By call, the other tensor and its dimension.
     """
     if not any([node.target is _SIZE for node in nodes]):
         return {}

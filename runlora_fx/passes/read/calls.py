@@ -1,16 +1,16 @@
-"""Calls: what one call does besides returning a value that its arguments determine.
+"""Calls: is a call pure, what does it write to, and which arguments may its result be a view of.
 
-Three questions, each answered from the call alone:
+Each question is answered from the call alone:
 
     F.dropout(x, 0.5, True)      pure: no, two calls draw two masks
     F.relu(x, True)              writes x: ``inplace`` is given by position
     x.reshape(-1)                returns a view of x, or a copy
 
 A call is pure only if it is known to be: ATen operators by their tags and schema, torch functions
-and tensor methods by a closed list of names. Whatever is not known may return a view of any of its
-tensors; if it is not torch's own, it may also modify any of them.
+and tensor methods by a closed list of names. An unknown call may return a view of any of its
+tensors. If it is not torch's own, it may also modify any of them.
 
-Invariant: an answer may be too cautious, never too bold.
+Invariant: if an answer is wrong, it is too cautious.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ _BUILTIN_FUNCTIONS = (
 
 
 class _Schema(NamedTuple):
-    """What the schema of an operator says.
+    """The part of an operator's schema that matters here.
 
     Attributes:
-        names: Of its arguments.
+        names: Names of its arguments.
         written: Names of the arguments that it modifies.
         viewed: Names of the arguments that its results may be views of.
         may_view_any: True if it may return a view of any argument.
@@ -57,7 +57,7 @@ class Operator(NamedTuple):
     Attributes:
         target: The operator.
         name: Its name, without namespace and overload.
-        is_pure: True if they are pure; None if that depends on the arguments.
+        is_pure: True if all calls are pure; None if that depends on the arguments.
         never_writes: True if none modifies an argument.
         never_views: True if each returns new memory.
     """
@@ -69,7 +69,7 @@ class Operator(NamedTuple):
     never_views: bool
 
 
-#: By identity, which is what operators are compared by: their own hash is a call of Python's.
+#: By the identity of an operator: its own hash is a slow call of a Python method.
 _operators: dict[int, Operator] = {}
 
 
@@ -97,7 +97,7 @@ def operator_facts(target: object) -> Operator | None:
 
 
 def is_pure(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """True if two such calls on equal arguments return equal tensors, and nothing else happens.
+    """True if two such calls on equal arguments return equal tensors and have no other effect.
 
     Args:
         target: An operator, a function, or the name of a tensor method.
@@ -130,7 +130,7 @@ def _is_pure_operator(operator: torch._ops.OpOverload) -> bool:
 def is_random(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """True if two such calls may return different tensors for equal arguments.
 
-    True for what is not torch's own, unless it is an operator: those are tagged.
+    True for functions that are not torch's own. Operators of any library are judged by their tags.
     """
     name = name_of(target)
     if name in known.DROPOUTS and _origin(target) == "torch":
@@ -187,7 +187,7 @@ def written_arguments(
 
 
 def _modified(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Any]:
-    """What a function that works in place modifies: its first argument, or what ATen says."""
+    """What an in-place function modifies: the arguments that ATen's schema names, or the first."""
     overloads = _overloads(getattr(torch.ops.aten, name, None)) if name.endswith("_") else ()
     found = False
     for overload in overloads:
@@ -220,7 +220,7 @@ def _statistics(
 
 
 def _is_true(x: Any) -> bool:
-    """True if an argument may be true: what only the run knows may be."""
+    """True if an argument may be true: a node may, because its value is not known."""
     return isinstance(x, fx.Node) or bool(x)
 
 
@@ -230,7 +230,7 @@ def _named(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Iterator[Any]:
-    """The arguments of some names."""
+    """The arguments that have some names."""
     if wanted:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         yield from (value for name, value in given.items() if name in wanted)

@@ -3,8 +3,8 @@
 Example: under autocast ``cast(cast(x, bf16), fp32)`` ends what is read, but in
 ``cast(mm(a, b), fp32) + cast(mm(c, d), fp32)`` the sum is read and cast as a whole.
 
-A cast is a border of a region, unless it changes nothing: to the same dtype, or back from a wider
-one. The policy says which others are read through as well.
+A cast ends a region, unless it changes nothing: it casts to the same dtype, or back from a wider
+one. The policy says which other casts are read through.
 
 Invariant: a cast that is read through is a :class:`Reshape`, the same elements in another dtype.
 """
@@ -52,7 +52,7 @@ class CastRules:
 
     Attributes:
         dialect: The level of the graph.
-        policy: What casts between floats are taken for.
+        policy: How casts between floats are read.
     """
 
     dialect: Dialect
@@ -65,7 +65,7 @@ class CastRules:
         forms: Mapping[fx.Node, Form],
         cuts: Mapping[fx.Node, Cut],
     ) -> ResolvedCast | None:
-        """A cast as what it is read as; None if it is a border.
+        """The form that a cast is read as; None if it ends the region.
 
         Args:
             node: The cast.
@@ -88,7 +88,7 @@ class CastRules:
             return ResolvedCast(Reshape(form.source), widens=True)
         if self.may_cross(here.dtype, source.dtype):
             widens = torch.promote_types(here.dtype, source.dtype) == here.dtype
-            # A weight cast down is another, rounded weight: only what is computed may be.
+            # A weight that is cast down is another, rounded weight. Only computed values may be.
             if widens or is_linear:
                 return ResolvedCast(Reshape(form.source))
         return None
@@ -100,7 +100,7 @@ class CastRules:
     def _cast_back(
         self, node: fx.Node, to: torch.Tensor, via: torch.dtype, forms: Mapping[fx.Node, Form]
     ) -> fx.Node | None:
-        """What a node, or what it is a view of, was cast from, if a cast back loses nothing."""
+        """The node that a node or its base was cast from, if a cast back restores its values."""
         while True:
             outer = self.dialect.read(node)
             origin = example_of(outer.source) if isinstance(outer, Cast) else None
@@ -117,7 +117,7 @@ class CastRules:
             node = view.same_elements_as
 
     def _is_undone(self, node: fx.Node, source: torch.dtype) -> bool:
-        """True if a cast to a wider dtype is undone by all that read it."""
+        """True if all readers of a cast to a wider dtype cast it back."""
         here = example_of(node)
         return (
             here is not None
@@ -134,8 +134,8 @@ class CastRules:
     def _is_widened_addend(self, node: fx.Node) -> bool:
         """True if products are cast to a wider dtype only to be added up.
 
-        Autocast adds the gradients of an activation up so. Each was rounded to the narrower dtype,
-        and so may their sum be.
+        Autocast adds the gradients of an activation in this way. Each of them was rounded to the
+        narrower dtype, so their sum may be rounded to it too.
         """
         return (
             self.policy != "kept"
@@ -145,7 +145,7 @@ class CastRules:
         )
 
     def _widens(self, node: fx.Node) -> bool:
-        """True if a node casts what is made of a product to a wider dtype."""
+        """True if a node casts a value that contains a product to a wider dtype."""
         form, here = self.dialect.read(node), example_of(node)
         source = example_of(form.source) if isinstance(form, Cast) else None
         return (
@@ -158,7 +158,7 @@ class CastRules:
         )
 
     def _adds_widened(self, node: fx.Node) -> bool:
-        """True if a node adds up nothing but what was widened."""
+        """True if a node adds up widened products alone."""
         form = self.dialect.read(node)
         return (
             form is not None

@@ -1,9 +1,9 @@
-"""Dimensions of a region: which sizes must be equal because matrices are multiplied or added.
+"""Dimensions: which sizes of a region must be equal, because matrices are multiplied or added.
 
 Example: ``X W' + 2 X A' B'`` has four dimensions: tokens, inputs, outputs and the rank.
 
-Equal numbers are not equal dimensions: a square weight has an input and an output side. Telling
-them apart lets a plan's cost be written, and read, in tokens, features and ranks.
+Two dimensions may have the same size and still differ: a square weight has an input and an output
+side. So the cost of a plan is a formula in tokens, features and ranks.
 
 Invariant: two sides have one dimension only if the region's algebra makes their sizes equal.
 """
@@ -38,12 +38,12 @@ class DimClasses:
         polynomials: Sequence[Polynomial],
         assignments: Sequence[TokenAssignment] = (),
     ) -> None:
-        """Unify the sides of leaves that products, sums and picks put together.
+        """Unify the sides of leaves that products, sums and picks require to be equal.
 
         Args:
-            leaves: By number; what they are picked from and by is numbered alike.
-            polynomials: What is made of them.
-            assignments: By number.
+            leaves: The leaves, by number.
+            polynomials: The polynomials that are made of them.
+            assignments: The assignments, by number.
         """
         self.leaves = leaves
         self._parent: dict[_Side, _Side] = {}

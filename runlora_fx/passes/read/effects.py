@@ -1,7 +1,7 @@
-"""Effects: what of a graph is random, what modifies memory, what shares it, and in which mode.
+"""Effects: which nodes of a graph are random, modify memory, share memory, or run in another mode.
 
-A rewrite moves a computation to the node whose result it replaces, and takes equal calls for one.
-Both are only right if nothing happens in between:
+A rewrite moves computations, and merges equal calls. Both are right only if nothing in between
+changes what the calls read:
 
     base = x @ w                     x.add_(1) modifies the memory that ``x @ w`` reads, so the
     x.add_(1)             ->         product stays in front of it: the graph is left as it came
@@ -15,7 +15,7 @@ What shares memory and what is written to it is found in :mod:`memory`.
 **Versions.** The version of a tensor at a node is the number of writes to its memory in front of
 that node. Two reads of a tensor see the same contents if they see the same version.
 
-Invariant: an answer may be too cautious, never too bold.
+Invariant: if an answer is wrong, it is too cautious.
 """
 
 from __future__ import annotations
@@ -45,23 +45,23 @@ class Effects:
         self._memories = Memories(graph.owning_module, self._position)
         self._mode = mode_of_nodes(nodes)
         self._writes = Writes()
-        # Nodes that are more than calls of operators without any effect, of which most graphs are.
+        # All nodes but inputs and calls of pure operators. In most graphs they are few.
         self._unusual = [node for node in nodes if not _has_no_effect(node)]
         for node in self._unusual:
             written = self._written_by(node)
             if written:
                 self._writes.add(node, self._position[node], written)
-        if self._writes.by_node:  # what the graph changes later is not to be seen in it
+        if self._writes.by_node:  # found now, because the graph will be changed
             for node in nodes:
                 self._memories.of(node)
 
     # -- questions -----------------------------------------------------------------------------
 
     def is_pure(self, node: fx.Node) -> bool:
-        """True if a node's value is determined by the values that it reads, and nothing else is.
+        """True if a node has no effect, and its value is determined by the values that it reads.
 
-        Inputs and attributes are. A pure node may still read memory that another node modifies:
-        see :meth:`version`.
+        Inputs and attributes are pure. A pure node may still read memory that another node
+        modifies: see :meth:`version`.
         """
         if node.op in ("placeholder", "get_attr"):
             return True
@@ -107,13 +107,13 @@ class Effects:
         return self._writes.last(self.memory_of(node)) > self._position.get(node, -1)
 
     def attribute(self, node: fx.Node) -> Hashable:
-        """What two ``get_attr`` nodes have in common exactly if they hold the same contents."""
+        """A key that two ``get_attr`` nodes share exactly if they hold the same contents."""
         value = self._memories.attribute(str(node.target))
         same = id(value) if isinstance(value, torch.Tensor) else node.target
         return (same, self.version(node, node) if node in self._position else 0)
 
     def attribute_at(self, name: str, node: fx.Node) -> Hashable:
-        """The same for an attribute that another node of the graph reads."""
+        """The same key for an attribute, at the place of a node that reads it."""
         value = self._memories.attribute(name)
         if not isinstance(value, torch.Tensor):
             return (name, 0)
@@ -136,7 +136,7 @@ class Effects:
         """The nodes of the graph as it was."""
         return self._position.keys()
 
-    # -- what must stay ------------------------------------------------------------------------
+    # -- nodes that must not move --------------------------------------------------------------
 
     def fixed(self, is_readable: Callable[[fx.Node], bool]) -> frozenset[fx.Node]:
         """The nodes that must be computed where they stand, and equal no other node.

@@ -1,4 +1,4 @@
-"""Example values: a tensor on every node that says its shape, dtype and device.
+"""Example values: a fake tensor on every node, with its shape, strides, dtype and device.
 
 Example: ``annotate(gm, [x])`` runs the graph on fake tensors, and stores each in ``meta["val"]``.
 
@@ -58,11 +58,11 @@ def annotate(gm: fx.GraphModule, example_inputs: Sequence[Any] | None) -> None:
 
 
 class _Propagation(FakeTensorProp):
-    """Computes example tensors only: what modifies a parameter or buffer leaves the real one."""
+    """Computes example tensors only: in-place operators do not modify parameters or buffers."""
 
     def run_node(self, n: fx.Node) -> Any:
-        # A module that nobody reads checks the inputs of an export, and a check of a symbolic size
-        # would make it the size of the example.
+        # In an export, a module without users checks the inputs. Running the check would fix
+        # symbolic sizes to those of the example.
         if n.op == "call_module" and not n.users:
             return None
         return super().run_node(n)

@@ -1,9 +1,12 @@
-"""What a graph computes as it came: the steps that its linear nodes take, in order.
+"""Incoming steps: the steps by which the incoming graph computes its values, in order.
 
-Example: ``addmm(b, x, w)`` takes two, the product ``X W`` and its sum with the repeated ``b``. Of a
-joint graph also: which values of the forward the backward reads, so that they are kept for it.
+Example: ``addmm(b, x, w)`` takes two steps: the product ``X W``, and its sum with the repeated
+``b``.
 
-Invariant: every root part that is no leaf is made by some step.
+For a joint graph this module also finds the values of the forward that the backward reads. They are
+saved, so a plan may use them for free.
+
+Invariant: every part of a root that is no leaf is made by some step.
 """
 
 from __future__ import annotations
@@ -36,8 +39,8 @@ class Incoming:
     Attributes:
         steps: In graph order.
         kept: The values of the forward that the backward reads.
-        keepable: Values that could be kept in the stead of some of those, at no more memory.
-        read_backward: The leaves that a step of the backward reads as they are.
+        keepable: Values that could be saved instead of some of those, without more memory.
+        read_backward: The leaves that are operands of steps of the backward.
     """
 
     def __init__(
@@ -47,8 +50,8 @@ class Incoming:
 
         Args:
             reader: The linear algebra of the graph.
-            phases: What of it is forward, what backward.
-            parts: The independent parts of each root.
+            phases: The phase of its nodes.
+            parts: By root, its independent parts.
         """
         self._reader = reader
         self._phases = phases
@@ -64,7 +67,7 @@ class Incoming:
                 self._add(made)
 
     def _add(self, made: Made) -> None:
-        """Take up a step, and what it tells about what the backward reads."""
+        """Add a step, and note what the backward reads."""
         core = normalise(made.polynomial).core
         self.steps.append(made)
         if made.diag_part:
@@ -121,7 +124,7 @@ class Incoming:
         return Made(Product(left, right), made, backward, node)
 
     def _in_backward(self, addends: Addends) -> bool:
-        """True if a sum is of the backward: the forward may have added it up already."""
+        """True if a sum contains a gradient. Otherwise the forward may have computed it already."""
         leaves = total(addends).leaves
         nodes = (node for i in leaves for node in self._reader.leaves.matrices[i].sources)
         return any(node in self._phases.gradients for node in nodes)
@@ -138,7 +141,7 @@ class Incoming:
         return node in self._reader.cuts
 
     def _fetch(self, p: Polynomial) -> None:
-        """Tell how the backward gets what the forward made: kept, or made again."""
+        """Note how the backward gets a value of the forward: saved, or recomputed."""
         core = normalise(p).core
         below = self._forward.get(core)
         if below is None:
@@ -151,10 +154,9 @@ class Incoming:
             self._fetch(operand)
 
     def _may_keep(self, made: Made) -> None:
-        """Let the backward keep a sum in the stead of the addends that it keeps for it.
+        """If all addends of a backward sum are saved already, allow saving the sum instead.
 
-        Also one that it would add up if it took the diagonal parts with a common factor at
-        once: for ``diag_part(L P) + diag_part(L Q)`` the sum ``P + Q``.
+        For ``diag_part(L P) + diag_part(L Q)``, allow saving ``P + Q`` instead of P and Q.
         """
         if not isinstance(made.step, Sum):
             return
@@ -166,9 +168,9 @@ class Incoming:
             self.keepable.add(normalise(total(addends)).core)
 
     def _may_keep_low(self, made: Made) -> None:
-        """Let the backward keep ``X L[k]`` where it makes a gradient of all experts otherwise.
+        """Allow saving ``X L[k]`` if the backward makes a gradient for all experts.
 
-        It is what the gradient of R is made of; a graph that merges ``W + L R`` has none of it.
+        The gradient of R can be computed from it. A graph that merges ``W + L R`` does not have it.
         """
         if not isinstance(made.step, GroupedOuter | Scatter):
             return
@@ -183,7 +185,7 @@ class Incoming:
                         self.keepable.add(normalise(of_factors(pair)).core)
 
     def _behind_common_factor(self, sums: Addends) -> Addends:
-        """P and Q for ``diag_part(L P)`` and ``diag_part(L Q)``, as the graph computes both."""
+        """P and Q of ``diag_part(L P)`` and ``diag_part(L Q)``; nothing if there is no common L."""
         found, lefts = [], set()
         for p in sums:
             made = self._diagonal_parts.get(normalise(p).core)

@@ -1,4 +1,4 @@
-"""Known names: the closed lists that tell what a function or an operator does.
+"""Known names: closed lists of functions and operators whose effects are known.
 
 A function of torch is pure if its name is listed here:
 
@@ -6,7 +6,7 @@ A function of torch is pure if its name is listed here:
     x.view     PURE_AND_VIEWS     the same, but maybe in the memory of an argument
     F.glu      not listed         nothing is known: never merged, never moved
 
-Invariant: a name stands in a list only if every function of torch of that name is so.
+Invariant: a name is in a list only if it is true of every function of torch with that name.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ PURE_AND_VIEWS = (
     )
 )
 
-#: Factories of tensors that nothing was written to: their values are not determined.
+#: Factories of uninitialised tensors, whose values are not determined.
 UNINITIALISED = _names(
     "empty empty_like empty_strided empty_permuted new_empty new_empty_strided resize"
 )
@@ -58,7 +58,7 @@ RANDOM = _names(
     "multi_head_attention_forward rand_like randn_like randint_like seed manual_seed"
 )
 
-#: Operators that dropout is spelled with, and what says that it drops something.
+#: Functions that are pure if they drop nothing.
 DROPOUTS = frozenset(["dropout"])
 
 #: The augmented assignments and the item assignment of the operator module.
@@ -78,7 +78,7 @@ TRAINING = ("training", "train", "use_input_stats")
 #: Operators that return a view although their schema does not say so.
 UNDECLARED_VIEWS = _names("_unsafe_view unsafe_split unsafe_split_with_sizes unsafe_chunk lift")
 
-#: Where operators keep what their tags and schemas say; others are not known to be pure.
+#: Namespaces whose operators have true tags and schemas. Operators of others do not count as pure.
 TRUSTED_NAMESPACES = _names(
     "aten prims runlora bitsandbytes transformers torchao quantized_decomposed"
 )

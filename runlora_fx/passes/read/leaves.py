@@ -1,8 +1,8 @@
-"""Leaves: tensors that no linear operator made, as the matrices that polynomials are made of.
+"""Leaves: tensors that no linear operator made, as matrices with numbers.
 
 Example: under autocast each use of ``x`` has its own cast, and all of them are one leaf.
 
-Invariant: equal values that are seen as equal matrices have one number.
+Invariant: equal values that are seen as matrices of equal sizes have one number.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Leaf:
         cols: Columns of each.
         batched: True if it is a batch of matrices.
         diagonal: True if it is the diagonal matrix of a vector.
-        picked: What it is picked from, if it is what tokens have of the matrices of all experts.
+        picked: The leaf of all experts and the assignment, if it has each token's matrix of them.
     """
 
     origin: Origin
@@ -50,7 +50,7 @@ class Leaf:
 
     @property
     def node(self) -> fx.Node | None:
-        """The node that holds the tensor; None if it has to be written."""
+        """The node that holds the tensor; None if the leaf is virtual."""
         return self.origin.node
 
     @property
@@ -73,7 +73,7 @@ class ScalarLeaf(NamedTuple):
 
 @dataclass
 class Leaves:
-    """The leaves met so far, by value."""
+    """The leaves that were numbered so far."""
 
     matrices: list[Leaf] = field(default_factory=list)
     scalars: list[ScalarLeaf] = field(default_factory=list)
@@ -92,7 +92,7 @@ class Leaves:
         return found.T if turned else found
 
     def find(self, values: ValueNumbers, node: fx.Node, cut: Cut) -> Factor | None:
-        """A tensor that is a leaf already."""
+        """The factor of a tensor that is a leaf already; None if it is none."""
         extents, turned = _oriented(shape_of(node), cut)
         index = self._index.get((values.of(node), extents))
         return None if index is None else Factor(index, turned)
@@ -131,7 +131,7 @@ class Leaves:
         return self._index[key]
 
     def picked(self, p: Polynomial, k: int) -> Polynomial:
-        """``p[k]``: of the matrices of all experts those of the tokens.
+        """``p[k]``: for each token the matrix of its expert.
 
         Raises:
             NotInNormalForm: If a word is scattered, or a leaf has no matrix for each expert.
@@ -158,7 +158,7 @@ class Leaves:
         )
 
     def multiplied(self, left: Polynomial, right: Polynomial) -> Polynomial:
-        """``left @ right``; what a scattered word is multiplied by is picked.
+        """``left @ right``, by ``sum_k(P) Q = sum_k(P Q[k])`` for scattered words.
 
         Raises:
             NotInNormalForm: If both words of a pair are scattered, or a leaf cannot be picked.
@@ -186,7 +186,7 @@ class Leaves:
         return Scalar(1.0, (self._index[key],))
 
     def _polynomial(self, index: int) -> Polynomial:
-        """A leaf that is no diagonal matrix, as one object: it remembers what it was asked."""
+        """The polynomial of a leaf: one object for each leaf, because it caches its properties."""
         found = self._polynomials.get(index)
         if found is None:
             found = self._polynomials[index] = algebra.leaf(index)
@@ -213,8 +213,8 @@ def _held(values: ValueNumbers, node: fx.Node) -> Held:
 def _oriented(shape: Shape, cut: Cut) -> tuple[tuple[Dim, Dim, Dim], bool]:
     """A tensor's extents as a matrix, and whether the cut shows the transpose of it.
 
-    A row and a column of the same numbers are read off one tensor by different views. They are one
-    leaf: the tensor as it stands, or its transpose.
+    Two views of one vector may show it as a row and as a column. Both are the same leaf, one of
+    them transposed.
     """
     batch, rows, cols = extents = cut.extents(shape)
     if len(shape) > 1 and is_one(batch) and (is_one(rows) or is_one(cols)):

@@ -1,8 +1,8 @@
-"""Linear nodes: products, and what is made of products by sums, scalars and views.
+"""Linear nodes: products, and sums, multiples and views of products.
 
 Example: of ``y = relu(mm(x, w) + b)`` the product and the sum are linear, the activation is not.
 
-Invariant: a linear node shows its matrix through its cut, whatever the sizes.
+Invariant: a linear node shows its matrix through its cut, for all values of symbolic sizes.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ class Linear(_Cuts):
     Attributes:
         forms: What each readable node computes.
         cuts: The cut through which each linear node shows its matrix, in graph order.
-        vectors: Linear nodes that are diagonals of products, or sums of such.
-        widened: Casts of products to a wider dtype, and the sums that they are only made for.
-        absorbed: The nodes that are a part of others.
-        asked_sizes: The calls that ask a linear node for a size, and the tensor and dimension that
-            have it too.
-        asking: The calls that ask a tensor for its dtype or device.
+        vectors: Linear nodes that are diagonals of products, or sums of such diagonals.
+        widened: Casts of products to a wider dtype that only feed sums, and these sums.
+        absorbed: Nodes that are read as a part of their user.
+        asked_sizes: By call that reads a size of a linear node, another tensor with this size, and
+            its dimension.
+        asking: Calls that read the dtype or device of a tensor.
     """
 
     forms: Mapping[fx.Node, Form]
@@ -63,14 +63,15 @@ class Linear(_Cuts):
 
     @cached_property
     def _indirect(self) -> frozenset[fx.Node]:
-        """The nodes that are no users of what they take, or may be none."""
+        """The nodes that do not count, or need not count, as users of what they read."""
         return frozenset([*self.asked_sizes, *self.absorbed, *self.asking])
 
     def users_of(self, node: fx.Node) -> list[fx.Node]:
-        """The users of a node; where one is a part of other nodes, those.
+        """The users that need the elements of a node.
 
-        What only asks for its dtype or device may ask another node (:meth:`stand_in`), and so may
-        what only asks for a size.
+        A user that is absorbed is replaced by the nodes that it is a part of. A user that reads
+        only a size, dtype or device does not count if another tensor has the same
+        (:meth:`stand_in`).
         """
         if self._indirect.isdisjoint(node.users):
             return list(node.users)

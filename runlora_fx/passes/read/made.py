@@ -1,8 +1,8 @@
-"""Computations of the graph as it came: one step at one node.
+"""Made: one step that a node of the incoming graph takes, and the polynomial that it makes.
 
-Example: ``addmm(b, x, w)`` is two, the product ``X W`` and its sum with the repeated ``b``.
+Example: ``addmm(b, x, w)`` takes two: the product ``X W``, and its sum with the repeated ``b``.
 
-Invariant: a step reads what the graph reads there, and makes the polynomial up to a number and a
+Invariant: a step has the operands that the node reads. It makes the polynomial up to a number and a
 transpose.
 """
 
@@ -22,10 +22,10 @@ class Made:
     """One computation of the incoming graph.
 
     Attributes:
-        step: How it computes, up to a number and a transpose.
-        polynomial: What it computes.
-        backward: The phase it runs in.
-        node: Where.
+        step: The step, up to a number and a transpose.
+        polynomial: The polynomial that it makes.
+        backward: The phase that it runs in.
+        node: The node that takes it.
     """
 
     step: Step

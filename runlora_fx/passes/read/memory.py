@@ -1,4 +1,4 @@
-"""Memory: where the results of nodes may lie, and how often a graph writes there.
+"""Memory: which results may share memory, and how often a graph writes to it.
 
     y = x.view(-1)          y lies in the memory of x
     x.add_(1)               version 1 of that memory, for y too
@@ -117,7 +117,7 @@ class Writes:
         self._at: dict[Memory, list[int]] = {}
 
     def add(self, node: fx.Node, position: int, written: frozenset[Memory]) -> None:
-        """Take up what a node writes; nodes come in graph order."""
+        """Note what a node writes. Nodes are added in graph order."""
         self.by_node[node] = written
         for memory in written:
             self._at.setdefault(memory, []).append(position)

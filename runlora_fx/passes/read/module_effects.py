@@ -5,7 +5,7 @@
     nn.Dropout in training       is random
     a module of the user's       may do anything to its arguments and to its own state
 
-Invariant: an answer may be too cautious, never too bold.
+Invariant: if an answer is wrong, it is too cautious.
 """
 
 from __future__ import annotations

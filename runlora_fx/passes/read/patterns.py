@@ -1,11 +1,11 @@
-"""Patterns: a polynomial apart from the numbers of what stands in it.
+"""Patterns: a polynomial with its leaf numbers replaced by places.
 
 Example: ``X A' B'`` with the leaves 7, 3 and 9 is the pattern ``0 1' 2'`` and the leaves (7, 3, 9).
 
-Equal layers make polynomials of equal patterns, so what follows from a pattern is found once.
+Equal layers have polynomials of one pattern, so whatever follows from the pattern is computed once.
 
-Invariant: two polynomials of one pattern differ in the numbers of leaves, scalars and assignments
-alone.
+Invariant: two polynomials of one pattern differ only in the numbers of leaves, scalars and
+assignments.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from runlora_fx.passes.algebra.polynomials import Polynomial
 
 
 class Pattern(NamedTuple):
-    """A polynomial as a pattern and what stands in it, in order of the first place of each.
+    """A pattern, and the leaves of one polynomial in the order of their first place.
 
     Attributes:
-        number: The same for all polynomials of the pattern.
+        number: The number of the pattern, equal for all its polynomials.
         matrices: Leaves.
         scalars: Scalar leaves.
         assignments: Assignments of tokens to experts.
@@ -36,7 +36,7 @@ class Pattern(NamedTuple):
     def renamed(
         self, matrices: Mapping[int, int], scalars: Mapping[int, int]
     ) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-        """What identifies the polynomial with other numbers in it, if it has no assignments."""
+        """A key of the polynomial with other leaf numbers, if it has no assignments."""
         return (
             self.number,
             tuple([matrices[leaf] for leaf in self.matrices]),
@@ -54,7 +54,7 @@ class Patterns:
         self._pairs: dict[int, list[tuple[int, int]]] = {}
 
     def of(self, p: Polynomial) -> Pattern:
-        """The pattern of a polynomial, and what stands in it."""
+        """The pattern of a polynomial, and its leaves."""
         found = self._of.get(p)
         if found is None:
             found = self._of[p] = self._found(p)
@@ -79,16 +79,17 @@ class Patterns:
         return Pattern(number, tuple(matrices), tuple(scalars), tuple(assignments))
 
     def pairs(self, p: Polynomial, picked: Callable[[int], int]) -> list[tuple[int, int]]:
-        """What a polynomial must have in common with another to share a value other than a leaf.
+        """The pairs of leaves of a polynomial: two polynomials can share a value only with a pair.
 
-        That is a product, which shows two leaves next to each other in some word; or a sum of
-        leaves, that is of such as stand in the same place of words that are otherwise alike.
-        ``X W' + X A' B'`` shows the pairs ``X W``, ``X A`` and ``A B``. A lone leaf is paired with
-        itself, and so is one that the identity is added to: ``X + X W'`` shows ``X W`` and ``W W``.
+        A shared value is a product or a sum. A product has two leaves that are neighbours in a
+        word. A sum of leaves has two leaves in the same place of words that are otherwise equal.
+        ``X W' + X A' B'`` has the pairs ``X W``, ``X A`` and ``A B``. A single leaf is paired with
+        itself, and so is a leaf that the identity is added to: ``X + X W'`` has ``X W`` and ``W
+            W``.
 
         Args:
             p: The polynomial.
-            picked: What a leaf is picked from, or the leaf itself.
+            picked: For a picked leaf the leaf that it is picked from; for others the leaf itself.
         """
         number, matrices, _, _ = self.of(p)
         places = self._pairs.get(number)

@@ -1,4 +1,4 @@
-"""Phases: what of a joint graph belongs to the forward, what to the backward.
+"""Phases: which nodes of a joint graph run in the forward, and which in the backward.
 
     mean = x.mean(0)
     copy_(running_mean, mean)     ->      the forward runs all three, though no output needs
@@ -21,9 +21,9 @@ from runlora_fx.passes.read.reader import GraphReader
 
 
 class Phases:
-    """Which nodes need incoming gradients, which the forward needs, and what the backward may use.
+    """The phase of every node, and the tensors that the backward may use.
 
-    An inference graph has no incoming gradients: everything in it is forward.
+    An inference graph has no incoming gradients, so all its nodes are of the forward.
     """
 
     def __init__(self, graph: fx.Graph, gradients: Collection[fx.Node], effects: Effects) -> None:
@@ -47,10 +47,10 @@ class Phases:
         return self.is_joint and (node in self.gradients or node not in self._forward)
 
     def held(self, reader: GraphReader, node: fx.Node) -> bool:
-        """True if the backward can use a tensor without more being saved for it.
+        """True if the backward can use a tensor without saving more memory.
 
-        True for inputs of the graph (held by their owner), for what the backward makes itself, and
-        for what the incoming backward uses already.
+        True for inputs of the graph, for values that the backward computes, and for tensors that
+        the incoming backward uses already.
         """
         equal = reader.values.equals(node)
         if node.op in ("placeholder", "get_attr") or any(map(self.runs_backward, equal)):

@@ -1,12 +1,11 @@
-"""From forms to polynomials, given what a tensor's consumers take it for.
+"""Polynomial reader: from the forms of nodes to polynomials of leaves.
 
 Example: ``add(mm(x, w), mul(mm(h, b), 2))`` has the addends ``X W`` and ``2 H B``.
 
-Shared by the reader, which stops at roots, and by the verifier, which reads an emitted graph back
-down to the leaves of the polynomial it is to prove.
-They differ in :meth:`PolynomialReader.operand` alone.
+It is the base of the reader, which stops at roots, and of the verifier, which reads an emitted root
+back down to the leaves of the expected polynomial. They differ in :meth:`PolynomialReader.operand`.
 
-Invariant: the addends of a node sum up to what it computes, in leaves that the tables number.
+Invariant: the sum of the addends of a node is what the node computes.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from runlora_fx.passes.read.value_numbers import ValueNumbers
 
 
 class Tables:
-    """What is known of the nodes of one graph: their values, their forms, and the leaves."""
+    """The value numbers, leaves and forms of one graph, which several readers share."""
 
     def __init__(self, values: ValueNumbers, leaves: Leaves, forms: dict[fx.Node, Form]) -> None:
         """Share the tables of one graph."""
@@ -63,11 +62,11 @@ class Tables:
         return self.leaves.assignment(self.values, by)
 
     def picked(self, p: Polynomial, k: int) -> Polynomial:
-        """``p[k]``: of the matrices of all experts those of the tokens."""
+        """``p[k]``: for each token the matrix of its expert."""
         return self.leaves.picked(p, k)
 
     def multiplied(self, left: Polynomial, right: Polynomial) -> Polynomial:
-        """``left @ right``; what a scattered word is multiplied by is picked."""
+        """``left @ right``, by ``sum_k(P) Q = sum_k(P Q[k])`` for scattered words."""
         return self.leaves.multiplied(left, right)
 
 
@@ -76,7 +75,7 @@ class PolynomialReader(Tables, ABC):
 
     @abstractmethod
     def operand(self, node: fx.Node, cut: Cut) -> Addends:
-        """Any tensor, seen through a cut: what its consumers read."""
+        """Any tensor, seen through a cut, as an operand of its users."""
 
     def as_addends(self, node: fx.Node, cut: Cut) -> Addends | None:
         """What a node computes, seen through a cut; None if its form shows no such matrix."""

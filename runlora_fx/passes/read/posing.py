@@ -1,12 +1,12 @@
-"""Posing: a region as a problem with numbers of its own.
+"""Posing: a region becomes a problem with leaf numbers of its own.
 
 Example: the region of ``Y = X W' + 2 X A' B'``, whose leaves are 12, 7, 8 and 9 in the graph, is
 the problem of ``0 1' + 2 0 2' 3'`` with four dimensions.
 
-Two regions that differ in the numbers of their leaves alone pose one problem, the same object. All
-that a problem depends on is compared first: patterns, sizes, phases and layouts.
+Two regions that differ only in leaf numbers pose one problem object. Everything that a problem
+depends on is compared for this: patterns, sizes, phases and layouts.
 
-Invariant: a problem's incoming steps make its demands, in terms of its own leaves.
+Invariant: the incoming steps of a problem make its demands from its own leaves.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from runlora_fx.passes.read.regions import Region
 
 
 class _LeafFacts(NamedTuple):
-    """What a problem says of a leaf, but for its dimensions' numbers."""
+    """What a problem contains about a leaf, apart from the numbers of its dimensions."""
 
     sizes: tuple[Dim, Dim, Dim]
     batched: bool
@@ -48,7 +48,7 @@ class _LeafFacts(NamedTuple):
 
 
 class _Numbers(NamedTuple):
-    """By number in the graph, the number in a problem."""
+    """Dictionaries from numbers in the graph to numbers in a problem."""
 
     matrices: dict[int, int]
     scalars: dict[int, int]
@@ -70,8 +70,8 @@ class Poser:
 
         Args:
             reader: The linear algebra of the graph.
-            phases: What of it is forward, what backward.
-            incoming: What it computes as it came.
+            phases: The phase of its nodes.
+            incoming: The steps that the graph takes.
             patterns: The patterns of its polynomials.
             hint: The size that a symbolic dimension had when the graph was traced.
         """
@@ -83,7 +83,7 @@ class Poser:
         self._hint = hint
         self._leaves: dict[int, _LeafFacts] = {}
         self._posed: dict[Hashable, tuple[Problem, tuple[Dim, ...]]] = {}
-        # By one of its leaves: a region holds a value if it holds all of them.
+        # By its least leaf. A region may save a value if all leaves of the value are in the region.
         self._keepable: dict[int, list[Polynomial]] = defaultdict(list)
         for core in incoming.keepable:
             if core.leaves:
@@ -108,7 +108,7 @@ class Poser:
         return PosedProblem(*found, *map(tuple, numbers))
 
     def _numbered(self, region: Region) -> _Numbers:
-        """The leaves of a region, numbered in the order in which it mentions them."""
+        """The leaves of a region, numbered in the order of their first place."""
         numbers = matrices, scalars, assignments = _Numbers({}, {}, {})
         leaves = self._reader.leaves.matrices
         polynomials = [part for _, part in region.demands]
@@ -134,7 +134,7 @@ class Poser:
     def _key(
         self, region: Region, numbers: _Numbers, keepable: Iterable[Polynomial]
     ) -> Hashable | None:
-        """All that the problem of a region without assignments depends on; None if not known."""
+        """Everything that the problem of a region depends on; None if a step has no key."""
         matrices, scalars, _ = numbers
         pattern_of = self._patterns.of
 
@@ -163,7 +163,7 @@ class Poser:
         )
 
     def _facts(self, index: int) -> _LeafFacts:
-        """What a problem says of a leaf of the graph."""
+        """The facts of a leaf of the graph."""
         found = self._leaves.get(index)
         if found is not None:
             return found
@@ -172,7 +172,7 @@ class Poser:
         if leaf.is_ones:
             kind = "ones"
         backward = kind != "ones" and any(s in phases.gradients for s in leaf.sources)
-        # A vector: whoever holds it holds next to nothing.
+        # A vector counts as held by the backward, because saving it costs next to nothing.
         held = (
             kind != "matrix"
             or index in self._read_backward
@@ -251,14 +251,14 @@ class Poser:
         return with_unpacking(problem), dims.sizes
 
     def _spec(self, own: int, index: int, dims: DimClasses) -> LeafSpec:
-        """What a problem says of a leaf."""
+        """The specification of a leaf in a problem."""
         batch, rows, cols = dims.of(own)
         _, _, kind, backward, held, packed = self._facts(index)
         return LeafSpec(rows, cols, batch, kind, backward, held, dims.leaves[own].picked, packed)
 
 
 def _renamed(leaf: Leaf, numbers: _Numbers) -> Leaf:
-    """A leaf that is picked by numbers of the problem."""
+    """A leaf with the numbers of the problem in what it is picked from."""
     if leaf.picked is None:
         return leaf
     base, k = leaf.picked

@@ -1,11 +1,11 @@
-"""Reading: from a graph to matrix polynomials over leaves.
+"""Reader: from a graph to matrix polynomials of leaves.
 
 Example: ``linear(x, w) + 2 * linear(linear(x, a), b)`` is the root ``X W' + 2 X A' B'``.
 
-Three steps over the nodes, each with a result that the next one reads: the *linear* nodes
-(:mod:`linear`), the *roots* among them (:mod:`roots`), and the polynomial of every linear node in
-the leaves and roots below it (:mod:`polynomial_reader`). What the third step learns may send
-it back to the first: a vector that is no diagonal matrix after all, a sum in which words cancel.
+Reading takes three steps: find the *linear* nodes (:mod:`linear`), find the *roots* among them
+(:mod:`roots`), and read every linear node as a polynomial of leaves and roots
+(:mod:`polynomial_reader`). The third step may find that an assumption was wrong: a vector is not
+used as a diagonal matrix, or words cancel in a sum. Then the steps are repeated without it.
 
 Invariant: the polynomial of a root is what the graph computes, up to rounding.
 """
@@ -45,8 +45,8 @@ class GraphReader(PolynomialReader):
         forms: What each readable node computes; emission adds the nodes that it writes.
         linear: The linear nodes.
         roots: Linear nodes that something outside the linear region needs, in graph order.
-        stops: The same as a set: their consumers take them as leaves.
-        casts: What casts between floats are taken for.
+        stops: The roots as a set. They are leaves of their users.
+        casts: How casts between floats are read.
         gradients: The nodes that an incoming gradient reaches.
     """
 
@@ -63,7 +63,7 @@ class GraphReader(PolynomialReader):
             graph: Every tensor node has an example tensor in ``meta["val"]``.
             dialect: The level of the graph.
             effects: What the nodes do besides computing a value.
-            casts: What casts between floats are taken for.
+            casts: How casts between floats are read.
         """
         fixed = effects.fixed(dialect.is_readable)
         super().__init__(ValueNumbers(graph, effects, fixed), Leaves(), {})
@@ -76,7 +76,7 @@ class GraphReader(PolynomialReader):
         # The vectors that are read as diagonal matrices, as leaves; None until they are known.
         self._diagonals: set[int] | None = None
         self._addends: dict[fx.Node, Addends] = {}
-        # What was asked for already: every operand is asked for several times.
+        # Operands that were read already: each is read several times.
         self._operands: dict[tuple[fx.Node, Cut], Addends] = {}
         self._find()
         while not self._read_all():
@@ -89,15 +89,15 @@ class GraphReader(PolynomialReader):
         return self.linear.cuts
 
     def expression(self, root: fx.Node) -> Polynomial:
-        """The polynomial of a linear node in leaves and other roots."""
+        """The polynomial of a linear node, in leaves and other roots."""
         return total(self._addends[root])
 
     def addends(self, root: fx.Node) -> Addends:
-        """The same as the graph adds it up, nested sums flattened."""
+        """The polynomial of a linear node as the addends that the graph adds up."""
         return self._addends[root]
 
     def operand(self, node: fx.Node, cut: Cut) -> Addends:
-        """Any tensor, seen through a cut; roots and what is not linear are leaves."""
+        """Any tensor, seen through a cut. Roots and nodes that are not linear are leaves."""
         found = self._operands.get((node, cut))
         if found is None:
             found = self._operands[node, cut] = self._operand(node, cut)
@@ -119,7 +119,7 @@ class GraphReader(PolynomialReader):
         return (self.leaves.matrix(self.values, node, cut),) if below is None else below
 
     def _root(self, node: fx.Node, cut: Cut) -> Addends:
-        """A root as a leaf; one that shows another root, in another shape, is that leaf."""
+        """A root as a leaf. A root that is a view of another leaf is that leaf."""
         form = self.forms.get(node)
         below = self.as_addends(node, cut) if form is not None and form.is_view else None
         if below is not None and len(below) == 1:
@@ -148,7 +148,8 @@ class GraphReader(PolynomialReader):
         """The linear nodes and the roots, with what is known so far."""
         self.forms = {}
         rules = CastRules(self._dialect, self.casts)
-        # Not this reader: Python keeps objects that refer to each other until it looks for garbage.
+        # Tables of their own, not this reader: a cycle of references would be freed only by a
+        # garbage collection.
         tables = Tables(self.values, self.leaves, self.forms)
         self._finder = LinearFinder(
             self._dialect, rules, tables, self.gradients, self._unread, self._diagonals
@@ -158,11 +159,11 @@ class GraphReader(PolynomialReader):
         self.stops = set(self.roots)
 
     def _read_all(self) -> bool:
-        """Read every linear node as a polynomial; False if the roots had to change for it.
+        """Read every linear node as a polynomial; False if the roots changed and it must be redone.
 
-        They do where a node grows too large, whose operands become roots, and where words cancel.
-        Whoever subtracts what it added relies on rounding (compensated sums, straight-through
-        estimators), so such a node is not read.
+        If a polynomial becomes too large, the operands of its node become roots. If words cancel in
+        a sum, the node is not read: code that subtracts what it added relies on rounding
+        (compensated sums, straight-through estimators).
         """
         for node, cut in self.cuts.items():
             try:
@@ -183,7 +184,7 @@ class GraphReader(PolynomialReader):
         return self._settle_diagonals()
 
     def _settle_diagonals(self) -> bool:
-        """Know the vectors to read as diagonal matrices; False if others were read as such."""
+        """Settle which vectors are diagonal matrices; False if others were read as such so far."""
         needed: set[int] = set()
         for node in self.cuts:
             if node not in self.gradients and self.forms[node].scaling_vector is not None:
@@ -196,7 +197,7 @@ class GraphReader(PolynomialReader):
         return False
 
     def _scaled_by(self, node: fx.Node) -> frozenset[int]:
-        """The vector by which a product is scaled here, or a leaf's rows, as leaves."""
+        """The leaves of the vector by which a node scales a product, or the rows of a leaf."""
         form = self.forms[node]
         if form.scaling_vector is None:
             return frozenset()
@@ -207,9 +208,10 @@ class GraphReader(PolynomialReader):
         return self.diagonal(form.scaling_vector).leaves
 
     def _cancels(self, node: fx.Node, addends: Addends) -> bool:
-        """True if a word that a linear node adds up is not in the sum.
+        """True if a word that a linear node adds up cancels in the sum.
 
-        A bias may be taken off again, and ``P + P (diag(g) - I)`` is ``P diag(g)``.
+        Two cases do not count: a bias that is subtracted again, and ``P + P (diag(g) - I)``, which
+        is ``P diag(g)``.
         """
         written = self._multiplied_words(node)
         if len(addends) == 1 and not written:
@@ -224,7 +226,7 @@ class GraphReader(PolynomialReader):
         )
 
     def _multiplied_words(self, node: fx.Node) -> set[Word]:
-        """The products of one word by one word, of the sums that a node multiplies."""
+        """The words of the products of two sums that a node multiplies, before cancellation."""
         found: set[Word] = set()
         for product in self.forms[node].products:
             left, right = map(total, product.operands(self))

@@ -1,13 +1,13 @@
-"""Regions: the roots of a graph, grouped into problems that can be planned apart.
+"""Regions: the parts of roots that must be planned together.
 
 Example: the projections to queries, keys and values read one activation, whose gradient adds up
 products of all three: they are one region. The projection of the output is another.
 
-A root is a sum of parts between which nothing can be shared. Two parts, of the same root or of
-others, belong to one region if some value other than a leaf could serve both.
+A root is a sum of independent parts, from which no common factor can be taken. Two parts of any
+roots belong to one region if some value that is no leaf could be used for both.
 
-Invariant: parts of two regions have no pair of leaves in common (:meth:`Patterns.pairs`), so that
-they share nothing and their costs add up.
+Invariant: parts of two regions have no pair of leaves in common (:meth:`Patterns.pairs`). So no
+plan shares a value between regions, and their costs are added.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from runlora_fx.passes.read.reader import GraphReader
 
 @dataclass(frozen=True)
 class Root:
-    """A tensor that must exist in the end.
+    """A tensor that every plan must compute.
 
     Attributes:
         node: The node that holds it.
@@ -47,7 +47,12 @@ class Root:
 
 @dataclass
 class Region:
-    """The parts of roots that are planned together, and what the graph computes for them."""
+    """The parts of roots that are planned together, and the incoming steps that make them.
+
+    Attributes:
+        demands: The parts, each with its root.
+        incoming: The steps of the incoming graph.
+    """
 
     demands: list[tuple[Root, Polynomial]] = field(default_factory=list)
     incoming: list[Made] = field(default_factory=list)
@@ -58,8 +63,8 @@ class Regions:
 
     Attributes:
         roots: In graph order.
-        incoming: What the graph computes as it came.
-        regions: What is planned together.
+        incoming: The steps of the incoming graph.
+        regions: The regions that have demands.
     """
 
     def __init__(self, reader: GraphReader, phases: Phases, patterns: Patterns) -> None:
@@ -67,7 +72,7 @@ class Regions:
 
         Args:
             reader: The linear algebra of the graph.
-            phases: What of it is forward, what backward.
+            phases: The phase of its nodes.
             patterns: The patterns of its polynomials.
         """
         self._leaves = reader.leaves.matrices
@@ -100,7 +105,7 @@ class Regions:
         return sum([not self._leaves[f.leaf].is_ones for f in part.terms[0][0].factors]) <= 1
 
     def _pairs(self, p: Polynomial) -> list[tuple[int, int]]:
-        """What a polynomial must have in common with another to share a value."""
+        """The pairs of leaves of a polynomial, with picked leaves replaced by their base."""
         return self._patterns.pairs(p, self._picked_from)
 
     def _picked_from(self, leaf: int) -> int:

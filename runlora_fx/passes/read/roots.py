@@ -1,9 +1,10 @@
-"""Roots: the linear nodes that are materialised whatever a plan does.
+"""Roots: the linear nodes that every plan must compute as tensors.
 
 Example: in ``z = mm(relu(mm(x, w)), v)`` both products are roots: the activation reads the first,
 the graph's output the second.
 
-Invariant: whatever is linear and no root is read by linear nodes alone, as it was computed.
+Invariant: a linear node that is no root is read by linear nodes only, through the cut that it was
+computed with.
 """
 
 from __future__ import annotations
@@ -46,17 +47,17 @@ def _is_interior(linear: Linear, node: fx.Node, users: Sequence[fx.Node]) -> boo
     for user in users:
         if user not in linear.cuts or not linear.forms[user].reads_as_computed(node, user, linear):
             return False
-        # No matrix is made of such a vector: whatever else reads it takes it as a leaf.
+        # A diagonal of a product is no matrix, so it is a leaf of users that are no such vectors.
         if node in linear.vectors and user not in linear.vectors:
             return False
-        # What was added up in a wider dtype is multiplied in it.
+        # A sum in a wider dtype is a root if a user multiplies it in that dtype.
         if node in linear.widened and user not in linear.widened:
             return False
     return bool(users)
 
 
 def _is_seen(linear: Linear, roots: set[fx.Node], users: Sequence[fx.Node]) -> bool:
-    """True if a root among some users shows the node as it is, in another shape or dtype.
+    """True if some user is a root that is a view or a cast of the node.
 
     This tensor exists in memory already, so other users read it instead of computing it again.
     """

@@ -20,14 +20,15 @@ from typing import Any
 import torch
 from torch import fx
 
-#: Switch whether gradients are recorded.
+#: Functions that switch the recording of gradients on or off.
 _GRAD = ("_set_grad_enabled", "set_grad_enabled")
 
-#: Begins, and ends, the names of functions that switch until a function of the second kind.
+#: Prefix and suffix of the names of functions that enter a mode, and of those that leave it.
 _ENTERS = ("_enter_", "_increment_nesting")
 _EXITS = ("_exit_", "_decrement_nesting")
 
-#: Begins the names of functions that switch until another call, without underscores.
+#: Prefixes of the names of functions that set a mode until the next call; leading and trailing
+#: underscores are ignored.
 _SETTERS = ("set_", "use_deterministic_algorithms")
 
 

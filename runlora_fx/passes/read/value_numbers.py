@@ -109,7 +109,7 @@ class ValueNumbers:
     def key(
         self, op: str, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Hashable | None:
-        """What identifies a call; None where two equal calls may give different tensors."""
+        """The key of a call; None if two equal calls may return different tensors."""
         facts = calls.operator_facts(target)
         if facts is None or facts.is_pure is None:
             is_call = op in ("call_function", "call_method")
@@ -133,12 +133,12 @@ class ValueNumbers:
                 frozen.sort()  # the numbers of two values
             else:
                 frozen.sort(key=repr)
-        # Operators are compared by identity; their own hash is a call of Python's.
+        # Operators are compared by identity: their own hash is a slow call of a Python method.
         called = target if facts is None else id(target)
         return (op, called, *frozen, named)
 
     def _freeze(self, x: Any) -> Hashable:
-        """An argument as a part of a key: a value as a tuple of one number.
+        """An argument as a part of a key. A node becomes a tuple of its value number.
 
         Raises:
             _NoHashError: If a constant in it has no hash.

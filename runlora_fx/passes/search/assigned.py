@@ -1,10 +1,10 @@
-"""Steps that make values which depend on which expert each token has.
+"""Assigned: the steps towards values that depend on the expert of each token.
 
 Before -> after: ``X[t] (W[k] + s L[k] R[k])`` -> a grouped product with ``W + s L R``, or the sum
 of ``X W[k]`` and ``s (X L[k]) R[k]``, a grouped product each.
 
-Invariant: a matrix that is picked by offsets is never written. No grouped product is proposed that
-the operator refuses; :func:`refusal` says why.
+Invariant: a matrix that is picked by offsets is never written. Grouped products that the operator
+would refuse are not proposed; :func:`refusal` gives the reason.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from runlora_fx.passes.algebra.steps import (
 
 
 def is_assigned(problem: Problem, core: Polynomial) -> bool:
-    """True if a value depends on the experts of tokens, so that this module makes its steps."""
+    """True if a value depends on the experts of tokens, so this module lists its steps."""
     if not problem.assignments:
         return False
     is_scattered = any(word.scattered for word in core.words)
@@ -35,7 +35,7 @@ def is_assigned(problem: Problem, core: Polynomial) -> bool:
 
 
 def assigned_steps(problem: Problem, core: Polynomial) -> Iterator[Step]:
-    """The steps towards a value that are no sums."""
+    """The steps towards a value, without sums."""
     if core.is_partly_scattered:
         return
     if core.scattering is not None:

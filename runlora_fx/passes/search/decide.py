@@ -1,9 +1,9 @@
-"""The decision for one problem: the cheapest plan, against the graph as it came.
+"""Decision: is the cheapest plan of a problem worth replacing the incoming graph.
 
 Before -> after: a LoRA layer of 500 tokens -> ``changed: 18.1% fewer FLOPs``, and a plan; the same
 layer of 8 tokens -> ``left alone: the graph as it came is the cheapest``.
 
-Invariant: a plan that ties with the graph as it came never replaces it, but for one that holds less
+Invariant: a plan that ties with the incoming graph does not replace it, unless it saves fewer bytes
 for the backward.
 """
 
@@ -23,16 +23,16 @@ from runlora_fx.passes.algebra.steps import Step
 from runlora_fx.passes.search.assigned import refusal
 from runlora_fx.passes.search.frontiers import Proof, effort_limit, first_steps, search
 
-#: How wide an alternative is searched: most are only shown in the report.
+#: The width of the search for an alternative. Most alternatives are only shown in the report.
 _WIDTHS = (16,)
 
-#: Amounts that differ by less than this share are said to be the same.
+#: Amounts that differ by less than this share are reported as equal.
 _TIE = 1e-9
 
 
 @dataclass(frozen=True)
 class Alternative:
-    """The cheapest plan that begins with a given step: one thing that was considered."""
+    """The cheapest plan that begins with a given step, for the list of what was considered."""
 
     step: Step
     plan: Plan
@@ -44,14 +44,14 @@ class Decision:
     """What to do with a problem.
 
     Attributes:
-        plan: The cheapest plan; None where no plan was compared with the graph as it came.
-        changed: True if the plan replaces the graph as it came.
-        before: Cost of the graph as it came, at the hints.
-        after: Cost of what will run.
+        plan: The cheapest plan; None if no plan was compared with the incoming graph.
+        changed: True if the plan replaces the incoming graph.
+        before: The cost of the incoming graph, at the sizes of the example tensors.
+        after: The cost of the plan or graph that will run.
         reason: Why the graph is changed or left alone.
-        alternatives: By first step, what else the first demand could have cost.
-        proof: ``"exact"`` if the plan is the cheapest; else it is the best that was found.
-        effort: What the search tried: the same on every machine.
+        alternatives: For each possible first step of the first demand, the cheapest plan.
+        proof: ``"exact"`` if the plan is the cheapest; ``"best found"`` otherwise.
+        effort: The number of ways that the search tried; equal on every machine.
     """
 
     plan: Plan | None
@@ -65,26 +65,21 @@ class Decision:
 
 
 class Priced(NamedTuple):
-    """What a plan, or the graph as it came, costs.
-
-    Attributes:
-        price: What it is ranked by.
-        cost: The amounts behind it.
-    """
+    """The price and the cost of a plan, or of the incoming graph."""
 
     price: Price
     cost: Cost
 
     @classmethod
     def of(cls, operations: Sequence[Operation], objective: Objective) -> Priced:
-        """What some operations cost together."""
+        """The price and the cost of some operations together."""
         return cls(objective.total(operations), total_cost(operations))
 
 
 def replaces(objective: Objective, came: Priced, plan: Priced) -> bool:
-    """True if a plan replaces the graph as it came. Every part of the package asks here.
+    """True if a plan replaces the incoming graph. This is the only rule for it in the package.
 
-    A plan that ties does not, but for one that needs as many FLOPs and holds less memory.
+    A plan that ties does not, unless it needs as many FLOPs and saves fewer bytes.
     """
     is_worth = objective.worthwhile(came.price, plan.price)
     return is_worth or objective.holds_less(came.cost, plan.cost)
@@ -92,7 +87,7 @@ def replaces(objective: Objective, came: Priced, plan: Priced) -> bool:
 
 @lru_cache(maxsize=4096)
 def decide(problem: Problem, objective: Objective) -> Decision:
-    """Plan a problem; equal problems (equal layers) are planned once."""
+    """Plan a problem. Equal problems, as of equal layers, are planned once."""
     found = search(problem, objective)
     considered = alternatives(problem, objective)
     decision = judge(problem, objective, found.plan, considered, found.proof)
@@ -106,7 +101,7 @@ def judge(
     considered: tuple[Alternative, ...] = (),
     proof: Proof = "exact",
 ) -> Decision:
-    """Decide whether a plan is worth replacing the graph as it came."""
+    """Decide if a plan replaces the incoming graph, and say why."""
     came = Priced.of(incoming_operations(problem), objective)
     runs = Priced.of(plan.operations(problem), objective)
     before, after = came.cost, runs.cost
@@ -131,10 +126,10 @@ def judge(
 
 @lru_cache(maxsize=4096)
 def alternatives(problem: Problem, objective: Objective) -> tuple[Alternative, ...]:
-    """The first demand's possible first steps, each with the cheapest plan that takes it.
+    """The possible steps of the first demand, each with the cheapest plan that takes it.
 
-    All of them together take about as much work as the decision itself. Where that is not enough,
-    the less promising steps are left out.
+    Together they may take about as much work as the decision itself. Beyond that, the less
+    promising steps are left out.
     """
     steps = first_steps(problem, objective)
     if len(steps) < 2:
@@ -152,7 +147,7 @@ def alternatives(problem: Problem, objective: Objective) -> tuple[Alternative, .
 
 
 def saving(objective: Objective, problem: Problem, plan: Plan) -> str:
-    """What a plan saves against the graph as it came."""
+    """The savings of a plan against the incoming graph, as a text."""
     before, after = incoming_operations(problem), plan.operations(problem)
     saved = []
     if objective.name == "time":
@@ -180,10 +175,10 @@ def _change(before: Amount | float, after: Amount | float, of: str) -> str:
 
 
 def holding_more(problem: Problem, objective: Objective) -> Decision | None:
-    """The decision if more memory may be held; None if that gains nothing.
+    """The decision if more may be saved for the backward; None if that gains nothing.
 
-    The backward may then use whatever the forward computes. Weights that are merged of
-    :attr:`Problem.lasting` may be kept from call to call.
+    The backward may then use every value that the forward computes, and weights that are merged
+    from :attr:`Problem.lasting` may be kept between calls.
     """
     plain = replace(problem, lasting=frozenset())
     settled = decide(plain, objective)
@@ -202,7 +197,7 @@ def holding_more(problem: Problem, objective: Objective) -> Decision | None:
 
 
 def price_of(decision: Decision, problem: Problem, objective: Objective) -> Price:
-    """The price of what will run."""
+    """The price of the plan or graph that will run."""
     if decision.changed and decision.plan is not None:
         return objective.total(decision.plan.operations(problem))
     return objective.total(incoming_operations(problem))

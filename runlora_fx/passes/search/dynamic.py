@@ -1,9 +1,9 @@
-"""Dynamic shapes: plans that hold for a range of sizes, and the guards that keep them to it.
+"""Dynamic shapes: one plan for a range of sizes, and guards on the range.
 
-Before -> after: layers of ``s0`` tokens, traced with 500 -> the plan for ``s0 >= 77``, and a guard
-that has the graph compiled again for fewer.
+Before -> after: layers of ``s0`` tokens, traced with 500 -> the plan for ``s0 >= 77``, and a guard.
+For fewer tokens the graph is compiled again.
 
-Invariant: a plan of a range runs at no size outside of it.
+Invariant: the plan of a range never runs at a size outside of the range.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from runlora_fx.passes.search.decide import (
 from runlora_fx.passes.search.ranges import Range, ranges
 from runlora_fx.passes.search.varying import Varying
 
-#: Guards on so many different sizes at most: each can double the number of compilations.
+#: The largest number of different sizes with guards. Each can double the number of compilations.
 _MAX_SIZES = 3
 
-#: ``guard(size, low, high)`` makes the compiled code hold for ``low <= size < high`` only, and says
-#: whether it could.
+#: ``guard(size, low, high)`` restricts the compiled code to ``low <= size < high``; False if it
+#: cannot.
 Guard: TypeAlias = Callable[[sympy.Expr, int, int | None], bool]
 
 
@@ -59,9 +59,9 @@ def decide_all(
 
     Args:
         posed: The problems.
-        objective_of: How plans for matrices of a dtype are ranked.
+        objective_of: By dtype, the objective that ranks plans.
         hint: The size that a symbolic dimension had when the graph was traced.
-        guard: Installs guards on sizes. Without it the plans are those for the hints.
+        guard: Adds guards on sizes. Without it the plans are those for the traced sizes.
     """
     decisions = [decide(p.problem, objective_of(p.problem.dtype)) for p in posed]
     if guard is None:
@@ -85,7 +85,7 @@ def decide_all(
 
 
 def _in_range(posed: PosedProblem, varying: Varying, size: sympy.Expr, inside: Range) -> Decision:
-    """The decision for a problem by the plan of a range; its costs are those at the traced size."""
+    """The decision for a problem by the plan of a range, with the costs at the traced size."""
     problem, objective = posed.problem, varying.objective
     plan = inside.plans[varying]
     considered = alternatives(problem, objective)

@@ -1,18 +1,18 @@
-"""The search: the cheapest plan for all demands of a problem together.
+"""Frontier search: the cheapest plan for all demands of a problem together.
 
-A plan makes every value once, whoever reads it, so its price is that of a DAG, not of trees. The
-search decides about values in the order of :mod:`~runlora_fx.passes.search.space`. Its state is a
-*frontier*: the set of values that are still to be made. It takes the highest value of a frontier
-(nothing left can read it again), pays for one way to make it, and puts the operands in its place.
-Of two equal frontiers the cheaper one stays. A frontier is dropped if what was paid and a lower
-bound of what is left exceed the best plan known, the graph as it came to begin with.
+A plan makes every value once, however many steps read it, so its price is that of a DAG. The search
+decides about values in the order of :mod:`~runlora_fx.passes.search.space`. Its state is a
+*frontier*: the set of values that are still to be made. It takes the value with the highest number,
+which no undecided value reads, adds the price of one way to make it, and replaces it by the
+operands of that way. Of two equal frontiers only the cheaper one is kept. A frontier is dropped if
+its price plus a lower bound of the rest exceeds the price of the best plan so far, which is first
+the incoming graph.
 
 Before -> after: ``X W' + 2 X A' B'`` as it came, a sum of two products -> ``X (W' + 2 A' B')``.
 
-Invariant: a plan is called *exact* only if every frontier that was dropped was dropped by the
-bound. Where more frontiers remain than fit, the most promising are kept, and the plan is called
-*best found*. It is never dearer than the graph as it came. Work is counted, so a plan depends on no
-clock.
+Invariant: a plan is called *exact* only if the bound was the only reason to drop frontiers. If more
+frontiers remain than fit, the most promising are kept, and the plan is called *best found*. No plan
+is dearer than the incoming graph. Work is counted, not timed, so plans do not depend on a clock.
 """
 
 from __future__ import annotations
@@ -32,34 +32,36 @@ from runlora_fx.passes.algebra.sums import accumulated, flattened
 from runlora_fx.passes.search.space import Choice, Space, members, space_of
 from runlora_fx.passes.search.ways import Way, Ways
 
-#: Frontiers that are kept for each value, in a first search and in those that follow while the plan
-#: is not proven. What a search tries is proportional to this and to the number of values.
+#: The number of frontiers that are kept for each value: in the first search, and in wider ones that
+#: follow while the plan is not exact. The work of a search is proportional to it.
 WIDTHS = (16, 128, 1024, 4096)
 
-#: A search is so narrow, and a wider one is not begun, that fewer ways than this may be tried,
-#: and so many for each step of the incoming graph. A million take about three seconds.
+#: The largest number of ways that a search may try, and the addition for each incoming step.
+#: Searches are narrow enough to stay below. A million ways take about three seconds.
 _EFFORT, _EFFORT_PER_STEP = 200_000, 300
 
-#: Values to visit in search of products to measure.
+#: The largest number of values that are visited to find products to measure.
 _VALUES = 5_000
 
-#: Bounds are sums of floats: one that exceeds the best plan by less may be equal to it.
+#: Bounds are sums of floats. One that exceeds the best price by less than this share may be equal
+#: to it.
 _ROUNDING = 1e-9
 
 Proof: TypeAlias = Literal["exact", "best found"]
 
-#: The decisions that led to a frontier, latest first: a value, the place of its way, those before.
+#: The decisions that led to a frontier, latest first: a value, the index of its way, the earlier
+#: ones.
 _Path: TypeAlias = "tuple[int, int, _Path] | None"
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
         plan: The plan.
         proof: ``"exact"`` if no plan is cheaper; ``"best found"`` if not all were compared.
-        effort: Ways that were tried.
+        effort: The number of ways that were tried.
     """
 
     plan: Plan
@@ -69,13 +71,13 @@ class Found:
 
 @dataclass
 class _Sweep:
-    """What one pass over all values found.
+    """The result of one pass over all values.
 
     Attributes:
-        price: Of the cheapest plan, if there is one within the limit.
+        price: The price of the cheapest plan, if there is one within the limit.
         path: Its decisions.
-        effort: Ways that were tried.
-        is_complete: True if every frontier that was dropped was dropped by its bound.
+        effort: The number of ways that were tried.
+        is_complete: True if the bound was the only reason to drop frontiers.
     """
 
     price: Price | None = None
@@ -95,9 +97,9 @@ def search(
     Args:
         problem: What to compute.
         objective: How steps are priced.
-        first: If given, the step that the first demand has to take: a question of the form
-            "what if the weight were merged?".
-        widths: Frontiers to keep for each value, in a first search and in those that follow.
+        first: If given, the step that the first demand must take, to ask for example what the plan
+            would cost if the weight were merged.
+        widths: The number of frontiers to keep for each value, in the first search and in the next.
 
     Raises:
         ValueError: If no plan exists.
@@ -229,9 +231,9 @@ def _swept(
 
 
 def candidate_products(problem: Problem, objective: Objective) -> list[GemmShape]:
-    """The products of all plans that can be cheaper than the graph as it came.
+    """The products of all plans that could be cheaper than the incoming graph.
 
-    One that is predicted to cost twice as much as all of that graph need not be measured.
+    A product that is predicted to cost twice as much as the whole incoming graph is left out.
     """
     ways = Ways(problem, objective)
     limit = 2 * objective.total(incoming_operations(problem))

@@ -1,11 +1,11 @@
-"""Memory budget: which layers may hold more from the forward to the backward than Inductor would.
+"""Memory budget: which layers may save more for the backward than Inductor would.
 
-Holding a merged weight saves making it again in the backward. Layers are taken in the order of what
-a byte held saves, until the budget is spent.
+A saved merged weight is not recomputed in the backward. The layers that gain most for each saved
+byte come first, until the budget is spent.
 
-Before -> after: 32 equal layers and a budget for ten merged weights -> ten layers hold theirs.
+Before -> after: 32 equal layers and a budget for ten merged weights -> ten layers save theirs.
 
-Invariant: what is held in addition never exceeds the budget.
+Invariant: the additional bytes never exceed the budget.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from runlora_fx.passes.search.decide import Decision, holding_more, price_of
 
 
 def _kept_bytes(problem: Problem, decision: Decision) -> int:
-    """The merged weights that a plan keeps from call to call [B]."""
+    """The bytes of the merged weights that a plan keeps between calls [B]."""
     names = decision.plan.implementations if decision.plan is not None else {}
     kept = {value.core for value, name in names.items() if name == "kept"}
     return sum(
@@ -31,7 +31,7 @@ def _kept_bytes(problem: Problem, decision: Decision) -> int:
 
 @dataclass(frozen=True)
 class _Offer:
-    """The decision of one problem if it may hold more, and what that saves."""
+    """The decision of one problem if it may save more, and what it gains."""
 
     index: int
     decision: Decision
@@ -45,13 +45,13 @@ def spend(
     decisions: Sequence[Decision],
     budget: int,
 ) -> list[Decision]:
-    """The decisions, with more held where that saves the most.
+    """The decisions, some of them replaced by ones that save more for the backward.
 
     Args:
-        problems: The problems; None where nothing more may be held.
-        objectives: How their plans are ranked.
-        decisions: What was decided about them.
-        budget: Memory to hold in addition [B].
+        problems: The problems; None for one that may not save more.
+        objectives: The objectives that rank their plans.
+        decisions: The decisions about them.
+        budget: The bytes that may be saved in addition [B].
     """
     offers = []
     for i, (problem, objective, settled) in enumerate(

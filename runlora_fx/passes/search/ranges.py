@@ -1,15 +1,15 @@
-"""Ranges: which plan is best for which sizes, where one dimension varies from call to call.
+"""Ranges: the best plans for ranges of one size that varies between calls.
 
-One graph serves many sizes, and each plan is best in a range of them. A guard at the border of a
-range costs a compilation for each side, so that there should be few: borders are placed where they
-save the most over all sizes, for all problems of the graph together.
+Each plan is best in some range of sizes. A border between ranges costs a guard, and a compilation
+for each side. So there are few borders, and they are placed where they save most, over all sizes
+and for all problems of the graph together.
 
-Before -> after: two layers that merge from 65 and from 77 tokens on -> 1 to 64 tokens with both as
-they came, 65 to 76 with the first merged, 77 and more with both merged; or fewer ranges, if that
-saves nearly as much.
+Before -> after: two layers, of which one merges from 65 tokens on and the other from 77 -> 1 to 64
+tokens with both as they came, 65 to 76 with the first merged, 77 and more with both merged. There
+are fewer ranges if these save nearly as much.
 
-Invariant: no problem is dearer at any size than it came, and every border is the break-even of some
-problem, to the element.
+Invariant: at no size is a problem dearer than in the incoming graph. Every border is the exact
+break-even of some problem.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from runlora_fx.passes.search.varying import (
     first_size,
 )
 
-#: At most so many ranges, and no more than are needed for this share of what could be saved.
+#: The largest number of ranges; fewer are used if they capture this share of the possible saving.
 _MAX_RANGES = 4
 _ENOUGH = 0.9
 
@@ -43,8 +43,8 @@ class Range:
 
     Attributes:
         low: The least size.
-        high: The size above the largest, or None if there is no largest.
-        plans: For each problem the plan, or None for the graph as it came.
+        high: The size after the largest; None if there is no largest.
+        plans: By problem, the plan; None if it stays as it came.
     """
 
     low: int
@@ -52,17 +52,17 @@ class Range:
     plans: Mapping[Varying, Plan | None]
 
     def contains(self, size: int) -> bool:
-        """True if a size is served by these plans."""
+        """True if a size is in the range."""
         return self.low <= size and (self.high is None or size < self.high)
 
     def named(self, size: object) -> str:
-        """The range as an inequality; nothing if it holds for all sizes."""
+        """The range as an inequality; empty if it contains all sizes."""
         if self.high is None:
             return f"{size} >= {self.low}" if self.low > 1 else ""
         return f"{self.low} <= {size} < {self.high}" if self.low > 1 else f"{size} < {self.high}"
 
     def is_best_as_it_came(self, varying: Varying) -> bool:
-        """True if no size of the range has a plan that replaces the graph as it came."""
+        """True if at no compared size of the range a plan would replace the incoming graph."""
         known = candidates(varying)
         sizes = filter(self.contains, sorted({self.low, *COMPARED}))
         return not any(map(known.choice, sizes))
@@ -72,7 +72,7 @@ def ranges(problems: Mapping[Varying, int]) -> list[Range]:
     """The ranges of a graph's problems, in order of size.
 
     Args:
-        problems: All that the graph has to compute, and how often each.
+        problems: By problem of the graph, how often it occurs.
     """
     plans = {v: candidates(v) for v in problems}
     borders = sorted({1}.union(*(known.borders() for known in plans.values())))
@@ -92,7 +92,7 @@ def ranges(problems: Mapping[Varying, int]) -> list[Range]:
 
 
 def break_even(varying: Varying, name: str) -> str:
-    """For which sizes the adapter is merged into its base weight, as inequalities.
+    """The sizes for which the adapter is merged into its base weight, as inequalities.
 
     Args:
         varying: The problem.
@@ -104,7 +104,7 @@ def break_even(varying: Varying, name: str) -> str:
         if not any(demand.backward == backward for demand in varying.problem.demands):
             continue
         merges = [_merges(varying.problem, plan, backward) for plan in known.plans]
-        # As guards are named: of experts' weights there is one break-even in most cases.
+        # For experts the border is named as a guard names it: by the least size that merges.
         as_guard = bool(varying.problem.assignments)
         when = _when(lambda size, merges=merges: merges[known.choice(size)], name, as_guard)  # type: ignore[misc]
         said.setdefault(when, []).append(phase)
@@ -114,14 +114,13 @@ def break_even(varying: Varying, name: str) -> str:
 
 
 class _Table:
-    """What the plans of one problem save at all sizes, as a share of the whole graph.
+    """The savings of the plans of one problem at all sizes, as shares of the whole graph.
 
-    Every size counts by how far the next is away: twice as many tokens are as far from N as N is
-    from half as many.
+    A size is weighted by the logarithm of its ratio to the next size.
 
     Attributes:
         plans: The plans; the first is the graph as it came.
-        ideal: What the best plan of every size saves, added up over the sizes.
+        ideal: The savings of the best plan of every size, added up over the sizes.
     """
 
     def __init__(
@@ -130,10 +129,10 @@ class _Table:
         """Compare the plans of a problem.
 
         Args:
-            known: The plans and what they cost.
-            count: How often the graph has the problem.
-            sizes: Where plans are compared, in order.
-            whole: By size, the price of the graph as it came.
+            known: The plans and their prices.
+            count: How often the problem occurs in the graph.
+            sizes: The sizes at which plans are compared, in order.
+            whole: By size, the price of the whole incoming graph.
         """
         self.plans = known.plans
         weights = [log2(high / low) for low, high in pairwise([*sizes, 2 * sizes[-1]])]
@@ -162,7 +161,7 @@ class _Table:
         self._worth = [_sums([float(known.is_worth(i, size)) for size in sizes]) for i in number]
 
     def best(self, start: int, end: int) -> tuple[float, Plan | None]:
-        """The most that a plan saves in a range without being dearer anywhere, and that plan."""
+        """The plan that saves most in a range and is dearer nowhere in it; with its saving."""
         least = self._margin * (self._weights[end] - self._weights[start])
         chosen, most = 0, 0.0
         for i in range(1, len(self.plans)):
@@ -180,7 +179,7 @@ def _cuts(tables: Sequence[_Table], borders: Sequence[int]) -> list[int]:
     """Where to cut the sizes into ranges.
 
     Args:
-        tables: What the plans of each problem save.
+        tables: By problem, the savings of its plans.
         borders: Indices of the sizes at which a range may begin, the first of them 0.
 
     Returns:
@@ -194,7 +193,7 @@ def _cuts(tables: Sequence[_Table], borders: Sequence[int]) -> list[int]:
         for j in range(i + 1, last + 1)
     }
     ideal = sum(table.ideal for table in tables)
-    # By dynamic programming: the best way to cut what lies before the j-th border once more.
+    # Dynamic programming: the best way to cut the sizes before the j-th border into one range more.
     best = {j: (score[0, j], [0, j]) for j in range(1, last + 1)}
     for _ in range(_MAX_RANGES - 1):
         if best[last][0] >= _ENOUGH * ideal:
@@ -210,12 +209,12 @@ def _cuts(tables: Sequence[_Table], borders: Sequence[int]) -> list[int]:
 
 
 def _sums(row: Sequence[float]) -> list[float]:
-    """By index, the sum of all that stand before it."""
+    """By index, the sum of all earlier entries."""
     return list(accumulate(row, initial=0.0))
 
 
 def _when(holds: Callable[[int], bool], name: str, as_guard: bool = False) -> str:
-    """For which sizes something holds; ``as_guard`` names the least of them, as guards do."""
+    """The sizes for which a condition holds; ``as_guard`` writes ``N >= 77`` for ``N > 76``."""
     at = [holds(size) for size in COMPARED]
     if all(at) or not any(at):
         return "always" if at[0] else "never"
@@ -247,7 +246,7 @@ def _merges(problem: Problem, plan: Plan | None, backward: bool) -> bool:
 
 
 def _multiplied(step: Step) -> tuple[Polynomial, ...]:
-    """What a step multiplies, or picks."""
+    """The operands that a step multiplies or picks."""
     return (step.left, step.right) if isinstance(step, Accumulate) else step.operands
 
 

@@ -1,11 +1,12 @@
-"""The search space of a problem: every value that a plan may make, in the order of the decisions.
+"""Search space: all values that plans of a problem may make, numbered in the order of decisions.
 
-Before -> after: ``Ways`` (steps, prices and operands, made as they are visited) -> a table in which
-values are numbers, and a set of values is an integer with one bit each.
+Before -> after: ``Ways`` (steps, prices and operands, listed on demand) -> a table in which values
+are numbers, and a set of values is an integer with one bit for each.
 
-Invariant: a value has a higher number than all that its ways read. So whoever decides from high to
-low numbers meets no value again once it is decided. Among all such orders one is taken that keeps
-few values undecided at a time: first all that only one use of a weight needs, then the next.
+Invariant: a value has a higher number than all values that its ways read. So a search that decides
+from high to low numbers decides about each value once. Of all such orders, one is chosen in which
+few
+values are open at a time: all that only one use of a weight needs, then the next use.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from runlora_fx.passes.algebra.problem import Problem, Value
 from runlora_fx.passes.algebra.steps import Step
 from runlora_fx.passes.search.ways import Way, Ways
 
-#: Values of which all ways are listed, for each step of the incoming graph, and at least so many;
-#: beyond, only the ways that the incoming graph takes and those that lead to single words.
+#: The number of values for which all ways are listed: for each incoming step, and at least. For
+#: further values only the incoming ways are listed, and those that split sums into words.
 _VALUES_PER_STEP = 20
 _VALUES = 1_000
 
-#: An open value that waits for more undecided values than this is left to the end.
+#: Open values that wait for at most this number of undecided values count as equally near.
 _FEW = 4
 
-#: One way in numbers: its place among the value's ways, its price, the values that it reads.
+#: One way in numbers: its index among the value's ways, its price, the set of values that it reads.
 Choice = tuple[int, Price, int]
 
 
@@ -40,12 +41,12 @@ class Space:
         values: By number.
         ways: By number, the ways that may be part of a cheapest plan.
         choices: The same as prices and sets.
-        few: The same, without most of the ways to split a sum.
-        came: The same, only as the incoming graph takes them where it makes the value.
+        few: The same, without most ways to split a sum.
+        came: The same, with only the incoming ways for values that the incoming graph makes.
         start: The demands that need a step, as a set.
         is_whole: True if every way was listed.
-        least: By number, a lower bound of the price of a value and of its share in what it reads:
-            what several values may read is divided among all of them.
+        least: By number, a lower bound of the price of a value, with its share in its operands. The
+            bound of an operand is divided among all values that may read it.
         readers: By number, the values that may read it, as a set.
         read_demands: The demands that other values may read, as a set.
         unread: By number, the bounds of all other demands below it, added up.
@@ -64,9 +65,9 @@ class Space:
     unread: tuple[float, ...]
 
     def share(self, value: int, decided: int) -> float:
-        """What a value adds at least to the price while those below ``decided`` are undecided.
+        """The least that a value adds to the price while values below ``decided`` are undecided.
 
-        An undecided reader pays its own share: it is counted in that reader's bound.
+        The shares of undecided readers are left out, because the bounds of these readers have them.
         """
         is_demand = self.start >> value & 1
         readers = self.readers[value]
@@ -153,7 +154,7 @@ def members(of: int) -> list[int]:
 
 
 def _listed(ways: Ways, start: Collection[Value]) -> tuple[dict[Value, list[Way]], bool]:
-    """All values that some way needs, with their ways; and whether none was left out."""
+    """All values that some way needs, with their ways; True beside them if no way was left out."""
     limit = max(_VALUES, _VALUES_PER_STEP * len(ways.problem.incoming))
     listed: dict[Value, list[Way]] = {}
     seen = dict.fromkeys(start)
@@ -173,7 +174,7 @@ def _listed(ways: Ways, start: Collection[Value]) -> tuple[dict[Value, list[Way]
 
 
 def _feasible(ways: Ways, listed: Mapping[Value, list[Way]]) -> dict[Value, list[Way]]:
-    """The ways that lead to a plan, without those that another way makes needless."""
+    """The ways that lead to a plan, without those that another way makes redundant."""
     table: dict[Value, list[Way]] = {}
     for value in sorted(listed, key=ways.rank):
         possible = [way for way in listed[value] if all(table[v] for v in way.reads)]
@@ -194,7 +195,7 @@ def _is_needless(index: int, ways: Sequence[Way]) -> bool:
     return any(
         other.price <= own.price
         and other.reads <= own.reads
-        # Of two that are alike in both the first stays.
+        # Of two ways that are equal in both, the first one is kept.
         and (i < index or other.price < own.price or other.reads < own.reads)
         for i, other in enumerate(ways)
         if i != index
@@ -209,9 +210,10 @@ def _read(ways: Iterable[Way]) -> dict[Value, None]:
 def _ordered(ways: Ways, table: Mapping[Value, list[Way]], start: Collection[Value]) -> list[Value]:
     """The values that the demands may need: operands first, few of them open at a time.
 
-    A value is open while some of its readers are decided and some are not. Next is the value that
-    was opened last and waits for few undecided values, after those. So what one use of a weight
-    needs is decided before the next use is begun, and what all uses read waits.
+    A value is open while some of its readers are decided and some are not. The next value is the
+    one that was opened last and waits for few undecided values, and these come before it. So the
+    values of one use of a weight are decided before the next use begins, and shared values come
+    last.
     """
     read: dict[Value, list[Value]] = {}
     pending = list(start)

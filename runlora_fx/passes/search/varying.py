@@ -1,10 +1,11 @@
-"""Varying problems: what the plans of a problem cost, whatever size one of its dimensions has.
+"""Varying problems: the plans of a problem and their prices, for all sizes of one dimension.
 
-Before -> after: a LoRA layer with N tokens -> the plans that are the cheapest for some N, what each
-of them costs at any N, and the sizes at which another one becomes the choice.
+Before -> after: a LoRA layer with N tokens -> the plans that are cheapest for some N, their prices
+at any N, and the sizes at which another plan becomes the choice.
 
-Invariant: the choice at a size is what :func:`~runlora_fx.passes.search.decide.decide` would do at
-that size with these plans: the same rule says what is a tie.
+Invariant: the choice at a size is the decision that
+:func:`~runlora_fx.passes.search.decide.decide` would make there among these plans, by the same rule
+for ties.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ from runlora_fx.passes.search.frontiers import search
 SEARCHED = (1, 16, 64, 256, 1024, 4096, 32768)
 COMPARED = tuple(dict.fromkeys(round(2 ** (k / 2)) for k in range(35)))
 
-#: How wide plans are searched at each of these sizes; only a few problems need more.
+#: The widths of the search at each of these sizes. Few problems need more.
 _WIDTHS = (16, 128)
 
 
 @dataclass(frozen=True)
 class Varying:
-    """A problem of which some dimensions are one and the same size, not known beforehand.
+    """A problem in which some dimensions have one size that varies between calls.
 
     Attributes:
-        problem: The problem, with a size of 1 in these dimensions.
-        dims: Indices of the dimensions.
-        objective: How its plans are ranked.
+        problem: The problem, with size 1 in these dimensions.
+        dims: The indices of the dimensions.
+        objective: The objective that ranks its plans.
     """
 
     problem: Problem
@@ -44,10 +45,10 @@ class Varying:
 
     @classmethod
     def of(cls, problem: Problem, dims: frozenset[int], objective: Objective) -> Varying:
-        """The problem, whatever size it has in some dimensions.
+        """The problem with one size left open.
 
-        Times are those that the rates of the machine give: measurements of single products make
-        them jump from size to size, and ranges are for sizes that nobody measured.
+        Times are computed from the rates of the machine. Measured times of single products are
+        left out: they exist for few sizes, and prices would jump between sizes.
         """
         smooth = replace(objective, profile=replace(objective.profile, measured=()))
         return cls(_sized(problem, dims, 1), dims, smooth)
@@ -57,7 +58,7 @@ class Varying:
         return _sized(self.problem, self.dims, size)
 
     def priced(self, plan: Plan | None, size: int) -> Priced:
-        """The price and the cost of a plan, or of the graph as it came, at a size."""
+        """The price and the cost of a plan at a size; of the incoming graph if it is None."""
         problem = self.at(size)
         operations = incoming_operations(problem) if plan is None else plan.operations(problem)
         return Priced(self.objective.total(operations), total_cost(operations))
@@ -65,11 +66,11 @@ class Varying:
 
 @dataclass
 class PricedPlans:
-    """The plans of a varying problem and what they cost; a size is priced once.
+    """The plans of a varying problem and their prices, computed once for every size.
 
     Attributes:
         varying: The problem.
-        plans: The graph as it came (None), then every plan that is the cheapest at some size.
+        plans: None for the incoming graph, then every plan that is cheapest at some size.
     """
 
     varying: Varying
@@ -77,45 +78,45 @@ class PricedPlans:
     _known: dict[int, tuple[Priced, ...]] = field(default_factory=dict)
 
     def at(self, size: int) -> tuple[Priced, ...]:
-        """What each plan costs at a size."""
+        """The price and the cost of every plan at a size."""
         if size not in self._known:
             self._known[size] = tuple(self.varying.priced(plan, size) for plan in self.plans)
         return self._known[size]
 
     def is_dearer(self, plan: int, size: int) -> bool:
-        """True if a plan costs more than the graph as it came."""
+        """True if a plan costs more than the incoming graph at a size."""
         priced = self.at(size)
         return self.varying.objective.is_less(priced[0].price, priced[plan].price)
 
     def is_worth(self, plan: int, size: int) -> bool:
-        """True if a plan would replace the graph as it came if a size were the only one."""
+        """True if a plan would replace the incoming graph if this were the only size."""
         priced = self.at(size)
         return replaces(self.varying.objective, priced[0], priced[plan])
 
     def choice(self, size: int) -> int:
-        """The plan that would be taken if a size were the only one."""
+        """The index of the plan that would be chosen if this were the only size."""
         priced = self.at(size)
         best = min(range(len(priced)), key=lambda i: priced[i].price)
         return best if self.is_worth(best, size) else 0
 
     def borders(self) -> Iterator[int]:
-        """The sizes at which another plan is the choice, or a plan begins or ceases to be worth it.
+        """The sizes at which the choice changes, or a plan starts or stops being worth it.
 
-        At a size where a plan ties with the graph as it came it is not worth it.
+        A plan that ties with the incoming graph is not worth it.
         """
         yield from _flips(self.choice)
         for plan in range(1, len(self.plans)):
             yield from _flips(partial(self.is_worth, plan))
 
     def critical(self) -> Iterator[int]:
-        """The sizes at which a plan begins or ceases to be dearer than the graph as it came."""
+        """The sizes at which a plan starts or stops being dearer than the incoming graph."""
         for plan in range(1, len(self.plans)):
             yield from _flips(partial(self.is_dearer, plan))
 
 
 @lru_cache(maxsize=1024)
 def candidates(varying: Varying) -> PricedPlans:
-    """The graph as it came and every plan that is the cheapest at some size that is searched."""
+    """The incoming graph, and every plan that is cheapest at some searched size."""
     found: dict[frozenset[object], Plan | None] = {frozenset(): None}
     for size in SEARCHED:
         plan = search(varying.at(size), varying.objective, widths=_WIDTHS).plan
@@ -124,7 +125,7 @@ def candidates(varying: Varying) -> PricedPlans:
 
 
 def first_size(holds: Callable[[int], bool], low: int, high: int) -> int:
-    """The least size in (low, high] for which something holds that holds from there on."""
+    """The least size in (low, high] for which a condition holds; from there on it always holds."""
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if holds(middle) else (middle, high)
@@ -132,7 +133,7 @@ def first_size(holds: Callable[[int], bool], low: int, high: int) -> int:
 
 
 def _flips(of: Callable[[int], object]) -> Iterator[int]:
-    """The sizes at which something is not what it was at the size before."""
+    """The sizes at which a function of the size changes its value."""
     at = [of(size) for size in COMPARED]
     for (low, high), (before, now) in zip(pairwise(COMPARED), pairwise(at), strict=True):
         if before != now:

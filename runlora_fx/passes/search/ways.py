@@ -1,4 +1,4 @@
-"""The ways to make a value: every step that computes it, what runs it, its price, what it reads.
+"""Ways: every step that makes a value, with its implementation, price and operands.
 
 Example: ``X W' + X A' B'`` is a product ``X (W' + A' B')``, or a sum of two products.
 
@@ -23,25 +23,26 @@ from runlora_fx.passes.algebra.steps import Accumulate, Keep, Product, Step, Sum
 from runlora_fx.passes.algebra.words import Word
 from runlora_fx.passes.search.assigned import assigned_steps, is_assigned
 
-#: Sums of at most so many words are split in two in every way, longer ones by common factors only.
+#: The largest sum that is split in two in every way [words]. Longer ones are split by common
+#: factors.
 _ALL_SPLITS = 6
 
-#: The same where only a few ways are listed.
+#: The same if only a few ways are listed.
 _FEW_SPLITS = 2
 
-#: From this element width on, the order of products does not matter for exactness [B].
+#: The element width from which on ``numerics="strict"`` allows any order of products [B].
 _EXACT_ITEMSIZE = 4
 
 Terms = tuple[tuple[Word, float], ...]
 
 
 class Way(NamedTuple):
-    """One way to make a value: a step, and what runs it.
+    """One way to make a value: a step, and its implementation.
 
     Attributes:
         step: The step.
-        implementation: The name of what runs it.
-        price: What that costs.
+        implementation: The name of the implementation.
+        price: The price of both.
         reads: The values that it reads and that need a step.
     """
 
@@ -52,12 +53,12 @@ class Way(NamedTuple):
 
 
 class _Listed(NamedTuple):
-    """One step towards a value: what is known of it without sizes and prices.
+    """One step towards a value, as far as it is independent of sizes and prices.
 
     Attributes:
         step: The step.
         reads: The values behind all its operands that need a step.
-        is_ordered: True if these values come before the value it makes.
+        is_ordered: True if these values rank below the value that it makes.
     """
 
     step: Step
@@ -77,10 +78,10 @@ def _listing(sizeless: Problem) -> _Listing:
 
 @dataclass
 class Ways:
-    """The ways to make every value of a problem, listed when they are first asked for.
+    """The ways to make every value of a problem, listed on demand.
 
-    Values and ways form an AND-OR graph: a value needs one of its ways, a way all that it reads.
-    Problems that differ in their sizes alone share the steps. Each has prices of its own.
+    Values and ways form an AND-OR graph: a value needs one of its ways, a way needs all values that
+    it reads. Problems that differ only in sizes share the steps, but not the prices.
     """
 
     problem: Problem
@@ -101,9 +102,9 @@ class Ways:
         self._materialised = {value.core for value in (*incoming, *self.problem.demands)}
 
     def rank(self, value: Value) -> tuple[int, int, bool, Terms]:
-        """Orders values such that operands come before what they make.
+        """A sort key that ranks operands below the values that are made from them.
 
-        What is picked or scattered has as many factors as what it is made from.
+        The size alone does not: a picked or scattered value has as many factors as its operand.
         """
         core, leaves = value.core, self.problem.leaves
         marks = 0
@@ -135,11 +136,11 @@ class Ways:
         return self._incoming.get(value, ())
 
     def simple(self, value: Value) -> list[Way]:
-        """A few of the ways: sums are split by common factors and into words only."""
+        """Some of the ways: sums are split by common factors and into words only."""
         return self._possible(value, _FEW_SPLITS)
 
     def simple_steps(self, value: Value) -> Collection[Step]:
-        """The steps of those ways, and steps that are none of a way."""
+        """The steps of these ways, and steps that no implementation runs."""
         return {listed.step for listed in self._towards(value, _FEW_SPLITS)}
 
     def _towards(self, value: Value, all_splits: int) -> tuple[_Listed, ...]:
@@ -153,12 +154,12 @@ class Ways:
         return found
 
     def _found(self, value: Value, step: Step) -> _Listed:
-        """A step, and what follows from it without sizes."""
+        """A step with the facts that do not depend on sizes."""
         reads = self._read(value, step, step.operands)
         return _Listed(step, reads, self._comes_after(value, reads))
 
     def _comes_after(self, value: Value, reads: Iterable[Value]) -> bool:
-        """True if a value comes after others; the incoming graph may add one to itself."""
+        """True if a value ranks above others; not so if the incoming graph adds it to itself."""
         rank = self.rank(value)
         return all([self.rank(read) < rank for read in reads])
 
@@ -190,11 +191,11 @@ class Ways:
         return found.values()
 
     def cheapest(self, value: Value, step: Step) -> Way:
-        """The cheapest way by a step; of those that tie, the one that a graph runs."""
+        """The cheapest way by a step; of ways that tie, the one that ordinary graphs run."""
         return min(self._ways(value, self._found(value, step)), key=lambda way: way.price)
 
     def _rounds_as_before(self, operands: frozenset[Value]) -> bool:
-        """True if every value that a step reads is one that the incoming graph rounds too."""
+        """True if no operand of a step is rounded that the incoming graph does not round too."""
         # Experts multiply by weights that the model merged itself, whatever the width.
         is_exact = self.problem.itemsize >= _EXACT_ITEMSIZE and not self.problem.assignments
         if self.objective.adds_rounding or is_exact:
@@ -217,17 +218,17 @@ class Ways:
                 yield Unpack()
             return  # else a forward leaf that the backward does not hold
         yield from self._incoming.get(value, ())
-        # A weight that is kept from call to call is not saved for the backward as well.
+        # A weight that is kept between calls need not be saved for the backward as well.
         lasts = core.leaves <= self.problem.lasting
         if value.backward and core in self.problem.kept and not lasts:
             yield Keep()
         if is_by_expert:
             yield from assigned_steps(self.problem, core)
         for left, right in () if is_by_expert else factorisations(core):
-            # A step never makes a diagonal matrix: its vector exists already.
+            # No step makes a diagonal matrix, because its vector exists already.
             if any(p.is_diagonal and p.leaf is None for p in (left, right)):
                 continue
-            # Each bias is broadcast by itself, as the reader adds it: no factor is shared.
+            # Ones are not factored out of a sum: each bias is broadcast by itself.
             if len(core) == 1 or not is_broadcast(self.problem.leaves, left, right):
                 yield Product(left, right)
         if len(core) == 1:

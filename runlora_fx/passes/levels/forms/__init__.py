@@ -1,11 +1,15 @@
-"""Forms: what a node computes, in the few terms that all graph levels share.
+"""Forms: what a node computes, in terms that all graph levels share.
 
-In: the readers of a level make a form of a node's arguments. Out: the reader asks the form for its
-cut and its polynomial. A form knows nothing of graphs beyond the nodes that it names, and asks for
-everything else through the two protocols in ``form.py``. A new form is one class in one file here.
+    aten.addmm(b, x, w)      ->      WeightedSum of Broadcast(b) and MatrixProduct(x, w)
 
-Forms are named apart from the steps of a plan: a :class:`MatrixProduct` is what a node computes, a
-``plan.Product`` is a way to compute a value.
+The readers of a level make the form of a node from its arguments. The graph reader gets the cut and
+the polynomial from the form. A form contains only the nodes that it reads, and learns everything
+else through the protocols in ``form.py``. A new form is one class in one file here.
+
+A form is not a step of a plan: a :class:`MatrixProduct` is what a node computes, a
+``steps.Product`` is a way to compute a value.
+
+Invariant: the polynomial of a form is exactly what the node computes.
 """
 
 from runlora_fx.passes.levels.forms.broadcasts import Broadcast, RepeatedRow, Total

@@ -34,7 +34,7 @@ class AssignedForm(Form):
     """A form that depends on which expert each token has: one step of a plan.
 
     Attributes:
-        by: What assigns the tokens.
+        by: The assignment of tokens to experts.
         out: The cut through which a node of this form shows its result.
     """
 
@@ -84,7 +84,7 @@ class _OfRows(AssignedForm):
 
 @dataclass(frozen=True)
 class PickOfRows(_OfRows):
-    """``source[k]``: of the matrices of all experts those of the tokens."""
+    """``source[k]``: for each token the matrix of its expert."""
 
     def step(self, reading: Reading) -> tuple[Step, Polynomial]:
         """A pick."""
@@ -97,14 +97,14 @@ class SumOfRows(_OfRows):
     """``sum_k(source)``: for each expert the sum over its tokens.
 
     Attributes:
-        zeros: What they are added to, a part of this node.
+        zeros: The zeros that the rows are added to. They are absorbed.
     """
 
     zeros: fx.Node
 
     @property
     def absorbed(self) -> tuple[fx.Node, ...]:
-        """The zeros, which may be made like another tensor, and read nothing of it."""
+        """The zeros: ``zeros_like(x)`` reads no element of ``x``, so it is no user of it."""
         return (self.zeros,)
 
     def step(self, reading: Reading) -> tuple[Step, Polynomial]:
@@ -115,7 +115,7 @@ class SumOfRows(_OfRows):
 
 @dataclass(frozen=True)
 class OuterProduct(MatrixProduct):
-    """A column times a row, elementwise: read where it is only added up by expert."""
+    """A column times a row, elementwise. It is read only if it is only added up by expert."""
 
     is_leaf_alone: ClassVar[bool] = True
 
@@ -131,8 +131,8 @@ class _OfTwo(AssignedForm):
     Attributes:
         left: The first operand.
         right: The second operand.
-        parts: Nodes that are a part of this one: what computes it and other results at once, or
-            shows it an operand.
+        parts: Nodes that are absorbed: a call that computes this result with others, or a view of
+            an operand.
     """
 
     left: Operand
@@ -151,7 +151,7 @@ class _OfTwo(AssignedForm):
 
     @property
     def multiplies(self) -> bool:
-        """It does."""
+        """True: it is a product."""
         return True
 
     def factors(self, cut: Cut, reading: Reading) -> list[tuple[Addends, ...]]:
@@ -159,7 +159,7 @@ class _OfTwo(AssignedForm):
         return [(self.left.addends(reading), self.right.addends(reading))]
 
     def cut(self, node: fx.Node, linear: LinearNodes) -> Cut | None:
-        """As it is made."""
+        """The cut through which it is computed."""
         return self.out
 
     def reads_as_computed(self, source: fx.Node, node: fx.Node, linear: Cuts) -> bool:

@@ -1,4 +1,4 @@
-"""Broadcasts: what is repeated over the rows or columns of a matrix, and what undoes that.
+"""Broadcasts: a row or column that is repeated over a matrix, and sums over rows or columns.
 
 Example: in ``x @ w' + b`` the bias is ``1 b'``, the column of ones times a row.
 
@@ -65,8 +65,8 @@ class RepeatedRow(Form):
     """A row that no node holds, repeated for every row of the matrix: the bias of a module.
 
     Attributes:
-        origin: How the row is written, as a vector.
-        size: Its entries.
+        origin: The origin of the row, a vector.
+        size: The number of its entries.
     """
 
     origin: Origin

@@ -1,4 +1,4 @@
-"""The base of all forms, and what a form may ask of the reader.
+"""Form: the base of all forms, and the protocols by which a form learns about other nodes.
 
 Example: ``Permute(x, (1, 0)).as_addends((3, 5), Cut(0, 1), reading)`` is the transpose of
 ``reading.operand(x, Cut(0, 1))``.
@@ -34,16 +34,16 @@ class Cuts(Protocol):
 
 
 class LinearNodes(Cuts, Protocol):
-    """The linear nodes of a graph: what a form asks to find its own cut."""
+    """The linear nodes of a graph, from which a form finds its own cut."""
 
     def is_only_added(self, node: fx.Node) -> bool:
-        """True if every user adds the node to something: nobody relies on its memory."""
+        """True if every user adds the node to something, so no user relies on its layout."""
 
     def is_only_added_by_expert(self, node: fx.Node) -> bool:
-        """True if every user, behind views, adds up what each expert's tokens have."""
+        """True if every user, behind views, adds the node up by expert."""
 
     def is_made_of_product(self, node: fx.Node) -> bool:
-        """True if a product of matrices is added up, scaled, viewed or cast to the node."""
+        """True if the node is a product, or a sum, multiple, view or cast of one."""
 
     def may_scale(self, node: fx.Node, source: fx.Node, vector: fx.Node, *, rows: bool) -> bool:
         """True if ``node = source * vector`` is to be read as a product with a diagonal matrix."""
@@ -57,7 +57,7 @@ class Diagonals(Protocol):
 
 
 class Reading(Diagonals, Protocol):
-    """The polynomials of other nodes: what a form asks for to read its own."""
+    """The polynomials of other nodes, from which a form makes its own."""
 
     def operand(self, node: fx.Node, cut: Cut) -> Addends:
         """A node, seen through a cut."""
@@ -75,17 +75,17 @@ class Reading(Diagonals, Protocol):
         """The number of an assignment of tokens to experts."""
 
     def picked(self, p: Polynomial, k: int) -> Polynomial:
-        """``p[k]``: of the matrices of all experts those of the tokens.
+        """``p[k]``: for each token the matrix of its expert.
 
         Raises:
-            NotInNormalForm: If leaves cannot be picked instead.
+            NotInNormalForm: If the pick cannot be moved to the leaves.
         """
 
     def multiplied(self, left: Polynomial, right: Polynomial) -> Polynomial:
-        """``left @ right``; what a scattered word is multiplied by is picked.
+        """``left @ right``, by ``sum_k(P) Q = sum_k(P Q[k])`` for scattered words.
 
         Raises:
-            NotInNormalForm: If no polynomial says it.
+            NotInNormalForm: If the product is no polynomial.
         """
 
 
@@ -109,16 +109,16 @@ class Factors(Protocol):
 
 
 class Form:
-    """What a node computes of others.
+    """What a node computes from other nodes.
 
     Attributes:
-        is_product: True if a node of this form is one product of matrices and nothing besides.
-        makes_vector: True if it makes the diagonal of a product, a vector that is no matrix.
+        is_product: True if a node of this form is exactly one product of matrices.
+        makes_vector: True if it makes the diagonal of a product, which is no matrix.
         adds: True if it adds up terms, so that its polynomial may grow.
-        is_view: True if it shows the elements of its one source, in another shape or order.
-        carries_source: True if whoever holds the result can do without holding the source.
-        is_leaf_alone: True if a node of this form is a leaf unless it is linear: read through, it
-            would break up a tensor that something else makes anyway.
+        is_view: True if it shows the elements of its only source in another shape or order.
+        carries_source: True if the source need not be saved when the result is.
+        is_leaf_alone: True if a node of this form is a leaf unless it is linear. Otherwise a tensor
+            that exists anyway would be computed again.
     """
 
     is_product: ClassVar[bool] = False
@@ -140,12 +140,12 @@ class Form:
 
     @property
     def absorbed(self) -> tuple[fx.Node, ...]:
-        """The nodes that are a part of this one: nothing else reads them, they have no form."""
+        """The nodes that are read as a part of this one. They have no form of their own."""
         return ()
 
     @property
     def origins(self) -> tuple[Origin, ...]:
-        """Where the virtual leaves come from that it reads."""
+        """The origins of the virtual leaves that it reads."""
         return ()
 
     @property
@@ -160,7 +160,7 @@ class Form:
 
     @property
     def scaling_vector(self) -> fx.Node | None:
-        """The vector by which it scales the rows or columns of its first source, if it does."""
+        """The vector that scales the rows or columns of its first source; None if none does."""
         return None
 
     @property
@@ -211,11 +211,11 @@ class Form:
         return None
 
     def is_readable_at(self, node: fx.Node) -> bool:
-        """False if the node computes more than the form says, such as another memory layout."""
+        """False if the node does more than the form says, such as changing the layout."""
         return True
 
     def led_by(self, nodes: Collection[fx.Node]) -> Form:
-        """The same form with one of some nodes first, where either order computes the same."""
+        """The same form, with one of some nodes as first operand if the order does not matter."""
         return self
 
 
@@ -247,10 +247,10 @@ class VirtualOperand:
     """A matrix that no node holds, maybe transposed.
 
     Attributes:
-        origin: How it is written where a plan needs it.
+        origin: The origin of the matrix.
         rows: Its rows, untransposed.
         cols: Its columns.
-        transposed: True if the transpose is meant.
+        transposed: True if the operand is the transpose.
     """
 
     origin: Origin

@@ -47,7 +47,7 @@ class ScalarMultiple(Form):
         return (self.by,) if isinstance(self.by, fx.Node) else ()
 
     def cut(self, node: fx.Node, linear: LinearNodes) -> Cut | None:
-        """That of the source."""
+        """The cut of the source."""
         return linear.cut_of(self.source)
 
     def is_vector(self, vectors: Collection[fx.Node]) -> bool:
@@ -102,7 +102,7 @@ class DiagonalMultiple(Form):
         return self.by
 
     def cut(self, node: fx.Node, linear: LinearNodes) -> Cut | None:
-        """That of the source, if the vector runs along its rows or columns and is to be read."""
+        """The cut of the source, if the vector scales its rows or columns and is to be read."""
         shape = shape_of(node)
         cut = linear.cut_of(self.source) or last_dim_cut(len(shape))
         if not _runs_along(shape, cut):

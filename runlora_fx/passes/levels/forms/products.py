@@ -1,4 +1,4 @@
-"""Products of matrices, their diagonals, and the matrix that vanishes in them.
+"""Products of matrices, diagonals of products, and the identity matrix.
 
 Example: ``mm(x, permute(w))`` is ``MatrixProduct(x, w')``, and both ``einsum("ij,ij->i", dY, P)``
 and ``sum(mul(dY, P), [1])`` are the diagonal of ``dY P'``.
@@ -52,11 +52,11 @@ class _OfTwo(Form):
 
     @property
     def origins(self) -> tuple[Origin, ...]:
-        """Those of the factors that no node holds."""
+        """The origins of the factors that no node holds."""
         return tuple(f.origin for f in (self.left, self.right) if isinstance(f, VirtualOperand))
 
     def cut(self, node: fx.Node, linear: LinearNodes) -> Cut | None:
-        """As it is made."""
+        """The cut through which it is computed."""
         return self.out
 
     def reads_as_computed(self, source: fx.Node, node: fx.Node, linear: Cuts) -> bool:
@@ -118,21 +118,21 @@ class DiagonalOfProduct(_OfTwo):
 
     @property
     def multiplies(self) -> bool:
-        """It does."""
+        """True: it is a product."""
         return True
 
     def led_by(self, nodes: Collection[fx.Node]) -> Form:
-        """The same vector as the diagonal of ``right' @ left'``, if only ``right`` is a leader."""
+        """The diagonal of ``right' @ left'``, if only ``right`` is one of the nodes."""
         if self.left.node in nodes or self.right.node not in nodes:
             return self
         return replace(self, left=self.right.T, right=self.left.T)
 
     def is_vector(self, vectors: Collection[fx.Node]) -> bool:
-        """It is one."""
+        """True: it is a vector."""
         return True
 
     def as_addends(self, shape: Shape, cut: Cut, reading: Reading) -> Addends | None:
-        """A vector: as a row or as a column, all the same."""
+        """The diagonal part, which is the same as a row and as a column."""
         left, right = self.operands(reading)
         return ((total(left) @ total(right)).diag_part,)
 
@@ -157,8 +157,8 @@ def aligned_factors(
 class SumOfProducts(DiagonalOfProduct):
     """``sum(a * b)`` along rows or columns: the same diagonal, computed by two nodes.
 
-    It is read where a factor is made of a product. Elsewhere it stays elementwise arithmetic, such
-    as the backward of a norm.
+    It is read only if a factor contains a product. Otherwise it stays elementwise arithmetic, as in
+    the backward of a norm.
 
     Attributes:
         multiplication: The node ``a * b``, which only the sum reads.
@@ -174,7 +174,7 @@ class SumOfProducts(DiagonalOfProduct):
         return (self.multiplication,)
 
     def cut(self, node: fx.Node, linear: LinearNodes) -> Cut | None:
-        """As it is made, if a factor is made of a product."""
+        """The cut through which it is computed, if a factor contains a product."""
         return self.out if any(map(linear.is_made_of_product, self.sources)) else None
 
 
@@ -183,5 +183,5 @@ class Identity(Form):
     """The identity matrix."""
 
     def as_addends(self, shape: Shape, cut: Cut, reading: Reading) -> Addends | None:
-        """The empty word, which vanishes in products; None if the cut shows no square matrix."""
+        """The empty word; None if the cut shows no square matrix."""
         return (IDENTITY,) if same_shape(cut.extents(shape), (1, *shape)) else None

@@ -1,4 +1,4 @@
-"""Sums: what is added up, each term with a number in front.
+"""Sums: terms that are added up, each times a number.
 
 Example: ``addmm(b, x, w, alpha=2)`` is ``1 b' + 2 x w``: a broadcast and a product.
 
@@ -46,7 +46,7 @@ class WeightedSum(Form):
 
     @property
     def origins(self) -> tuple[Origin, ...]:
-        """Those of all terms."""
+        """The origins of all terms."""
         return tuple(origin for term, _ in self.terms for origin in term.origins)
 
     @property
@@ -55,7 +55,7 @@ class WeightedSum(Form):
         return tuple(product for term, _ in self.terms for product in term.products)
 
     def cut(self, node: fx.Node, linear: LinearNodes) -> Cut | None:
-        """That of the first linear term, if every other one fits into it."""
+        """The cut of the first linear term, if all others broadcast to its shape."""
         cuts = (term.cut(node, linear) for term, _ in self.terms)
         cut = next((cut for cut in cuts if cut is not None), None)
         if cut is None:

@@ -49,7 +49,7 @@ class Reshape(_OfOne):
         return self.source
 
     def cut(self, node: fx.Node, linear: LinearNodes) -> Cut | None:
-        """The source's, moved."""
+        """The cut of the source, moved."""
         cut = linear.cut_of(self.source)
         return None if cut is None else recut(shape_of(self.source), cut, shape_of(node))
 
@@ -95,8 +95,8 @@ class Permute(_OfOne):
 class Copy(_OfOne):
     """The same values in new memory: dropout in evaluation, ``clone``, ``contiguous``.
 
-    It is read through where the values are an operand. The copy itself stays a root, for whoever
-    asked for it may rely on its layout; unless it is only added to something.
+    An operand is read through it. The copy itself is no linear node, because a user may rely on its
+    layout, unless all users add it to something.
     """
 
     carries_source: ClassVar[bool] = True
@@ -106,7 +106,7 @@ class Copy(_OfOne):
         return linear.cut_of(self.source) if linear.is_only_added(node) else None
 
     def is_readable_at(self, node: fx.Node) -> bool:
-        """True if the copy lies as its source: whoever flattens a contiguous one wants it so."""
+        """True if the copy has its source's strides. Users may rely on a change of strides."""
         return same_strides(node, self.source)
 
     def as_addends(self, shape: Shape, cut: Cut, reading: Reading) -> Addends | None:
