@@ -1,4 +1,4 @@
-"""Addends: a sum as a graph adds it up, before like words are collected.
+"""Addends: a sum as the graph adds it up, before equal words are combined.
 
 Example: ``X W' + 2 (X A') B'`` has the addends ``X W'`` and ``2 X A' B'``, one polynomial each.
 
@@ -33,7 +33,7 @@ def transposed(addends: Addends) -> Addends:
 
 
 def without_cancelled(addends: Addends) -> Addends:
-    """The same sum without the words that vanish from it, and without addends that are zero."""
+    """The same sum without words that cancel, and without addends that are zero."""
     if len(addends) == 1:
         return addends
     left_over = set(total(addends).words)

@@ -1,4 +1,4 @@
-"""Assignments: which of E experts each of T tokens has, and what is linear in that.
+"""Assignments: each of T tokens has one of E experts; picks and sums by expert are linear.
 
 An assignment is an *index* ``k`` of T numbers, or the *offsets* at which the rows of each expert
 end, where rows are sorted by expert. For a batch of E matrices M, ``M[k]`` is the batch of the T
@@ -12,7 +12,7 @@ that are the sums over each expert's tokens. Both are linear:
 Before -> after: ``(W + s L R)[k] x``, read with picks at the leaves: ``W[k] x + s L[k] R[k] x``.
 
 Invariant: picks stand at leaves, scatters stand outside of words. A *picked leaf* is a leaf of its
-own, which knows its base leaf; no tensor holds it until a step picks it.
+own that names its base leaf. No tensor holds it until a step picks it.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class Assignment:
 
     Attributes:
         kind: ``"indexed"`` if an index has the expert of each token; ``"grouped"`` if offsets have
-            the end of each expert's rows. Rows of the latter are never picked: one operator
-            multiplies all of them by the matrices of their experts.
+            the ends of the experts' rows. Then no matrix is picked: one operator multiplies all
+            rows by the matrices of their experts.
         tokens: Index of the number of tokens in :attr:`Problem.dims`.
         experts: Index of the number of experts.
-        multiple: Widths that grouped products take are multiples of it [elements].
+        multiple: Grouped products take widths that are multiples of it [elements].
     """
 
     kind: Literal["indexed", "grouped"]
@@ -44,7 +44,7 @@ class Assignment:
 
 
 class Picked(NamedTuple):
-    """What a picked leaf is made of: ``base[k]``.
+    """The definition of a picked leaf: ``base[k]``.
 
     Attributes:
         base: The leaf that holds a matrix for each expert.
@@ -56,11 +56,11 @@ class Picked(NamedTuple):
 
 
 class _PickedLeaf(Protocol):
-    """What this module has to know of a leaf."""
+    """The part of a leaf that this module needs."""
 
     @property
     def picked(self) -> Picked | None:
-        """What it is picked from; None if it is no picked leaf."""
+        """Its base and assignment; None if it is no picked leaf."""
 
 
 def picking(leaves: Sequence[_PickedLeaf], p: Polynomial) -> int | None:

@@ -1,4 +1,4 @@
-"""Factorisation: the parts of a sum that share nothing, and every way to write it as a product.
+"""Factorisation: the independent parts of a sum, and every way to write a sum as a product.
 
 Before -> after: ``X W' + X A' B'`` -> ``X (W' + A' B')``, its only complete factorisation.
 
@@ -15,15 +15,16 @@ from math import prod
 from runlora_fx.passes.algebra.polynomials import Polynomial, of_factors, polynomial, without_scalar
 from runlora_fx.passes.algebra.words import Factor, Word
 
-#: Ways to cut the words of one sum that :func:`factorisations` tries for each cut of the first.
+#: The largest number of ways to cut the other words, for each cut of the first word.
 _MAX_CHOICES = 64
 
 
 def components(p: Polynomial) -> list[Polynomial]:
     """Split a sum into parts between which nothing can be factored out.
 
-    Two words can share a factor only if they begin or end with the same one (up to longer chains of
-    such pairs), so the cheapest evaluation of a sum is that of its components, added.
+    Words from which a common factor can be taken begin or end with it. So words that are connected
+    by common first or last factors form a component. The cheapest evaluation of a sum evaluates its
+    components separately and adds them.
     """
     if len(p) == 1:
         return [p]
@@ -47,14 +48,14 @@ def components(p: Polynomial) -> list[Polynomial]:
 
 
 def factorisations(p: Polynomial) -> Iterator[tuple[Polynomial, Polynomial]]:
-    """All (L, R) of at least one factor each, with ``L @ R == p``, the leading number in R.
+    """All (L, R) of at least one factor each with ``L @ R == p``; the leading number is in R.
 
-    Of a diagonal part it is the matrix that is cut: ``diag_part(L @ R) == p``. Of what is scattered
-    to experts it is what the tokens add: ``(L @ R).scattered(k) == p``.
+    For a diagonal part, ``diag_part(L @ R) == p``. For a scattered polynomial,
+    ``(L @ R).scattered(k) == p``.
 
-    Some words of p can be cut in several places, as in ``X A + X B A``, which is ``X (A + B A)``
-    and ``(X + X B) A``. Beyond a fixed number of combinations only the shortest and the longest L
-    are tried.
+    Some words of p can be cut in several places: ``X A + X B A`` is ``X (A + B A)`` and
+    ``(X + X B) A``. Beyond a fixed number of combinations only the shortest and the longest L are
+    tried.
     """
     if p.is_diag_part:
         p = p.matrix
@@ -68,8 +69,9 @@ def factorisations(p: Polynomial) -> Iterator[tuple[Polynomial, Polynomial]]:
             right = Polynomial(((Word(word.factors[i:], word.scalars), c),))
             yield of_factors(word.factors[:i]), right
         return
-    # The leading word of p is that of L times that of R, so each cut of it fixes what can stand
-    # left (whatever stands before R's leading word somewhere in p) and right.
+    # The leading word of p is the product of the leading words of L and R. So a cut of it
+    # determines the words that L can have (they stand before R's leading word in p), and those of
+    # R.
     leading, *others = [word.factors for word in p.words]
     for i in range(1, len(leading)):
         first, last = leading[:i], leading[i:]
@@ -86,7 +88,7 @@ def factorisations(p: Polynomial) -> Iterator[tuple[Polynomial, Polynomial]]:
 
 
 def _choices(options: list[list[int]]) -> Iterator[tuple[int, ...]]:
-    """Every combination of one option each; the first and the last only where they are too many."""
+    """Every combination of one option each; if they are too many, only the first and the last."""
     if not all(options):
         return
     if prod(map(len, options)) <= _MAX_CHOICES:
@@ -97,7 +99,7 @@ def _choices(options: list[list[int]]) -> Iterator[tuple[int, ...]]:
 
 
 def _divided_at(p: Polynomial, cuts: tuple[int, ...]) -> tuple[Polynomial, Polynomial] | None:
-    """L and R that result from cutting every word at its place; None if p is not their product."""
+    """L and R for a cut of every word; None if p is not their product."""
     leading, i = p.terms[0][0].factors, cuts[0]
     pieces = [
         (w.factors[:j], w.factors[j:], w.scalars, c)

@@ -3,11 +3,11 @@
 An implementation says which steps it serves, which of their operands it reads, and which operations
 it runs. The function that writes it is registered under the same name in the room ``emit``.
 
-Example: ``1' X`` is a product with a row of ones. ``"total"`` serves it by a sum over rows. The
-search prefers it to ``"matmul"``, which serves every product and costs more.
+Example: ``1' X`` is a product with a row of ones. ``"total"`` runs it as a sum over rows. The
+search prefers it to ``"matmul"``, which runs every product and costs more.
 
-Invariant: every step is served by a usual implementation. The first of them prices the graph that
-takes the step. The search chooses among all that serve it.
+Invariant: every step has a usual implementation, and the first usual one prices an incoming graph
+that takes the step. The search chooses among all implementations that serve the step.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ from runlora_fx.passes.algebra.steps import (
 
 @dataclass(frozen=True)
 class Work:
-    """What an implementation is asked to do.
+    """A step to run: the input of an implementation.
 
     Attributes:
         problem: The problem.
-        core: The value that is made.
-        step: The step that makes it.
-        sizes: The dimensions [elements]: integers, or expressions where a cost is symbolic.
+        core: The value that the step makes.
+        step: The step.
+        sizes: The dimensions [elements]: integers, or expressions for a symbolic cost.
     """
 
     problem: Problem
@@ -72,7 +72,7 @@ class Work:
 
     @property
     def size(self) -> Amount:
-        """What the value takes in memory [B]."""
+        """The size of the value in memory [B]."""
         batch, rows, cols = self.extents
         return batch * rows * cols * self.itemsize
 
@@ -101,13 +101,12 @@ class Implementation:
     """One way to run a step.
 
     Attributes:
-        name: What it is registered by, in plans and where it is written.
+        name: Its name in plans and in the registry of ``emit``.
         step: The kind of step that it runs.
-        operations: What it runs, given some work; symbolic where the sizes are. Their prices add
-            up, and those that are matrix products take the time that was measured of them.
-        serves: True if it can do some work.
-        reads: What it reads of the step's operands.
-        is_usual: True if a graph that takes the step may run it so.
+        operations: The operations that it runs. The price of the step is the sum of their prices.
+        serves: True if it can run a step.
+        reads: The operands of the step that it reads.
+        is_usual: True if ordinary graphs run the step in this way.
     """
 
     name: str
@@ -122,7 +121,7 @@ class Implementation:
 
 
 def register(implementation: Implementation) -> None:
-    """Add an implementation, before anything is planned: decisions are remembered.
+    """Add an implementation. Call it before anything is planned, because decisions are cached.
 
     Raises:
         ValueError: If another one has its name.
@@ -138,7 +137,7 @@ def named(name: str) -> Implementation:
 
 
 def serving(work: Work) -> list[Implementation]:
-    """All implementations that can do some work, the one that a graph runs first."""
+    """All implementations that can run a step, usual ones first."""
     found = [
         one for one in REGISTERED.values() if isinstance(work.step, one.step) and one.serves(work)
     ]
@@ -146,11 +145,11 @@ def serving(work: Work) -> list[Implementation]:
 
 
 def usual(work: Work) -> Implementation:
-    """The implementation that a graph that takes the step runs."""
+    """The implementation by which an ordinary graph runs a step."""
     return serving(work)[0]
 
 
-# -- sums and what is kept ---------------------------------------------------------------------
+# -- sums and saved values ---------------------------------------------------------------------
 
 
 def _add(work: Work) -> tuple[Operation, ...]:
@@ -190,7 +189,7 @@ def _keeps(work: Work) -> bool:
     return is_of_leaves and is_mergeable(work.problem, work.core)
 
 
-#: In most calls nothing runs: the weight is the one that an earlier call merged.
+#: It costs nothing: in most calls the weight is the one that an earlier call merged.
 _KEPT = Implementation("kept", Accumulate, lambda work: (), _keeps, is_usual=False)
 
 
@@ -214,7 +213,7 @@ def _repeats(work: Work) -> bool:
     return step is not None and is_broadcast(work.problem.leaves, step.left, step.right)
 
 
-#: Fused into whatever reads it.
+#: It costs nothing: it is fused into its reader.
 _REPEAT = Implementation("repeat", Product, lambda work: (), _repeats)
 
 
@@ -224,7 +223,7 @@ def _scales(work: Work) -> bool:
 
 
 def _scale(work: Work) -> tuple[Operation, ...]:
-    # A demand is read by something elementwise, which scales it on the way.
+    # The reader of a demand is elementwise, and the scaling is fused into it.
     is_demand = any(work.core == demand.core for demand in work.problem.demands)
     return () if is_demand else (Elementwise(2 * work.size),)
 
@@ -270,7 +269,7 @@ _MATMUL = Implementation(
 
 
 def _virtual(work: Work) -> Polynomial | None:
-    """The operand of a product that is M', as in ``X M'``, or M, as in ``M X'``, of a virtual M."""
+    """The packed operand of ``X M'`` or ``M X'``; None if the product has none."""
     step = work.product
     for p, shown in ((step.right, step.right), (step.left, step.left.T)) if step else ():
         factor = shown.leaf
@@ -280,7 +279,7 @@ def _virtual(work: Work) -> Polynomial | None:
 
 
 def _dequantise(work: Work, p: Polynomial, itemsize: int) -> Operation:
-    """Read a packed weight, and write elements of some bytes each."""
+    """The cost of reading a packed weight, and of writing it with some bytes per element."""
     assert p.leaf is not None
     spec = work.problem.leaves[p.leaf.leaf]
     elements = work.sizes[spec.rows] * work.sizes[spec.cols]
@@ -290,7 +289,8 @@ def _dequantise(work: Work, p: Polynomial, itemsize: int) -> Operation:
 def _multiply_packed(work: Work) -> tuple[Operation, ...]:
     virtual = _virtual(work)
     assert virtual is not None
-    # It unpacks on the way: so a plan that needs the weight anyway multiplies by that.
+    # It pays for unpacking, so a plan that unpacks the weight anyway multiplies by the unpacked
+    # one.
     return (_product(work), _dequantise(work, virtual, 0))
 
 

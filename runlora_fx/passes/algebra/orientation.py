@@ -1,14 +1,14 @@
-"""Orientation: which values lie in memory as their transpose, decided once for price and emission.
+"""Orientation: which values are stored transposed; price and emission use the same answer.
 
-Example: a gradient that the graph shows as ``dY' X``, row by row, is computed so, and not as
+Example: a root that the incoming graph stores as ``dY' X``, row by row, is not computed as
 ``(X' dY)'``.
 
-What the graph shows lies as it is shown. What only sums and scalings read lies as their results do.
-Any other value lies in the orientation in which its largest leaf stands untransposed: an activation
-computed transposed would drag transposed layouts through whatever reads it.
+A root keeps its orientation. A value that only sums and scalings read has the orientation of their
+results. Any other value has the orientation in which its largest leaf is not transposed: an
+activation that is stored transposed would make the layouts of its readers transposed too.
 
-Invariant: what a matrix product reads lies the same way in every plan of a problem. So the search
-knows the layouts of a product's operands before it has a plan, and prices what is written.
+Invariant: an operand of a matrix product has the same orientation in every plan of a problem. So
+the search knows the layouts of a product's operands before it has a plan.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from runlora_fx.passes.algebra.words import Factor
 
 @lru_cache(maxsize=1 << 14)
 def lies_transposed(problem: Problem, core: Polynomial) -> bool:
-    """True if a value that the graph shows, or that a matrix product reads, lies transposed.
+    """True if a value is stored transposed: a root, or an operand of a matrix product.
 
     Args:
         problem: The problem.
@@ -43,27 +43,27 @@ def lies_transposed(problem: Problem, core: Polynomial) -> bool:
 
 
 def is_turned(problem: Problem, operand: Polynomial) -> bool:
-    """True if an operand of a matrix product is the transpose of what lies in memory."""
+    """True if an operand of a matrix product is the transpose of the stored value."""
     _, transposed, core = normalise(operand)
     return transposed != lies_transposed(problem, core)
 
 
 def orientations(problem: Problem, steps: Mapping[Value, Step]) -> dict[Polynomial, bool]:
-    """By value of a plan, True if it lies transposed.
+    """By value of a plan, True if it is stored transposed.
 
-    Where two sums or scalings read a value, the first of them decides, in the order of the demands.
+    If two sums or scalings read a value, the first one in the order of the demands decides.
 
     Args:
         problem: The problem.
-        steps: How every value is computed.
+        steps: By value, its step.
     """
     settled = set(problem.shown_transposed)
     for value, step in steps.items():
-        if not value.core.is_diag_part:  # dot products take either
+        if not value.core.is_diag_part:  # dot products take either orientation
             along = step.along(value.core)
             settled.update(normalise(p).core for p in step.operands if p not in along)
     found: dict[Polynomial, bool] = {}
-    # Sums pass their orientation on: those come first whose own does not depend on another's.
+    # Sums pass their orientation to their operands. Values with a settled orientation come first.
     read = [value for value in steps if value.core in settled]
     pending = [*steps, *reversed(read), *reversed(problem.demands)]  # the last is the next
     while pending:

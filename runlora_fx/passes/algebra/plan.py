@@ -1,9 +1,9 @@
-"""Plans: an answer to a problem, as data, and what it runs and costs.
+"""Plans: a step and an implementation for every value of a problem, with their costs.
 
 Example: the plan of ``Y = X W' + 2 X A' B'`` that merges has a product for ``B A``, a sum for
 ``W + 2 B A`` and a product for ``Y``.
 
-Invariant: the orientations that a plan is priced by are those that it is written in.
+Invariant: a plan is priced in the orientations in which it is written.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ def step_operations(
     dims: Dims | None = None,
     implementation: str | None = None,
 ) -> tuple[Operation, ...]:
-    """What a step runs; symbolic where ``dims`` holds expressions.
+    """The operations of a step; symbolic if ``dims`` has expressions.
 
     Args:
         problem: The problem.
         core: The value that the step makes.
         step: The step.
-        dims: The dimensions, if not at the hints.
-        implementation: What runs the step, if not what runs it in a graph that takes it.
+        dims: The dimensions; those of the problem if None.
+        implementation: The name of the implementation; the usual one if None.
     """
     work = Work(problem, core, step, problem.dims if dims is None else dims)
     return (usual(work) if implementation is None else named(implementation)).operations(work)
@@ -43,14 +43,13 @@ def step_operations(
 
 @dataclass(frozen=True)
 class Plan:
-    """One step for every value that the demands need; leaves need none.
+    """One step for every value that the demands need, except for leaves.
 
     Attributes:
-        steps: By value.
-        implementations: By value, the name of what runs its step; where none is named, it runs as
-            in a graph that takes the step.
-        lies: By value, True if it lies transposed in memory; None while that follows from the
-            problem and the steps.
+        steps: By value, its step.
+        implementations: By value, the name of its implementation; the usual one if there is none.
+        lies: By polynomial of a value, True if it is stored transposed; None if that was not
+            computed yet.
     """
 
     steps: Mapping[Value, Step]
@@ -58,39 +57,39 @@ class Plan:
     lies: Mapping[Polynomial, bool] | None = field(default=None, compare=False)
 
     def runs_as_in(self, graph: Collection[tuple[Value, Step]]) -> bool:
-        """True if a graph that takes some steps takes all of this plan's, and runs them so."""
+        """True if some steps of a graph include all steps of this plan, and it runs them alike."""
         are_usual = all(named(name).is_usual for name in self.implementations.values())
         return are_usual and all(pair in graph for pair in self.steps.items())
 
     @property
     def signature(self) -> frozenset[object]:
-        """What runs; equal for two plans that run the same."""
+        """A key that is equal for plans with equal steps and implementations."""
         return frozenset([*self.steps.items(), *self.implementations.items()])
 
     def implementation(self, problem: Problem, value: Value) -> str:
-        """The name of what runs the step towards a value."""
+        """The name of the implementation of a value's step."""
         found = self.implementations.get(value)
         return found or usual(Work(problem, value.core, self.steps[value], problem.dims)).name
 
     def laid(self, problem: Problem) -> Plan:
-        """The same plan, which says how each value lies in memory."""
+        """The same plan with the orientations of its values."""
         return replace(self, lies=orientations(problem, self.steps))
 
     def operations(self, problem: Problem, dims: Dims | None = None) -> list[Operation]:
-        """What runs: shared values once."""
+        """All operations of the plan. A value that several steps read is computed once."""
         steps = ((v, step, self.implementations.get(v)) for v, step in self.steps.items())
         return _operations(problem, steps, dims)
 
     def cost(self, problem: Problem, dims: Dims | None = None) -> Cost:
-        """The cost of the plan: shared values once."""
+        """The cost of all operations of the plan."""
         return total_cost(self.operations(problem, dims))
 
 
 @lru_cache(maxsize=4096)
 def with_unpacking(problem: Problem) -> Problem:
-    """The same problem, whose incoming graph also unpacks what its steps read of virtual leaves.
+    """The same problem with incoming steps that unpack the packed leaves which steps read.
 
-    Equal problems become one object, which later look-ups find without comparing.
+    Equal problems become one object, so later look-ups need not compare them.
     """
     found: dict[tuple[Value, Step], None] = {}
     for value, step in problem.incoming if any(leaf.packed for leaf in problem.leaves) else ():
@@ -103,13 +102,13 @@ def with_unpacking(problem: Problem) -> Problem:
 
 
 def incoming_operations(problem: Problem, dims: Dims | None = None) -> list[Operation]:
-    """What the graph as it came runs."""
+    """The operations of the incoming graph."""
     steps = ((value, step, None) for value, step in dict.fromkeys(problem.incoming))
     return _operations(problem, steps, dims)
 
 
 def incoming_cost(problem: Problem, dims: Dims | None = None) -> Cost:
-    """The cost of the graph as it came."""
+    """The cost of the incoming graph."""
     return total_cost(incoming_operations(problem, dims))
 
 

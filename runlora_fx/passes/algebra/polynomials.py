@@ -1,22 +1,23 @@
-"""Matrix polynomials: the normal form in which every linear region is read, planned and proven.
+"""Matrix polynomials: the normal form in which linear algebra is read, planned and proven.
 
 A *factor* is a leaf matrix, its transpose, or the diagonal matrix of a leaf vector. A *word* is a
 product of factors. A *polynomial* is a sum of words with coefficients. A coefficient is a number
-times a monomial of *scalar leaves*: 0-d tensors whose value only the run knows.
+times a product of *scalar leaves*: 0-d tensors and symbols whose value is known at run time.
 
 Before -> after: ``(A B)' C + (D + D) C`` -> ``B' A' C + 2 D C``. Products are expanded over sums,
 transposes are pushed to the leaves, and like words are added.
 
-The gradient of a vector that scales rows or columns is no product, but the *diagonal part* of one:
-the vector ``sum(L * R', 1)``, which is the diagonal of ``L R``. It is a word of its own kind. The
-product under it can be cut anywhere: ``diag_part(dY' (X A' B')) = diag_part((dY' X A') B')``.
+The gradient of a vector that scales rows or columns is the *diagonal part* of a product: the vector
+``sum(L * R', 1)``, which is the diagonal of ``L R``. It is a word of its own kind. Its product can
+be
+evaluated in any order: ``diag_part(dY' (X A' B')) = diag_part((dY' X A') B')``.
 
-A word may also be *scattered*: an assignment gives each of T tokens one of E experts, and a batch
-of T matrices becomes a batch of E, each the sum over its tokens. The factors of such a word are
-those of the T matrices: see :mod:`runlora_fx.passes.algebra.assignments`.
+A word may also be *scattered*: an assignment gives each of T tokens one of E experts, and the word
+is a batch of E matrices, each the sum over its tokens. Its factors are those of the T matrices: see
+:mod:`runlora_fx.passes.algebra.assignments`.
 
-Invariant: two expressions denote the same function of their leaves if and only if their polynomials
-are equal. Nothing here knows of torch, shapes or costs: leaves are integers.
+Invariant: two expressions are the same function of their leaves if and only if their polynomials
+are equal. Leaves are integers; nothing here depends on torch, shapes or costs.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ from typing import NamedTuple
 from runlora_fx.passes.algebra.cached import cached
 from runlora_fx.passes.algebra.words import Factor, Factors, NotInNormalForm, Word, in_order, merge
 
-#: Significant digits of a coefficient that are kept when a sum is divided by a scalar. They are few
-#: enough that 0.7 (P + Q / 3) and 0.5 (P + Q / 3) become the same sum, and enough for fp64.
+#: Significant digits of a coefficient after a sum is divided by a scalar. They are enough for fp64,
+#: and few enough that 0.7 (P + Q / 3) and 0.5 (P + Q / 3) become the same sum.
 _DIGITS = 13
 
-#: The fractions that coefficients are taken for: their denominator, and how near they have to be.
+#: A coefficient is rounded to a fraction with at most this denominator, if it is this near.
 _DENOMINATOR, _TOLERANCE = 10_000, 1e-13
 
-#: Smaller numbers, and larger ones than its inverse, are taken for no fraction.
+#: Smaller numbers, and numbers larger than its inverse, are not rounded to fractions.
 _SMALLEST = 1e-100
 
 
@@ -66,7 +67,7 @@ ONE = Scalar()
 
 @dataclass(frozen=True)
 class Polynomial:
-    """A sum of words with numeric coefficients, sorted; build it with :func:`polynomial`."""
+    """A sorted sum of words with numeric coefficients. :func:`polynomial` makes one."""
 
     terms: tuple[tuple[Word, float], ...]
 
@@ -77,7 +78,7 @@ class Polynomial:
         return iter(self.terms)
 
     def __hash__(self) -> int:
-        # Stored by hand: polynomials are looked up so often that a cached property is too slow.
+        # Stored by hand, because a cached property is too slow for this many look-ups.
         known: int | None = self.__dict__.get("_hash")
         if known is None:
             known = self.__dict__["_hash"] = hash(self.terms)
@@ -90,17 +91,17 @@ class Polynomial:
 
     @cached
     def size(self) -> int:
-        """Factors in all words, the identity counted as one: more than any operand has."""
+        """The number of factors in all words, with the identity counted as one."""
         return sum(len(word.factors) or 1 for word, _ in self.terms)
 
     @cached
     def leaves(self) -> frozenset[int]:
-        """The matrix leaves it mentions."""
+        """The numbers of its matrix leaves."""
         return frozenset(f.leaf for word, _ in self.terms for f in word.factors)
 
     @cached
     def scalar_leaves(self) -> frozenset[int]:
-        """The scalar leaves it mentions."""
+        """The numbers of its scalar leaves."""
         return frozenset(s for word, _ in self.terms for s in word.scalars)
 
     @cached
@@ -156,17 +157,17 @@ class Polynomial:
 
     @property
     def unmirrored(self) -> Polynomial:
-        """The same vectors in one spelling: the diagonal of L R is that of R' L'."""
+        """Diagonal parts in one spelling, because the diagonals of L R and R' L' are equal."""
         return _mapped(self, lambda word: min(word, word.mirrored) if word.diag_part else word)
 
     @cached
     def shown(self) -> Factors:
-        """The factors of the first word that has some. Its ends have the polynomial's extents."""
+        """The factors of the first word that has any. Its ends have the sizes of the polynomial."""
         return next((w.factors for w in self.words if w.factors), ())
 
     @cached
     def leaf(self) -> Factor | None:
-        """The factor that it is, if it is a single leaf up to a scalar."""
+        """Its factor, if it is a single leaf times a scalar; None otherwise."""
         if len(self.terms) != 1:
             return None
         word = self.terms[0][0]
@@ -206,11 +207,11 @@ class Polynomial:
 
 
 def polynomial(terms: Iterable[tuple[Word, float]]) -> Polynomial:
-    """The normal form of a sum: like words added, zeros dropped, words sorted."""
+    """The normal form of a sum: equal words combined, zeros dropped, words sorted."""
     total: dict[Word, float] = {}
     for word, c in terms:
         total[word] = total.get(word, 0.0) + c
-    if len(total) == 1:  # most are: nothing to compare or to sort
+    if len(total) == 1:  # the most common case: nothing to compare or sort
         ((word, c),) = total.items()
         return Polynomial(((word, c),) if abs(c) > 1e-14 * abs(c) else ())
     scale = max((abs(c) for c in total.values()), default=0.0)
@@ -220,7 +221,7 @@ def polynomial(terms: Iterable[tuple[Word, float]]) -> Polynomial:
 
 def _mapped(p: Polynomial, to: Callable[[Word], Word]) -> Polynomial:
     """The sum with every word replaced."""
-    if len(p.terms) == 1:  # as most: one word stays one word
+    if len(p.terms) == 1:  # the most common case: one word stays one word
         ((word, c),) = p.terms
         return Polynomial(((to(word), c),))
     return polynomial((to(word), c) for word, c in p.terms)
@@ -283,7 +284,7 @@ def without_scalar(p: Polynomial) -> tuple[Scalar, Polynomial]:
 
 @lru_cache(maxsize=1 << 16)
 def normalise(p: Polynomial) -> Normalised:
-    """The value behind a polynomial, up to scalar and transpose: what needs computing only once."""
+    """The value of a polynomial, up to a scalar and a transpose. It is computed only once."""
     if len(p.terms) == 1:
         return _normalised_word(p)
     scalar, core = without_scalar(p)
@@ -295,7 +296,7 @@ def normalise(p: Polynomial) -> Normalised:
 
 
 def _normalised_word(p: Polynomial) -> Normalised:
-    """The value behind a single word: the same as for a sum, with less to compare."""
+    """The value of a polynomial of one word, as :func:`normalise` but faster."""
     ((word, c),) = p.terms
     if word.scalars:
         word, scalar = word._replace(scalars=()), Scalar(_rounded(c), word.scalars)
@@ -354,10 +355,10 @@ def _transposed(p: Polynomial) -> Polynomial:
 
 @lru_cache(maxsize=1 << 14)
 def _rounded(c: float) -> float:
-    """A coefficient without the error that multiplying and dividing leaves in it.
+    """A coefficient without the rounding error of earlier multiplications and divisions.
 
-    A fraction, or the root of one, is the double next to it. So dividing by a rounded number and
-    rounding again finds what dividing once does: ``(1/2) / (1/6)`` is 3, whatever was rounded.
+    A number close to a fraction, or to the square root of one, becomes the double next to it. So
+    ``(1/2) / (1/6)`` is exactly 3.
     """
     size = abs(c)
     for power in (1, 2) if _SMALLEST < size < 1 / _SMALLEST else ():

@@ -25,11 +25,11 @@ Dim: TypeAlias = int | sympy.Expr
 
 @dataclass(frozen=True)
 class PosedProblem:
-    """A region as a problem with leaf numbers of its own, so that equal layers pose equal ones.
+    """A region as a problem with leaf numbers of its own.
 
     Attributes:
-        problem: What to plan.
-        dims: Its dimensions: sizes as the graph has them.
+        problem: The problem.
+        dims: The sizes of its dimensions in the graph.
         matrices: By leaf number of the problem, the leaf number of the graph.
         scalars: The same for scalar leaves.
         assignments: The same for assignments of tokens to experts.
@@ -55,22 +55,22 @@ class PosedProblem:
 
     @cached_property
     def _keeps_order(self) -> bool:
-        """True if both numberings have one order: what is normalised in one is so in the other."""
+        """True if both numberings have the same order. Then normal forms stay normal forms."""
         numbers = (self.matrices, self.scalars, self.assignments)
         return all(before < after for given in numbers for before, after in pairwise(given))
 
     @cached_property
     def _in_graph(self) -> dict[Polynomial, Polynomial]:
-        """Renamed polynomials, by polynomial: the steps of a problem have most in common."""
+        """By polynomial, the renamed one. The steps of a problem share most polynomials."""
         return {}
 
     def own(self, p: Polynomial) -> Polynomial:
-        """A polynomial in leaves of the graph, in the problem's own."""
+        """A polynomial of the graph's leaves, renamed to the problem's leaves."""
         numbers = (self.matrices, self.scalars, self.assignments)
         return substitute(p, *({graph: i for i, graph in enumerate(given)} for given in numbers))
 
     def step_in_graph(self, value: Value, step: Step) -> tuple[Value, Step]:
-        """A step of the problem and what it makes, in leaves of the graph."""
+        """A value of the problem and its step, renamed to the graph's leaves."""
         step = step.renamed(self._renamed, self._graph_numbers[2])
         made = self._renamed(value.core)
         if self._keeps_order:
@@ -78,7 +78,7 @@ class PosedProblem:
         return Value(normalise(made).core, value.backward), step.making(made)
 
     def in_graph(self, plan: Plan) -> Plan:
-        """A plan of the problem, in leaves of the graph: with all that the emitter obeys."""
+        """A plan of the problem, renamed to the graph's leaves, with all implementations named."""
         steps: dict[Value, Step] = {}
         implementations: dict[Value, str] = {}
         lies: dict[Polynomial, bool] = {}
@@ -93,7 +93,7 @@ class PosedProblem:
         return Plan(steps, implementations, lies)
 
     def _renamed(self, p: Polynomial) -> Polynomial:
-        """A polynomial in the problem's leaves, in those of the graph."""
+        """A polynomial of the problem's leaves, renamed to the graph's leaves."""
         found = self._in_graph.get(p)
         if found is None:
             found = substitute(p, *self._graph_numbers, keeps_order=self._keeps_order)

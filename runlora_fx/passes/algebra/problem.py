@@ -1,10 +1,11 @@
-"""Problems: the question that the search answers, as data.
+"""Problems: the values to compute and the steps of the incoming graph, as data for the search.
 
-A *value* is a polynomial up to scalar and transpose, in one of two phases. In a joint graph the
-forward phase holds what can be computed without incoming gradients. What the backward needs of it
-is either *kept* or computed a second time. Inference graphs have one phase only.
+A *value* is a polynomial up to a scalar and a transpose, in one of two phases. In a joint graph the
+forward phase has the values that can be computed without incoming gradients. If the backward needs
+one of them, it is saved (:class:`Keep`) or computed a second time. Inference graphs have one phase.
 
-Example: ``Y = X W' + 2 X A' B'`` is a demand, and two products and a sum that the graph takes.
+Example: ``Y = X W' + 2 X A' B'`` has the demand ``Y``, and as incoming steps three products and a
+sum.
 
 Invariant: a problem has leaf numbers of its own, so that equal layers pose equal problems.
 """
@@ -26,7 +27,7 @@ from runlora_fx.passes.algebra.words import Factor
 
 @dataclass(frozen=True)
 class LeafSpec:
-    """What planning has to know of a leaf.
+    """The facts of a leaf that planning needs.
 
     Attributes:
         rows: Index of the row dimension in :attr:`Problem.dims`.
@@ -35,11 +36,11 @@ class LeafSpec:
         kind: ``"matrix"``; ``"ones"`` for the column of ones that broadcasts a bias over rows;
             ``"diagonal"`` for the diagonal matrix of a vector.
         backward: True if it depends on an incoming gradient.
-        held: True if the backward can use it without more being saved for it.
-        picked: What it is picked from, if no tensor holds it.
-        packed: Bits of an element where the weight is stored packed: a *virtual* leaf M. One
-            operator multiplies by M' and makes no M; whatever else reads M needs a step that
-            unpacks it. 0 for every other leaf.
+        held: True if the backward can use it without saving more.
+        picked: Its base and assignment, if it is a picked leaf.
+        packed: Bits per element of a weight that is stored packed; 0 for any other leaf. One
+            operator multiplies by its transpose without unpacking it. Any other step needs a step
+            that unpacks it.
     """
 
     rows: int
@@ -53,7 +54,7 @@ class LeafSpec:
 
 
 class Value(NamedTuple):
-    """A normalised polynomial, in the phase it is needed in."""
+    """A normalised polynomial, in the phase that computes it."""
 
     core: Polynomial
     backward: bool
@@ -61,21 +62,22 @@ class Value(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """Values that are to be computed together, and how the incoming graph computes them.
+    """Values that are computed together, and how the incoming graph computes them.
 
     Attributes:
-        leaves: By leaf index. Scalar leaves are numbered apart and have no spec.
-        dims: Sizes at the hints [elements].
-        demands: The values that must exist in the end, in graph order.
-        incoming: Every step of the incoming graph, in graph order; always among the candidates.
+        leaves: By number, the facts of a leaf. Scalar leaves have numbers of their own and no
+            facts.
+        dims: The sizes of the dimensions in the example tensors [elements].
+        demands: The values that every plan must compute, in graph order.
+        incoming: Every step of the incoming graph, in graph order. Plans may take all of them.
         kept: Values that the backward may use without more memory: those that the incoming graph
             saves, and sums that can be saved instead of their addends.
         itemsize: Element width [B].
-        dtype: Of the elements, as torch names it.
-        lasting: Leaves that are the same tensors in every call, so that weights merged of them may
-            be kept from call to call. Empty where nothing is to be kept.
-        assignments: By number, the assignments of tokens to experts that leaves are picked by.
-        shown: The demands' cores; with True where the graph holds the transpose in memory.
+        dtype: The dtype of the elements, as torch names it.
+        lasting: Leaves that are the same tensors in every call. Weights that are merged from them
+            may be kept between calls. Empty if nothing is to be kept.
+        assignments: By number, the assignments of tokens to experts.
+        shown: The polynomials of the demands, each with True if it is stored transposed.
     """
 
     leaves: tuple[LeafSpec, ...]
@@ -90,7 +92,7 @@ class Problem:
     shown: tuple[tuple[Polynomial, bool], ...] = ()
 
     def __hash__(self) -> int:
-        # Stored by hand, as that of polynomials: each layer looks its problem up several times.
+        # Stored by hand, as for polynomials: each layer looks its problem up several times.
         known: int | None = self.__dict__.get("_hash")
         if known is None:
             known = self.__dict__["_hash"] = hash((self.leaves, self.dims, self.incoming))
@@ -98,11 +100,11 @@ class Problem:
 
     @cached_property
     def shown_transposed(self) -> Mapping[Polynomial, bool]:
-        """By the core of a demand, True if the graph holds its transpose in memory."""
+        """By polynomial of a demand, True if it is stored transposed."""
         return dict(self.shown)
 
     def value(self, p: Polynomial, backward: bool) -> Value:
-        """The value behind what a step reads that runs in the given phase."""
+        """The value of an operand of a step that runs in a phase."""
         core = normalise(p).core
         return Value(core, backward or any(self.leaves[i].backward for i in core.leaves))
 

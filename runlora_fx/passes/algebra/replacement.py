@@ -1,8 +1,8 @@
-"""Replacement: polynomials put in the places of leaves.
+"""Replacement: leaves of a polynomial are replaced by polynomials.
 
 Example: ``3 Y V' + X W' V'`` with ``X W'`` for ``Y`` is ``4 X W' V'``.
 
-Invariant: the result is the same function if each leaf is what is put in its place.
+Invariant: the result has the same value if each leaf equals the polynomial that replaces it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from runlora_fx.passes.algebra.words import Word
 
 
 def replaced(p: Polynomial, leaves: Mapping[int, Polynomial]) -> Polynomial:
-    """Put polynomials in the places of leaves that are matrices.
+    """Replace leaves by polynomials. Leaves of diagonal matrices stay.
 
     Raises:
         NotInNormalForm: If a product with one of them is not in normal form.

@@ -1,9 +1,9 @@
-"""Steps: the ways in which one value of a problem is made from others, as data.
+"""Steps: the ways to make one value of a problem from others, as data.
 
 Example: ``X M'`` is a :class:`Product` of the values ``X`` and ``M'``, and ``M`` a :class:`Sum`.
 
-A new kind of step is one class here. It says what it reads, how its transpose is made, and how it
-makes a multiple of its value. What runs it, and at which price, is in
+A new kind of step is one class here. It says which operands it reads, and which step makes the
+transpose or a multiple of its value. Implementations and prices are in
 :mod:`runlora_fx.passes.algebra.implementations`.
 
 Invariant: a step is immutable, and it makes exactly one polynomial.
@@ -50,7 +50,7 @@ class Step:
         return self
 
     def along(self, core: Polynomial) -> tuple[Polynomial, ...]:
-        """The operands that lie in memory as the result does: those of sums and scalings.
+        """The operands that have the orientation of the result: those of sums and scalings.
 
         Args:
             core: The value that the step makes.
@@ -74,7 +74,7 @@ def _making(step: Step, made: Polynomial) -> Step:
 
 @dataclass(frozen=True)
 class Keep(Step):
-    """The backward uses what the forward computed: it is saved."""
+    """The backward uses the value that the forward computed and saved."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class Product(_Bilinear):
     """``core = left @ right``, or the diagonal of that where the core is a diagonal part."""
 
     def along(self, core: Polynomial) -> tuple[Polynomial, ...]:
-        """What a diagonal matrix scales."""
+        """The operand that a diagonal matrix scales."""
         if core.is_diag_part or self.left.is_diagonal == self.right.is_diagonal:
             return ()
         return (self.right,) if self.left.is_diagonal else (self.left,)
@@ -151,13 +151,13 @@ class Product(_Bilinear):
 
 @dataclass(frozen=True)
 class Accumulate(_Bilinear):
-    """``core = addend + left @ right``, in one call; no value of its own holds the product."""
+    """``core = addend + left @ right`` in one call. The product is no value of its own."""
 
     addend: Polynomial
 
     @property
     def operands(self) -> tuple[Polynomial, ...]:
-        """The addend, and what is multiplied."""
+        """The addend, and the factors."""
         return (self.addend, self.left, self.right)
 
     @property
@@ -191,7 +191,7 @@ class _ByAssignment(Step):
 
     @property
     def operands(self) -> tuple[Polynomial, ...]:
-        """What is picked, or added up."""
+        """The operand."""
         return (self.of,)
 
     @property

@@ -1,12 +1,12 @@
-"""Sums of a plan, put together: nested ones are flattened, and products accumulated.
+"""Sums of a plan: nested sums are flattened, and products become ``addmm`` steps.
 
-Before -> after: ``P = B A; Q = W + 2 P; M = Q + L`` -> ``M = (W + L) + 2 B A``, whose product and
-last addition are one step: one call of ``addmm`` runs it.
+Before -> after: ``P = B A; Q = W + 2 P; M = Q + L`` -> ``M = (W + L) + 2 B A``. One step, an
+``addmm``, runs the product and the last addition.
 
-A demand stays a plain sum, because additions of a root fuse with whatever reads it. So does a sum
-of batches, and one whose product something else reads.
+A demand stays a plain sum, because Inductor fuses its additions with its reader. A sum of batches
+stays too, and so does a sum whose product has another reader.
 
-Invariant: the price of a plan stays what it was, because every addition is priced alike.
+Invariant: the price of a plan does not change, because every addition has the same price.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from runlora_fx.passes.algebra.steps import Accumulate, Keep, Product, Step, Sum
 
 
 def reads(problem: Problem, steps: Mapping[Value, Step]) -> Counter[Value]:
-    """How often each value is read by steps; a kept value reads what the forward made."""
+    """By value, how often steps read it. A saved value reads that of the forward."""
     found: Counter[Value] = Counter()
     for value, step in steps.items():
         if isinstance(step, Keep):
@@ -33,7 +33,7 @@ def reads(problem: Problem, steps: Mapping[Value, Step]) -> Counter[Value]:
 
 
 def flattened(problem: Problem, steps: Mapping[Value, Step]) -> dict[Value, Step]:
-    """The same steps, with sums that only one sum reads added up there: it costs the same."""
+    """The same steps, with every sum that only one other sum reads merged into that one."""
     uses = reads(problem, steps)  # a sum may read one value twice, as it is and transposed
     absorbed: set[Value] = set()
 
@@ -53,7 +53,7 @@ def flattened(problem: Problem, steps: Mapping[Value, Step]) -> dict[Value, Step
 
 
 def accumulated(problem: Problem, plan: Plan) -> Plan:
-    """The same plan, with every sum that may be in one call with its products."""
+    """The same plan, with sums and their products combined to ``addmm`` steps."""
     return _Accumulation(problem, plan, reads(problem, plan.steps)).run()
 
 
@@ -76,7 +76,7 @@ class _Accumulation:
         return Plan(steps, names)
 
     def _add_up(self, value: Value, step: Sum, steps: dict[Value, Step]) -> None:
-        """Put steps that accumulate in the place of a sum and of the products it reads."""
+        """Replace a sum and the products that it reads by ``addmm`` steps."""
         products = [p for p in step.parts if self._factors(value, p) is not None]
         last = [p for p in step.parts if normalise(p).core == IDENTITY]
         first = [p for p in step.parts if p not in products and p not in last]
@@ -102,7 +102,7 @@ class _Accumulation:
             steps[value] = Sum((done[-1], *last))
 
     def _make(self, steps: dict[Value, Step], made: Polynomial, backward: bool, step: Step) -> None:
-        """Add a step, unless the plan makes its value in another way."""
+        """Add a step, unless its value has one already."""
         steps.setdefault(self.problem.value(made, backward), step.making(made))
 
     def _has_broadcast(self, parts: list[Polynomial]) -> bool:
@@ -110,7 +110,7 @@ class _Accumulation:
         return "ones" in kinds
 
     def _factors(self, reader: Value, p: Polynomial) -> tuple[Polynomial, Polynomial] | None:
-        """The operands of a product of two matrices that only one sum reads, scaled as it is."""
+        """The scaled operands of an addend that is a plain product with one reader; or None."""
         scalar, transposed, core = normalise(p)
         below = self.problem.value(core, reader.backward)
         step = self.plan.steps.get(below)
@@ -119,7 +119,8 @@ class _Accumulation:
         is_plain = self.plan.implementation(self.problem, below) == "matmul"
         if not is_plain or self.problem.shape(core)[0] is not None:
             return None
-        # Both phases do the same: what the backward computes again is emitted once for both.
+        # The product must have one reader in both phases: if the steps are equal, it is emitted
+        # once.
         phases = (below, Value(core, not below.backward))
         if any(self.reads[value] != 1 for value in phases if value in self.plan.steps):
             return None

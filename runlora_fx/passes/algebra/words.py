@@ -2,8 +2,8 @@
 
 Before -> after: ``(A' diag(g) B)'`` -> ``B' diag(g) A``.
 
-Invariant: transposes stand at leaves, and neighbouring diagonal matrices are sorted: they commute.
-So two products that are equal for all values of their leaves are one word.
+Invariant: transposes stand at leaves, and neighbouring diagonal matrices are sorted, because they
+commute. So two products that are equal for all values of their leaves are the same word.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Word(NamedTuple):
         return Word(in_order(tuple(turned)), self.scalars, self.diag_part, self.scattered)
 
     def __matmul__(self, other: Word) -> Word:
-        """The two words behind one another.
+        """The product of two words.
 
         Raises:
             NotInNormalForm: If both are scattered, or one is a vector and the other a matrix.
@@ -75,7 +75,7 @@ class Word(NamedTuple):
         return Word(factors, merge(self.scalars, other.scalars), scattered=scattered)
 
     def _times_identity(self, other: Word) -> Word:
-        """A diagonal part, which is no matrix, behind or in front of the identity."""
+        """The product of a diagonal part, which is no matrix, and the identity."""
         vector, matrix = (self, other) if self.diag_part else (other, self)
         if matrix.factors or matrix.diag_part:
             raise NotInNormalForm("a diagonal part is multiplied by no matrix")
@@ -87,12 +87,12 @@ class Word(NamedTuple):
         return tuple(f for f in self.factors if not f.diagonal)
 
     def sort_key(self) -> tuple[int, Factors, tuple[int, ...], bool, tuple[int, ...]]:
-        """Shortest first: the base weight leads W + s B A, and keeps the coefficient 1."""
+        """A key that sorts short words first, so that W leads W + s B A with coefficient 1."""
         return (len(self.factors), self.factors, self.scalars, self.diag_part, self.scattered)
 
 
 def _joined(a: Factors, b: Factors) -> Factors:
-    """Two products behind one another; diagonal matrices commute, and stand sorted."""
+    """The product of two products, with neighbouring diagonal matrices sorted."""
     if not (a and b and a[-1].diagonal and b[0].diagonal):
         return a + b
     i, j = len(a), 0
@@ -104,7 +104,7 @@ def _joined(a: Factors, b: Factors) -> Factors:
 
 
 def in_order(factors: Factors) -> Factors:
-    """A product in which diagonal matrices beside one another stand sorted."""
+    """A product with its neighbouring diagonal matrices sorted."""
     if not any([factor.diagonal for factor in factors]):
         return factors
     found: Factors = ()
@@ -114,5 +114,5 @@ def in_order(factors: Factors) -> Factors:
 
 
 def merge(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
-    """The numbers of two monomials, sorted."""
+    """The sorted numbers of the scalar leaves of a product of scalars."""
     return tuple(sorted(a + b)) if a and b else a or b
