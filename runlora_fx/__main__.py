@@ -1,4 +1,9 @@
-"""The command line of the package: `python -m runlora_fx <command>`."""
+"""Command line: `python -m runlora_fx <command>`.
+
+Example: `python -m runlora_fx demo --rank 8` runs ``cli/demo.py``.
+
+Invariant: an invalid option ends in a message and a nonzero exit status, not in a traceback.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything that differs between versions of torch, and the private names that we use.
+"""Compatibility: all code that depends on the version of torch, and all private names that we use.
 
 ``free_unbacked_symbols``, ``_TorchCompileInductorWrapper``, ``env.optimization_hint`` -> functions
 with names and docstrings of ours.

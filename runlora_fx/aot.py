@@ -1,4 +1,4 @@
-"""A backend of AOTAutograd and our pass, without a compiler.
+"""AOT backend: AOTAutograd and our pass, without a compiler.
 
 Joint graph of forward and backward -> the rewritten joint graph, cut into forward and backward by
 torch's partitioner.

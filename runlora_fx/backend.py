@@ -1,4 +1,4 @@
-"""The ``torch.compile`` backends, which torch finds by name through entry points.
+"""Backends of ``torch.compile``, which torch finds by name through entry points.
 
 ``torch.compile(model, backend="runlora")`` -> Inductor, with our pass on every joint graph.
 

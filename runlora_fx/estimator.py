@@ -1,13 +1,13 @@
-"""Times of single operators, for torch's own choice of what the backward makes again.
+"""Estimator: predicted times of single operators, for torch's own choice of what to recompute.
 
     torch._functorch.config.activation_memory_budget = 0.5
     torch._functorch.config.activation_memory_budget_runtime_estimator = ProfileEstimator()
 
-With a budget below 1, the partitioner drops the activations that are fastest to make again, until
-the rest fits. By default it compares FLOPs, for which a pointwise operator is free. This compares
-the times that the machine's profile predicts.
+With a budget below 1, the partitioner recomputes the activations that are fastest to recompute,
+until the rest fits. By default it compares FLOPs, so pointwise operators are free. With this
+estimator it compares the times that the machine's profile predicts.
 
-Invariant: equal nodes take equal times, and the key in the caches changes with every number of the
+Invariant: equal nodes have equal times, and the key in the caches changes with every number of the
 profile.
 """
 
@@ -34,12 +34,12 @@ from runlora_fx.cost_model.devices.elsewhere import machine_for
 from runlora_fx.cost_model.profile import DTYPES
 from runlora_fx.passes.recompute.chains import SPECIAL
 
-#: What a size counts as that only the run knows [elements]; what torch assumes, too.
+#: The assumed size of an unbacked symbol [elements]; torch assumes the same.
 _UNKNOWN = 4096
 
 _aten = torch.ops.aten
 
-#: Operators that torch's FLOP counter does not know, and others that compute the same.
+#: Operators that torch's FLOP counter does not know, and equivalent ones that it knows.
 _ALIKE = {
     _aten._scaled_dot_product_flash_attention_for_cpu: _aten._scaled_dot_product_flash_attention,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: (
@@ -47,7 +47,7 @@ _ALIKE = {
     ),
 }
 
-#: The time of an operator that costs nothing, such as a view: the knapsack divides by times [s].
+#: The time of an operator that costs nothing, such as a view [s]. The partitioner divides by times.
 _LEAST_S = 1e-12
 
 

@@ -1,4 +1,4 @@
-"""The reports of this process: the latest one, and those made inside a block.
+"""History: the latest report of this process, and the reports that are made inside a block.
 
 A compilation makes one report for each of its graphs -> :func:`last_report` returns one report with
 all of them.

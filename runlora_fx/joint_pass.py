@@ -1,4 +1,4 @@
-"""The pass as Inductor's ``joint_custom_pre_pass``.
+"""Joint pass: the rewrite as Inductor's ``joint_custom_pre_pass``.
 
 Joint graph of a model with LoRA layers -> the same graph, rewritten in place, and a report.
 

@@ -1,4 +1,4 @@
-"""The keywords of ``explain``: some are arguments of the model, the others are our options.
+"""Keywords of ``explain``: some are arguments of the model, the others are options.
 
 ``explain(model, x=x, memory="low")`` -> ``model(x=x)`` with ``Options(memory="low")``.
 

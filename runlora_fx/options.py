@@ -1,4 +1,4 @@
-"""The options of the pass, validated when they are made.
+"""Options of the pass, validated when an object is made.
 
 ``{"runlora.memory": "low"}`` -> ``Options(memory="low")``.
 
@@ -41,7 +41,7 @@ class Options:
             of matrix products, ties broken by bytes moved.
         margin: The share of a region's price that a plan must save to replace it, in [0, 1).
         tune: The source of predicted times. ``"off"``: the device's properties. ``"profile"``:
-            earlier measurements, where there are any. ``"shapes"``: also the products of this
+            earlier measurements, if there are any. ``"shapes"``: also the products of this
             model, measured while compiling. ``"plans"``: also the best few plans of each region,
             compiled and timed together with the pointwise operations around them.
         memory: ``"balanced"`` never saves more for the backward than Inductor would. ``"low"``

@@ -1,4 +1,4 @@
-"""The public functions: rewrite a graph, show a joint graph, explain a model.
+"""Public functions: rewrite a graph, show a joint graph, explain a model.
 
 ``rewrite(gm, inputs)`` -> a copy of the graph that computes the same for fewer operations.
 

@@ -1,4 +1,4 @@
-"""Models without data: what is on the meta device is traced as fake tensors of the CPU.
+"""Models without data: tensors on the meta device are traced as fake tensors on the CPU.
 
     with torch.device("meta"):
         model = get_peft_model(LlamaForCausalLM(config), lora)     no memory, whatever its size
@@ -36,7 +36,7 @@ def without_data(
         kwargs: Its keyword arguments.
 
     Yields:
-        The arguments: as they came where neither they nor the model are meta or fake tensors.
+        The arguments. They are unchanged if neither they nor the model have meta or fake tensors.
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     tables = [table for m in modules for table in (m._parameters, m._buffers)]

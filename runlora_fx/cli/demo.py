@@ -1,4 +1,9 @@
-"""The demo: one LoRA fine-tuning run in eager PEFT, Inductor and runlora, side by side."""
+"""Demo: one LoRA fine-tuning run in eager PEFT, under Inductor and under runlora, side by side.
+
+Example: `python -m runlora_fx demo --rank 128 --batch 8`.
+
+Invariant: the exit status is 0 only if the losses of all compiled variants agree.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""The training data of the demo: text that comes with Python, as bytes or as tokens."""
+"""Training data of the demo: text that comes with Python, as bytes or as tokens.
+
+Example: ``batches(corpus(), batch=4, seq=256, seed=0)`` yields tensors of shape (4, 256).
+
+Invariant: equal seeds yield equal batches, and nothing is downloaded.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The training of the demo: eager PEFT, Inductor and runlora fine-tune the same model.
+"""Training of the demo: eager PEFT, Inductor and runlora fine-tune the same model.
+
+Example: ``train([variant_of(name, model) for name in BACKENDS], tokens, settings, device,
+console)``.
 
 Invariant: the variants start from identical weights and see identical batches. They take their
 steps in turn in one process, so that other work on the machine affects all of them.

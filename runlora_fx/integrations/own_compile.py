@@ -1,4 +1,4 @@
-"""Which backend is compiling: substitutes act only in compilations for our backends.
+"""Own compilations: substitutes act only if the current compilation is for one of our backends.
 
 ``torch.compile(model, backend="aot_eager")`` -> False while the model is traced and run;
 ``torch.compile(model, backend="runlora")`` -> True.

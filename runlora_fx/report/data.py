@@ -1,8 +1,9 @@
-"""The report: what the pass found, what it changed, and why.
+"""Report: what the pass found, what it changed, and why, as data.
 
 One graph -> one :class:`Report`. ``print(report)`` shows it as text, and its attributes are data.
 
-Invariant: the FLOPs of a report are those of all matrix products, also outside of its sites.
+Invariant: the FLOPs of a report are those of all matrix products that were read, also outside of
+its sites.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Report:
         graph: The kind of graph: ``"joint"``, ``"inference"``, ``"torch"``, or several.
         sites: Where low-rank algebra was found or something was changed, in graph order.
         refusals: What was left alone although it looks like LoRA.
-        flops_before: All matrix products of the graph as it came [FLOP].
+        flops_before: All matrix products of the incoming graph [FLOP].
         flops_after: All matrix products that will run [FLOP].
         from_cache: True if the compiled code came from a cache, so that no graph was seen.
         planned_for: The device that was planned for, if another than the graph runs on.

@@ -1,11 +1,11 @@
-"""Description: a region and its decision become a site of the report.
+"""Describe: a region and its decision become a site of the report.
 
 ``X W' + s (X A') B'`` and the plan ``X (W + s B A)'`` -> a :class:`Site` with both as text, their
 FLOPs and the reason.
 
-Invariant: every region that was changed is a site. A region that was left alone is a site if some
-word has three factors or more, so that there is more than one order to evaluate it in. Plain linear
-layers are no sites.
+Invariant: every region that was changed is a site. A region that was left alone is a site only if
+some word has at least three factors, because then there are several orders to evaluate it in. So
+plain linear layers are no sites.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ from runlora_fx.report.origin import modules_of
 
 _log = logging.getLogger("runlora_fx")
 
-#: Sites that are described already, by everything but their modules. The identity of a decision is
-#: part of the key, so the decision is kept too: no other object can take its address.
+#: The sites that were described already, by everything but their modules. The identity of a
+#: decision is part of the key. The decision is stored too, so that no other object gets its
+#: address.
 Known: TypeAlias = dict[Hashable, tuple[Decision, Site]]
 
-#: The largest effort of the search for which a site gets a break-even. The break-even takes a
-#: search at every size that is compared, each about as much work as the one that chose the plan.
+#: The largest effort of the search for which a site gets a break-even. The break-even needs a
+#: search at several sizes, and each takes about as much work as the one that chose the plan.
 MOST_EFFORT = 20_000
 
 
@@ -59,7 +60,7 @@ def describe(
         decision: Its decision.
         changed: True if the plan was emitted.
         objective: The objective that ranked plans.
-        known: The sites that are described already. Equal layers are described once.
+        known: The sites that were described already. Equal layers are described once.
     """
     if not changed and not _has_products_of_products(posed.problem):
         return None
@@ -88,7 +89,7 @@ def _site(
 
     Args:
         posed: The region's problem.
-        scalars: The scalar of each demand in the graph.
+        scalars: By demand, its scalar in the graph.
         decision: Its decision.
         changed: True if the plan was emitted.
         objective: The objective that ranked plans.
@@ -135,7 +136,7 @@ def _has_products_of_products(problem: Problem) -> bool:
 
 
 def _break_even(posed: PosedProblem, names: Names, objective: Objective) -> str:
-    """For which sizes merging pays, in the graph's own symbol if the number of tokens has one."""
+    """The sizes for which merging pays, in the graph's symbol if the number of tokens has one."""
     index = names.tokens
     if index is None:
         return ""
@@ -145,7 +146,7 @@ def _break_even(posed: PosedProblem, names: Names, objective: Objective) -> str:
     dims = frozenset([index, *same])
     try:
         return _border(posed.problem, dims, objective, str(tokens) if is_symbol else "N")
-    except Exception:  # a report can be printed, whatever one of its parts comes to
+    except Exception:  # the rest of the report is printed all the same
         _log.warning("runlora could not compute a break-even (please report this)", exc_info=True)
         return ""
 

@@ -1,4 +1,4 @@
-"""Notation: a problem's matrices by the field's names, and a plan as algebra a person can read.
+"""Notation: names for the matrices of a problem, and plans as formulas.
 
 The plan that merges one adapter -> ::
 
@@ -59,7 +59,8 @@ class Names:
             self._dim(assignment.tokens, "N")
             self._dim(assignment.experts, "E")
         forward = [demand.core for demand in problem.demands if not demand.backward]
-        # The whole layer shows the roles best. The norm of a merged weight may come before it.
+        # The longest demand, a whole layer, shows the roles best. A norm of a weight may precede
+        # it.
         for core in sorted(forward, key=_longest, reverse=True):
             self._name_forward(core)
         for i, spec in enumerate(problem.leaves):
@@ -133,7 +134,7 @@ class Names:
         return self._problem.leaves[factor.leaf].kind == "ones"
 
     def without_repeats(self, factors: tuple[Factor, ...]) -> tuple[Factor, ...]:
-        """The factors of a word without the ones that broadcast it: ``1 b`` is written ``b``."""
+        """The factors of a word without ones that repeat a vector: ``1 b`` is written ``b``."""
         if len(factors) > 1 and self.is_ones(factors[0]) and not factors[0].transposed:
             factors = factors[1:]
         if len(factors) > 1 and self.is_ones(factors[-1]) and factors[-1].transposed:
@@ -165,7 +166,7 @@ class Names:
         return f"{name}'" if factor.transposed else name
 
     def without_ones(self, left: Polynomial, right: Polynomial) -> tuple[Polynomial, ...]:
-        """The operands of a product without the ones that broadcast the other."""
+        """The operands of a product without ones that repeat the other operand."""
         if left.leaf is not None and self.is_ones(left.leaf) and not left.leaf.transposed:
             return (right,)
         if right.leaf is not None and self.is_ones(right.leaf) and right.leaf.transposed:
@@ -216,7 +217,7 @@ def algebra(
     Args:
         problem: What the plan computes.
         names: The names of its leaves and dimensions.
-        scalars: The scalar of each demand in the graph.
+        scalars: By demand, its scalar in the graph.
         plan: A step for every value.
     """
     return _Printer(problem, names, scalars, plan.steps).lines()
@@ -313,7 +314,7 @@ class _Printer:
         return self._plan.get(Value(value.core, False)) if isinstance(step, Keep) else step
 
     def made(self, value: Value, turned: bool) -> str:
-        """How a value is made, or its transpose; without a step, its normal form."""
+        """The formula that makes a value or its transpose; without a step, the normal form."""
         step = self._step(value)
         if step is None or isinstance(step, Keep):
             return self._names.polynomial(value.core.T if turned else value.core)

@@ -1,4 +1,4 @@
-"""Origin: the modules of the model that nodes and regions come from.
+"""Origin: the modules of the model that nodes and regions belong to.
 
 A node of ``model.layers.0.q_proj.lora_A.default`` -> ``model.layers.0.q_proj``.
 

@@ -1,4 +1,4 @@
-"""What the pass found at one place of a graph: a site, or a refusal.
+"""Sites and refusals: what the pass found at one place of a graph.
 
 A LoRA layer -> ``Site(("q_proj",), "N=1024, i=384, o=384, r=32", "Y = X W' + (X A') B'", ...)``
 

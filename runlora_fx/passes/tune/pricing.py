@@ -29,18 +29,19 @@ from runlora_fx.passes.search.frontiers import candidate_products
 
 _log = logging.getLogger("runlora_fx")
 
-#: What ``memory="low"`` may spend to save one byte less [FLOP/B]. ``X A'`` costs 2 in / itemsize
-#: per byte, so it is recomputed in layers of up to 4096 inputs in 32 bits, and 2048 in 16 bits.
+#: What ``memory="low"`` may pay for each byte that is not saved [FLOP/B]. ``X A'`` costs 2 in /
+#: itemsize FLOP for a byte. So it is recomputed in layers of up to 4096 inputs in 32 bits, and 2048
+#: in 16 bits.
 _FLOPS_PER_SAVED_BYTE = 2048
 
-#: The number of products from which on measuring them shows its progress.
+#: The least number of products for which a progress bar is shown.
 _SHOW_PROGRESS = 8
 
-#: How often all products are measured, in turn. The least time of each counts, because other work
-#: on the machine only makes a measurement longer.
+#: The number of rounds in which all products are measured. The least time of each is used, because
+#: other work on the machine only makes a measurement longer.
 _ROUNDS = 4
 
-#: What torch raises if memory does not suffice, or if the device or its dtype is missing.
+#: The errors of torch if memory is too small, or if the device or the dtype is not supported.
 _NOT_MEASURED = (RuntimeError, TypeError, AssertionError)
 
 

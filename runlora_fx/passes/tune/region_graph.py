@@ -27,7 +27,7 @@ from runlora_fx.passes.read.phases import Phases
 from runlora_fx.passes.read.reader import GraphReader
 from runlora_fx.passes.read.regions import Region
 
-#: The largest number of pointwise operations in a row that are included.
+#: The largest number of pointwise operations in a row that are included on each side.
 _DEPTH = 3
 
 
@@ -74,7 +74,7 @@ def region_graph(
     inner |= _virtual(reader, {n for node in inner for n in node.all_input_nodes})
     before = _pointwise({n for node in inner for n in node.all_input_nodes} - inner, upwards=True)
     after = _pointwise({user for root in roots for user in root.users} - inner, upwards=False)
-    # A node behind a root is no input of the region.
+    # A node that depends on a root is not taken as an operation before the region.
     taken = inner | after | {node for node in before if node not in after}
     order = [node for node in graph.nodes if node in taken]
     given = [n for n in graph.nodes if n not in taken and any(u in taken for u in n.users)]
@@ -129,7 +129,7 @@ def _linear(reader: GraphReader, roots: Iterable[fx.Node]) -> set[fx.Node]:
 
 
 def _virtual(reader: GraphReader, nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """The nodes that compute virtual leaves; as inputs they would be leaves instead."""
+    """The nodes that compute virtual leaves. As inputs they would become ordinary leaves."""
     origins = [leaf.origin for leaf in reader.leaves.matrices if isinstance(leaf.origin, Computed)]
     numbers = {part.key(reader.values) for origin in origins for part in origin.parts}
     found: set[fx.Node] = set()

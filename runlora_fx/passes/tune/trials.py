@@ -5,9 +5,9 @@ plan that merges the weights is tried as well::
 
     changed: 12.4% less time measured (810 us -> 710 us)
 
-Invariant: a stored time is used for the same problem in the same region graph, under the same
-settings of the compiler, on a device of the same model with the same settings, and for nothing
-else. A trial that fails keeps the predicted decision.
+Invariant: a stored time is used only for the same problem in the same region graph, with the same
+settings of the compiler, on a device of the same model with the same settings. If a trial fails,
+the predicted decision stays.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from runlora_fx.passes.tune.region_graph import RegionGraph, region_graph
 
 _log = logging.getLogger("runlora_fx")
 
-#: The largest number of plans that are tried for a region, the graph as it came included.
+#: The largest number of plans that are tried for a region, with the incoming graph.
 _MAX_PLANS = 4
 
-#: How often all plans of a region are timed, in turn. The least time of each counts, because other
-#: work on the machine only makes a measurement longer.
+#: The number of rounds in which all plans of a region are timed. The least time of each is used,
+#: because other work on the machine only makes a measurement longer.
 _ROUNDS = 3
 
 #: The share of time that a plan must save. A smaller one could be noise.
@@ -93,7 +93,7 @@ def _is_timed(posed: PosedProblem) -> bool:
 def _candidates(
     problem: Problem, objective: Objective, decision: Decision
 ) -> dict[str, Plan | None]:
-    """By digest, the best few plans; None stands for the graph as it came."""
+    """By digest, the best few plans; None stands for the incoming graph."""
     if decision.plan is None:
         return {}
     others = sorted(
@@ -176,8 +176,8 @@ def _times(
             ]
         return {name: min(times[name] for times in rounds) for name in runs}
 
-    # Another thread, because the outer compilation has thread-local state. Its context is copied,
-    # because context variables hold the settings of Inductor from torch 2.13 on.
+    # A thread of its own, because the outer compilation has thread-local state. The context is
+    # copied, because from torch 2.13 on context variables have the settings of Inductor.
     with ThreadPoolExecutor(1) as executor:
         return executor.submit(copy_context().run, measure).result()
 
