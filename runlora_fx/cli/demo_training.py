@@ -1,7 +1,6 @@
 """Training of the demo: eager PEFT, Inductor and runlora fine-tune the same model.
 
-Example: ``train([variant_of(name, model) for name in BACKENDS], tokens, settings, device,
-console)``.
+Example: ``train([variant_of(name, model) for name in BACKENDS], tokens, settings, ...)``.
 
 Invariant: the variants start from identical weights and see identical batches. They take their
 steps in turn in one process, so that other work on the machine affects all of them.

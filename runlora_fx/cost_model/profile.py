@@ -6,9 +6,9 @@ product (512, 768) @ (768, 16) in fp32 takes ::
     12582912 * 7e-12 + 1622016 * 33e-12 + 32768 * 67e-12 + 3e-6  =  147 us
 
 The time is a sum of the terms, not their maximum. So the predicted rate falls smoothly as a
-dimension
-becomes small: operands dominate if the result has few columns, the result dominates if the inner
-dimension is short. The sum is linear in every dimension, so sympy can solve it for a break-even.
+dimension becomes small: operands dominate if the result has few columns, the result dominates if
+the inner dimension is short. The sum is linear in every dimension, so sympy can solve it for a
+break-even.
 
 Invariant: a measured product has its measured time. Any other operation has the time that its cost
 and :attr:`MachineProfile.seconds_per` give. (Correcting the formula by measured products of similar

@@ -8,9 +8,8 @@ Before -> after: ``(A B)' C + (D + D) C`` -> ``B' A' C + 2 D C``. Products are e
 transposes are pushed to the leaves, and like words are added.
 
 The gradient of a vector that scales rows or columns is the *diagonal part* of a product: the vector
-``sum(L * R', 1)``, which is the diagonal of ``L R``. It is a word of its own kind. Its product can
-be
-evaluated in any order: ``diag_part(dY' (X A' B')) = diag_part((dY' X A') B')``.
+``sum(L * R', 1)``, which is the diagonal of ``L R``. It is a word of its own kind. Its product
+can be evaluated in any order: ``diag_part(dY' (X A' B')) = diag_part((dY' X A') B')``.
 
 A word may also be *scattered*: an assignment gives each of T tokens one of E experts, and the word
 is a batch of E matrices, each the sum over its tokens. Its factors are those of the T matrices: see

@@ -5,8 +5,7 @@ are numbers, and a set of values is an integer with one bit for each.
 
 Invariant: a value has a higher number than all values that its ways read. So a search that decides
 from high to low numbers decides about each value once. Of all such orders, one is chosen in which
-few
-values are open at a time: all that only one use of a weight needs, then the next use.
+few values are open at a time: all that only one use of a weight needs, then the next use.
 """
 
 from __future__ import annotations
