@@ -85,7 +85,7 @@ class _Planner:
         """Read the graph, decide about its regions, and write the chosen plans."""
         analysis, decisions = self._decided()
         names = [_name(region) for region in analysis.regions.regions]
-        chosen = [n for n, decision in zip(names, decisions, strict=True) if _is_chosen(decision)]
+        chosen = [n for n, one in zip(names, decisions, strict=True) if _chosen(one) is not None]
         if chosen:
             self._write(analysis, decisions, chosen)
         if analysis.phases.is_joint and repeats_random_operators():
@@ -209,11 +209,12 @@ class _Planner:
             is_fresh = False
             indices = {_name(region): i for i, region in enumerate(analysis.regions.regions)}
             here = {name: indices[name] for name in names if name in indices}
-            plans = {i: decisions[i].plan for i in here.values() if _is_chosen(decisions[i])}
+            found = {i: _chosen(decisions[i]) for i in here.values()}
+            plans = {i: plan for i, plan in found.items() if plan is not None}
             try:
                 as_it_came, self._came = self._came, None
                 with transaction(self._context.graph, as_it_came):
-                    apply(analysis, _known(plans), probes=self._options.strict)
+                    apply(analysis, plans, probes=self._options.strict)
                 self._changed |= {name for name, i in here.items() if i in plans}
             except NotAppliedError as failure:
                 mine = self._of_root(analysis, here, failure.root.node)
@@ -290,12 +291,9 @@ class _Planner:
         }
 
 
-def _is_chosen(decision: Decision) -> bool:
-    return decision.changed and decision.plan is not None
-
-
-def _known(plans: dict[int, Plan | None]) -> dict[int, Plan]:
-    return {i: plan for i, plan in plans.items() if plan is not None}
+def _chosen(decision: Decision) -> Plan | None:
+    """The plan to write; None if the region is left alone."""
+    return decision.plan if decision.changed else None
 
 
 def _name(region: Region) -> str:

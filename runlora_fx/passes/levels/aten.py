@@ -33,10 +33,6 @@ def _mul(a: Any, b: Any) -> Form | None:
     return builders.scale(a, b) or experts.outer_product(a, b)
 
 
-def _neg(a: Any) -> Form | None:
-    return builders.scale(a, -1.0)
-
-
 def _merged(base: Any, left: Any, right: Any, alpha: Any) -> Form | None:
     return builders.addmm(base, left, right, 1, alpha)
 
@@ -60,10 +56,6 @@ def _sum(x: Any, dims: Any, keepdim: Any = False) -> Form | None:
         return None
     a, b = x.args
     return builders.sum_of_products(x, a, b, dims)
-
-
-def _eye(n: Any, m: Any = None, **_: Any) -> Form | None:
-    return Identity() if m is None or n == m else None
 
 
 def _is_iota(node: object) -> bool:
@@ -149,7 +141,7 @@ ATEN = Dialect(
         _aten.sum.dim_IntList: _sum,
         _aten.add.Tensor: builders.add,
         _aten.sub.Tensor: _sub,
-        _aten.neg.default: _neg,
+        _aten.neg.default: builders.neg,
         _aten.mul.Tensor: _mul,
         _aten.mul.Scalar: builders.scale,
         _aten.div.Tensor: builders.divide,
@@ -177,8 +169,8 @@ ATEN = Dialect(
         _aten._to_copy.default: _cast,
         _aten.to.dtype: _cast,
         torch.ops.prims.convert_element_type.default: _cast,
-        _aten.eye.default: _eye,
-        _aten.eye.m: _eye,
+        _aten.eye.default: builders.eye,
+        _aten.eye.m: builders.eye,
         _aten.where.self: _where,
         _aten.index.Tensor: experts.index,
         _aten.index_put.default: experts.index_put,

@@ -20,6 +20,7 @@ from runlora_fx.passes.levels.forms import (
     DiagonalMultiple,
     DiagonalOfProduct,
     Form,
+    Identity,
     MatrixProduct,
     Operand,
     Permute,
@@ -188,6 +189,16 @@ def scale(a: Any, b: Any) -> Form | None:
     if ndim(b) < 1:
         return None
     return _stretch(a, b) or _stretch(b, a)
+
+
+def neg(a: Any) -> Form | None:
+    """``-a``."""
+    return scale(a, -1.0)
+
+
+def eye(n: Any, m: Any = None, **_: Any) -> Form | None:
+    """The identity matrix, if it is square."""
+    return Identity() if m is None or n == m else None
 
 
 def divide(a: Any, b: Any) -> Form | None:

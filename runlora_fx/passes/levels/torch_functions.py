@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from runlora_fx.passes.levels import readers as builders
-from runlora_fx.passes.levels.forms import Form, Identity
+from runlora_fx.passes.levels.forms import Form
 from runlora_fx.passes.levels.level import Calls, Dialect
 from runlora_fx.passes.levels.modules import read_module
 
@@ -40,10 +40,6 @@ def _sub(a: Any, b: Any, *, alpha: Any = 1) -> Form | None:
     return builders.add(a, b, alpha, sign=-1.0)
 
 
-def _neg(a: Any) -> Form | None:
-    return builders.scale(a, -1.0)
-
-
 def _einsum(equation: str, *operands: Any) -> Form | None:
     nested = len(operands) == 1 and isinstance(operands[0], list | tuple)
     factors = operands[0] if nested else operands
@@ -61,10 +57,6 @@ def _permute(a: Any, *dims: Any) -> Form | None:
 
 def _attribute(a: Any, name: str) -> Form | None:
     return builders.t(a) if name in ("T", "mT") and builders.ndim(a) == 2 else None
-
-
-def _eye(n: Any, m: Any = None, **_: Any) -> Form | None:
-    return Identity() if m is None or n == m else None
 
 
 _matmul = _keywords(builders.matmul, "input", "other")
@@ -97,9 +89,9 @@ TORCH = Dialect(
         operator.sub: _sub,
         torch.sub: _sub,
         "sub": _sub,
-        operator.neg: _neg,
-        torch.neg: _neg,
-        "neg": _neg,
+        operator.neg: builders.neg,
+        torch.neg: builders.neg,
+        "neg": builders.neg,
         operator.mul: builders.scale,
         torch.mul: builders.scale,
         "mul": builders.scale,
@@ -136,7 +128,7 @@ TORCH = Dialect(
         "half": builders.cast,
         "bfloat16": builders.cast,
         "double": builders.cast,
-        torch.eye: _eye,
+        torch.eye: builders.eye,
     },
     modules=read_module,
     calls=Calls(
