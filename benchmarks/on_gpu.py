@@ -15,7 +15,7 @@ masks. A case with a contender that fails is refused: its times are not written.
 
 It starts with ``python -m runlora_fx calibrate``, so plans are made for this machine. No case is
 started that would take longer than what is left of ``--seconds``; those are listed as not run.
-Results are written after each case, as JSON and Markdown.
+Results are written after each case, as JSON and Markdown. The fused kernels are timed at the end.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from typing import Any
 import peft
 import torch
 from layers import SHAPES, Recipe, model_of
+from on_gpu_kernels import measured
 from on_gpu_tables import markdown
 from torch import Tensor, nn
 
@@ -50,8 +51,6 @@ EAGER = "PEFT, eager"
 
 #: What a relative error may be beyond twice that of eager PEFT, and at all where masks are drawn.
 TOLERANCE, MASKED_TOLERANCE = 0.01, 0.05
-
-MiB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -341,7 +340,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         longest = max(longest, time.monotonic() - began)
         write(results | {"not_run": waiting}, given.out)
     results["not_run"] = waiting
-    results["kernels"] = kernels(given)
+    end = start + given.seconds + 30.0  # seconds are enough for them
+    results["kernels"] = list(measured(given.device, given.scale, end))
     results["took_s"] = time.monotonic() - start
     print(write(results, given.out))
     return int(any("refused" in case for case in results["cases"]))
@@ -358,11 +358,6 @@ def outcome(name: str, given: argparse.Namespace) -> dict[str, Any]:
         return {"case": name, "refused": f"not the same values: {wrong}"}
     except Exception as failed:  # such as that memory does not suffice: the other cases still run
         return {"case": name, "refused": f"{type(failed).__name__}: {failed}"}
-
-
-def kernels(given: argparse.Namespace) -> list[dict[str, Any]]:
-    """Times of the fused kernels against the operators that they replace, where there are any."""
-    return []
 
 
 def write(results: Mapping[str, Any], to: Path) -> str:

@@ -29,13 +29,10 @@ def _lines(results: Mapping[str, Any]) -> Iterator[str]:
         else:
             yield from _case(case)
     if results.get("kernels"):
-        yield from ("", "## Kernels", "", "| kernel | shape | ms | plain, ms | ratio |")
-        yield "|---|---|---|---|---|"
+        yield from ("", "## Kernels", "", "| kernel | layer | ms | plain, ms | ratio | min, max |")
+        yield "|---|---|---|---|---|---|"
         for row in results["kernels"]:
-            yield (
-                f"| {row['kernel']} | {row['shape']} | {row['kernel_s'] * 1e3:.3f} "
-                f"| {row['plain_s'] * 1e3:.3f} | {row['kernel_s'] / row['plain_s']:.2f} |"
-            )
+            yield f"| {row['kernel']} | {row['shape']} | {_times(row)} |"
     if results.get("not_run"):
         yield from ("", f"Not run, the time was up: {', '.join(results['not_run'])}.")
 
@@ -52,3 +49,14 @@ def _case(case: Mapping[str, Any]) -> Iterator[str]:
             f"| {ratio['min']:.3f}, {ratio['max']:.3f} | {row['peak_B'] / MiB:.1f} | {error} "
             f"| {row['first_step_s']:.1f} |"
         )
+
+
+def _times(row: Mapping[str, Any]) -> str:
+    """The cells of a kernel's times."""
+    if "refused" in row:
+        return f"**refused**: {row['refused']} | | |"
+    ratio = row["ratio"]
+    return (
+        f"{row['kernel_s'] * 1e3:.3f} | {row['plain_s'] * 1e3:.3f} | {ratio['median']:.3f} "
+        f"| {ratio['min']:.3f}, {ratio['max']:.3f}"
+    )

@@ -2,11 +2,13 @@
 
     python benchmarks/traffic.py [CASE ...] [--scale 4] [--device h100]
 
-Every case is one layer of a real model with LoRA on all of its projections. It is compiled three
-ways: frozen under Inductor, with PEFT under Inductor, and with PEFT under runlora. Forward and
-backward are compiled as far as Inductor's scheduler, which says what each kernel reads and writes.
-Nothing is run and no tensor has data, so a full-size layer takes seconds. ``--scale 4`` divides
-widths, heads and tokens by four.
+Every case is one layer of a real model with LoRA on all of its projections. QLoRA's weights are
+dequantised in the graph, by plain operators. A mixture of experts has adapters on its experts too.
+A layer is compiled frozen under Inductor, with PEFT under Inductor, and with PEFT under runlora by
+each policy. Forward and backward are compiled as far as Inductor's scheduler, which says what each
+kernel reads and writes. Nothing is run and no tensor has data, so a full-size layer takes seconds.
+``--scale 4`` divides widths, heads and tokens by four. Cases that are not asked for keep the rows
+that an earlier run with the same settings left.
 
 *Moved* is the sum over the kernels of what they read and write. *Kept* is what the forward leaves
 for the backward, parameters and the layer's input apart. *Tax* is what the adapters add to the
@@ -24,6 +26,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ import torch
 import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
 from layers import SHAPES, Recipe, model_of
+from plots import draw
 from rich.progress import track
 from torch import fx
 from torch._inductor.compile_fx import compile_fx
@@ -267,42 +271,64 @@ def rooflines(found: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Count the cases that are asked for, and write table and data."""
+    """Count the cases that are asked for, and write table, data and plot."""
     parser = argparse.ArgumentParser(description="Bytes moved and kept, counted by Inductor.")
     parser.add_argument("cases", nargs="*", help="parts of names of cases; all if none")
     parser.add_argument("--scale", type=int, default=4, help="divide widths and tokens by this")
     parser.add_argument("--device", default="h100", help="the device to plan for")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     given = parser.parse_args()
-    wanted = {
-        name: recipe
-        for name, recipe in CASES.items()
-        if not given.cases or any(part in name for part in given.cases)
-    }
-    found: list[dict[str, Any]] = []
-    for name, recipe in track(wanted.items(), description="counting"):
-        found += rows(name, recipe, given.scale, given.device)
-    text = "\n\n".join(
-        [
-            f"Counted by Inductor's scheduler, torch {torch.__version__}, PEFT {peft.__version__}; "
-            f"widths and tokens / {given.scale}; planned for {given.device}.",
-            table(found),
-            "Predicted from counts (published peaks), relative to PEFT + Inductor:",
-            rooflines(found),
-        ]
-    )
-    print(text)
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "traffic.md").write_text(text + "\n", encoding="utf-8")
-    content = {
+    wanted = [
+        name for name in CASES if not given.cases or any(part in name for part in given.cases)
+    ]
+    settings = {
         "torch": torch.__version__,
         "peft": peft.__version__,
         "scale": given.scale,
         "device": given.device,
-        "recipes": {name: asdict(recipe) for name, recipe in wanted.items()},
-        "rows": found,
     }
-    (given.out / "traffic.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    given.out.mkdir(parents=True, exist_ok=True)
+    found = counted_before(given.out, settings)
+    for name in track(wanted, description="counting"):
+        found[name] = rows(name, CASES[name], given.scale, given.device)
+        # After every case: a count that is cut short leaves what it has.
+        text = written(found, settings, given.out)
+    print(text)
+
+
+def counted_before(folder: Path, settings: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The rows by case that an earlier run left, if its settings were the same."""
+    file = folder / "traffic.json"
+    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if any(content.get(name) != value for name, value in settings.items()):
+        return {}
+    known = [row for row in content["rows"] if row["case"] in CASES]
+    cases = dict.fromkeys(row["case"] for row in known)
+    return {name: [row for row in known if row["case"] == name] for name in cases}
+
+
+def written(
+    found: Mapping[str, list[dict[str, Any]]], settings: Mapping[str, Any], to: Path
+) -> str:
+    """Write the rows of all cases as Markdown, JSON and, where matplotlib is, a plot."""
+    cases = [name for name in CASES if name in found]
+    every = [row for name in cases for row in found[name]]
+    text = "\n\n".join(
+        [
+            f"Counted by Inductor's scheduler, torch {settings['torch']}, PEFT {settings['peft']}; "
+            f"widths and tokens / {settings['scale']}; planned for {settings['device']}.",
+            table(every),
+            "Predicted from counts (published peaks), relative to PEFT + Inductor:",
+            rooflines(every),
+        ]
+    )
+    (to / "traffic.md").write_text(text + "\n", encoding="utf-8")
+    recipes = {name: asdict(CASES[name]) for name in cases}
+    content = {**settings, "recipes": recipes, "rows": every}
+    (to / "traffic.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    if find_spec("matplotlib") is not None:
+        draw(content, to / "traffic.svg")
+    return text
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@
 
 Models and arguments that are fake tensors already are traced as they are.
 
+Tracing makes no garbage of any size there, so Python's garbage collector is off meanwhile.
+
 Invariant: the model is left with the tensors that it came with.
 """
 
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 
 from runlora_fx._torch_compat import FakeTensor, FakeTensorMode
 from runlora_fx._torch_compat import _pytree as pytree
+from runlora_fx.passes.pipeline import collection_paused
 
 Inputs = tuple[Sequence[Any], Mapping[str, Any]]
 
@@ -60,7 +63,7 @@ def without_data(
     try:
         for table in tables:
             table.update({name: fake(value) for name, value in table.items()})
-        with mode:
+        with mode, collection_paused():
             yield pytree.tree_map(fake, (tuple(args), dict(kwargs)))
     finally:
         for table, before in zip(tables, came, strict=True):

@@ -30,7 +30,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     recipes = {name: recipe for name, (recipe, _) in on_gpu.CASES.items()}
     monkeypatch.setattr(on_gpu, "CASES", {n: (r, contenders) for n, r in recipes.items()})
     yield on_gpu
-    for name in ("on_gpu", "on_gpu_tables", "layers"):
+    for name in ("on_gpu", "on_gpu_tables", "on_gpu_kernels", "layers"):
         sys.modules.pop(name, None)
 
 

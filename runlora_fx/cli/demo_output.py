@@ -83,7 +83,7 @@ def print_costs(console: Console, variants: Sequence[Variant], device: torch.dev
     """
     named = {variant.name: variant for variant in variants}
     table = Table(title=f"Cost of a training step, median of {len(variants[0].seconds)}")
-    for name in ("", "time", "/ eager", "/ inductor", "activations", "peak", "first step"):
+    for name in ("", "time", "/ eager", "/ inductor", "saved", "peak", "first step"):
         table.add_column(name, justify="right" if name else "left")
     for variant in variants:
         table.add_row(

@@ -64,7 +64,7 @@ def rewrite_graph(
     if machine is None:
         machine = machine_for(options.device, use_stored=options.tune != "off")
     context = Context(graph, level, options, machine, may_guard, tuple(parameters))
-    with _collection_paused():
+    with collection_paused():
         try:
             # Its objects are freed when this returns, before the collector runs again.
             return _rewritten(context)
@@ -95,11 +95,11 @@ def _rewritten(context: Context) -> Report:
 
 
 @contextmanager
-def _collection_paused() -> Iterator[None]:
+def collection_paused() -> Iterator[None]:
     """A context in which Python's garbage collector is off.
 
-    The pass makes many small objects and keeps most of them to its end. Each collection would walk
-    over the model's whole graph and find nothing.
+    A pass and a trace make many small objects and keep most of them to their end. Each collection
+    would walk over the model's whole graph and find nothing.
     """
     was_enabled = gc.isenabled()
     gc.disable()
