@@ -125,6 +125,28 @@ def test_a_gradient_that_is_needed_anyway_is_made() -> None:
     assert_same_outputs_and_grads(model, compiled, [x, ends()], 4 * 2.0**-8)
 
 
+def test_factors_that_lie_interleaved_are_copied_for_the_operator() -> None:
+    """As PEFT keeps them: ``(out, rank, experts)``. No dimension of a matrix is contiguous."""
+
+    class Interleaved(Grouped):
+        def __init__(self) -> None:
+            super().__init__(transposed=False)
+            self.left = nn.Parameter(self.left.detach().permute(1, 2, 0).contiguous())
+            self.right = nn.Parameter(self.right.detach().permute(2, 1, 0).contiguous())
+
+        def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+            left, right = self.left.permute(2, 0, 1), self.right.permute(2, 1, 0)
+            merged = torch.baddbmm(self.weight, left, right, alpha=2.0)
+            product: Tensor = torch._grouped_mm(x, merged, offs=ends)
+            return product
+
+    model, x = Interleaved(), rows(HIDDEN)
+    compiled = torch.compile(model, backend=RUNLORA_EAGER, fullgraph=True, options=ours())
+    assert_same_outputs_and_grads(model, compiled, [x, ends()], 4 * 2.0**-8)
+    joint = runlora_fx.joint_graph(model, (x, ends()), strict=True)
+    assert merges(joint.graph) == 0
+
+
 @pytest.mark.parametrize("name", ("mixtral", "qwen3-moe", "gpt-oss"))
 def test_models_train_as_in_eager_mode(name: str) -> None:
     """One graph, equal losses and gradients; neither merged stacks nor their gradients are made."""

@@ -39,8 +39,10 @@ from runlora_fx.passes.levels.origins import Computed, Origin
 from runlora_fx.passes.levels.sizes import (
     Shape,
     example_of,
+    is_one,
     same_shape,
     shape_of,
+    strides_of,
 )
 from runlora_fx.passes.read.reader import GraphReader
 
@@ -233,6 +235,10 @@ class Writer(NodeWriter):
     def grouped_product(self, rows: fx.Node, stack: fx.Node, by: TokenAssignment) -> fx.Node:
         """Each token's row times the matrix of its expert."""
         if by.kind == "aten":
+            if not any(map(is_one, strides_of(stack)[-2:])):
+                # The operator reads rows or columns that are contiguous. PEFT's adapters of experts
+                # lie interleaved.
+                stack = self.laid_out(stack, (0, 1, 2))
             return self.call(_aten._grouped_mm.default, rows, stack, by.node)
         operator = torch.ops.transformers.grouped_mm_fallback.default
         return self.call(operator, rows, stack, by.node)
