@@ -158,3 +158,15 @@ def test_where_nothing_can_be_stored_it_says_so(
     assert "nothing stored" in " ".join(shown.split())
     assert "cannot be written to" in " ".join(shown.split())
     assert "Stored in" not in shown
+
+
+def test_an_accelerator_is_measured_with_larger_products() -> None:
+    """All that a host is measured with is below 8 GFLOP, which takes a GPU less than a launch."""
+    largest = {}
+    for is_host in (True, False):
+        shapes = command._shapes(command._FITTED, is_host=is_host)
+        flops = [float(shape.product(4).cost.flops) for shape in shapes]
+        largest[is_host] = max(flops)
+        assert min(flops) < 1e8
+    assert 1e9 < largest[True] <= 8e9
+    assert 1e11 < largest[False] <= 1e12

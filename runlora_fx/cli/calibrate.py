@@ -37,7 +37,7 @@ from runlora_fx.cost_model.devices.measure import (
     random_tensor,
     undisturbed,
 )
-from runlora_fx.cost_model.devices.registry import fastest
+from runlora_fx.cost_model.devices.registry import entry_of, fastest
 from runlora_fx.cost_model.ops import Add, GemmShape, Operation
 from runlora_fx.cost_model.profile import MachineProfile
 from runlora_fx.cost_model.store import Record
@@ -50,6 +50,10 @@ _CHECKED = ((48, 512), (640, 1536), (16,))
 
 #: The largest product that is measured; larger ones run at the same rate [FLOP].
 _MAX_FLOPS = 8e9
+
+#: On an accelerator tokens and widths are larger by the first, and so is the largest product, by
+#: the second: small products take little longer there than a launch.
+_WIDER, _MORE_FLOPS = 4, 125
 
 #: About how many runs one measurement takes. The first product that takes more than its share of
 #: the time is the largest that is measured.
@@ -170,7 +174,8 @@ def _calibrate(
     """Measure and store the profile of one dtype; the times of the products to check it on [s]."""
     end = time.monotonic() + budget_s
     kind = getattr(torch, dtype)
-    fitted, checked = _shapes(_FITTED), _shapes(_CHECKED)
+    is_host = entry_of(device).is_host
+    fitted, checked = (_shapes(grid, is_host=is_host) for grid in (_FITTED, _CHECKED))
     # Small products come first. If they take long already, large ones are left out.
     shapes = sorted([*checked, *fitted], key=lambda shape: shape.m * shape.k * shape.n)
     longest = budget_s / (_SHARE * _ROUNDS * len(shapes))
@@ -204,12 +209,14 @@ def _pointwise(kind: torch.dtype, device: torch.device) -> dict[str, float]:
         return {}
 
 
-def _shapes(grid: tuple[tuple[int, ...], ...]) -> list[GemmShape]:
+def _shapes(grid: tuple[tuple[int, ...], ...], *, is_host: bool) -> list[GemmShape]:
+    """The products of the layers of a grid of sizes, without those that are too large."""
+    wider, most = (1, _MAX_FLOPS) if is_host else (_WIDER, _MAX_FLOPS * _MORE_FLOPS)
     found = (
         shape.canonical
         for tokens, width, rank in product(*grid)
-        for shape in _layer(tokens, width, rank)
-        if shape.product(1).cost.flops <= _MAX_FLOPS
+        for shape in _layer(tokens * wider, width * wider, rank)
+        if shape.product(1).cost.flops <= most
     )
     return list(dict.fromkeys(found))
 
