@@ -1,14 +1,10 @@
 """The plot of `benchmarks/traffic.py`: predicted times by case and device. No time is measured.
 
-    python benchmarks/plots.py [--results benchmarks/results/traffic.json]
-
-reads ``traffic.json`` and writes ``traffic.svg`` next to it. Needs matplotlib.
+Needs matplotlib.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,18 +66,3 @@ def draw(content: Mapping[str, Any], to: Path) -> None:
     plt.rcParams["svg.hashsalt"] = "traffic"
     figure.savefig(to, metadata={"Date": None} if to.suffix == ".svg" else None)
     plt.close(figure)
-
-
-def main() -> None:
-    """Draw what was counted."""
-    parser = argparse.ArgumentParser(description="Plot of predicted times.")
-    default = Path(__file__).parent / "results" / "traffic.json"
-    parser.add_argument("--results", type=Path, default=default)
-    parser.add_argument("--out", type=Path, help="traffic.svg next to the results")
-    given = parser.parse_args()
-    content = json.loads(given.results.read_text(encoding="utf-8"))
-    draw(content, given.out or given.results.with_suffix(".svg"))
-
-
-if __name__ == "__main__":
-    main()

@@ -313,13 +313,16 @@ def written(
     """Write the rows of all cases as Markdown, JSON and, where matplotlib is, a plot."""
     cases = [name for name in CASES if name in found]
     every = [row for name in cases for row in found[name]]
+    timed = [row for row in every if not SHAPES[CASES[row["case"]].shape].experts]
     text = "\n\n".join(
         [
             f"Counted by Inductor's scheduler, torch {settings['torch']}, PEFT {settings['peft']}; "
             f"widths and tokens / {settings['scale']}; planned for {settings['device']}.",
             table(every),
+            "TFLOP does not count the grouped products of experts, so no time is predicted for "
+            "MoE. Rows that are missing were not counted.",
             "Predicted from counts (published peaks), relative to PEFT + Inductor:",
-            rooflines(every),
+            rooflines(timed),
         ]
     )
     (to / "traffic.md").write_text(text + "\n", encoding="utf-8")
@@ -327,7 +330,7 @@ def written(
     content = {**settings, "recipes": recipes, "rows": every}
     (to / "traffic.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if find_spec("matplotlib") is not None:
-        draw(content, to / "traffic.svg")
+        draw({**content, "rows": timed}, to / "traffic.svg")
     return text
 
 
