@@ -41,7 +41,9 @@ from torch import fx
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.fx_utils import count_flops_fx
 from torch._inductor.graph import GraphLowering
+from torch._inductor.ir import ExternKernelOut
 from torch._inductor.scheduler import BaseSchedulerNode
+from torch._inductor.utils import sympy_product
 
 from runlora_fx.backend import runlora
 from runlora_fx.cost_model.published import PUBLISHED, PublishedDevice
@@ -137,7 +139,7 @@ def counting(count: Count) -> Iterator[None]:
         graph.init_wrapper_code()
         graph._update_scheduler()
         for node in graph.scheduler.nodes:
-            moved = node.get_read_write_buffers_sizes()
+            moved = moved_bytes(node)
             if moved:
                 # An operator with several results, such as attention, has no dtype of its own.
                 layout = node.get_nodes()[0].get_outputs()[0].node.layout
@@ -166,6 +168,18 @@ class _Nothing:
 
     __file__ = key = "none"
     call = staticmethod(lambda inputs: None)
+
+
+def moved_bytes(node: BaseSchedulerNode) -> int:
+    """What a kernel reads and writes [B].
+
+    Inductor counts the whole buffer where a product reads a part of it. Here only the part counts.
+    """
+    kernel = node.node
+    if not isinstance(kernel, ExternKernelOut):
+        return node.get_read_write_buffers_sizes()
+    tensors = [*kernel.inputs, kernel]
+    return sum(int(sympy_product(t.get_size())) * t.get_dtype().itemsize for t in tensors)
 
 
 def flops_of(node: BaseSchedulerNode) -> int:

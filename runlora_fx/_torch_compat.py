@@ -226,6 +226,14 @@ def keeps_inputs_only() -> bool:
     return float(functorch_config.activation_memory_budget) == 0
 
 
+def joins_in_place() -> bool:
+    """True if Inductor computes a product into its place in what ``cat`` makes.
+
+    It does not where it tunes products: then it has fixed how each result lies.
+    """
+    return not (inductor_config.max_autotune or inductor_config.max_autotune_gemm)
+
+
 def draws_from_seeds() -> bool:
     """True if Inductor replaces random operators by functions of a seed."""
     return not inductor_config.fallback_random

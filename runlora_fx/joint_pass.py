@@ -19,6 +19,7 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 from runlora_fx import __version__, history
+from runlora_fx._torch_compat import joins_in_place as inductor_joins_in_place
 from runlora_fx._torch_compat import never_overwrite
 from runlora_fx.cost_model.devices.elsewhere import machine_for
 from runlora_fx.cost_model.devices.machine import Machine
@@ -41,6 +42,7 @@ def run(
     machine: Machine | None = None,
     *,
     may_guard: bool = False,
+    joins_in_place: bool = False,
     parameters: Sequence[int] = (),
 ) -> Report:
     """Rewrite a graph in place and record the report; a failure leaves the graph unchanged.
@@ -51,6 +53,7 @@ def run(
         options: The options of the pass.
         machine: The profiles of the devices; those that are stored, if None.
         may_guard: True if Dynamo compiles the graph, and will check guards on sizes.
+        joins_in_place: True if what compiles the graph joins matrices without copies.
         parameters: Positions of the inputs that are parameters, the same tensors in every call.
 
     Raises:
@@ -58,7 +61,13 @@ def run(
     """
     try:
         report = rewrite_graph(
-            graph, dialect, options, machine, may_guard=may_guard, parameters=parameters
+            graph,
+            dialect,
+            options,
+            machine,
+            may_guard=may_guard,
+            joins_in_place=joins_in_place,
+            parameters=parameters,
         )
     except Exception as error:
         if options.strict:
@@ -126,7 +135,15 @@ class RunloraPass(CustomGraphPass):
             user_pass(graph)
         if _is_seen(graph):
             return
-        run(graph, ATEN, self._options, self._machine, may_guard=True, parameters=self._parameters)
+        run(
+            graph,
+            ATEN,
+            self._options,
+            self._machine,
+            may_guard=True,
+            joins_in_place=inductor_joins_in_place(),
+            parameters=self._parameters,
+        )
         for node in graph.nodes:
             node.meta[_SEEN] = True
 

@@ -49,6 +49,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("passes.emit.copies", "passes.emit.copies.*"),
     ("passes.emit.graph", "passes.emit.graph.*"),
     ("passes.emit.apply",),
+    ("passes.stack", "passes.stack.*"),
     ("passes.recompute", "passes.recompute.*"),
     ("passes.tune", "passes.tune.*"),
     # What was done.

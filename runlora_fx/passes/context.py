@@ -53,10 +53,12 @@ class Outcome:
     Attributes:
         findings: The regions that it found, for the report to describe.
         is_joint: True if the graph has a forward and a backward.
+        stacked: By stack, how many products became one.
     """
 
     findings: tuple[Any, ...] = ()
     is_joint: bool = False
+    stacked: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class Context:
         machine: The profiles of the devices.
         may_guard: True if Dynamo compiles the graph. It checks guards on symbolic sizes before each
             call, and compiles again for a size outside of them.
+        joins_in_place: True if what compiles the graph computes matrices into their places in a
+            larger one. Inductor does so, but not for products that it tunes.
         parameters: Positions of the inputs that are parameters, the same tensors in every call.
         failures: The parts that failed so far. Passes add to it.
     """
@@ -79,6 +83,7 @@ class Context:
     options: Options
     machine: Machine
     may_guard: bool = False
+    joins_in_place: bool = False
     parameters: tuple[int, ...] = ()
     failures: list[Failure] = field(default_factory=list)
 

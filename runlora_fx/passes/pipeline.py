@@ -42,6 +42,7 @@ def rewrite_graph(
     machine: Machine | None = None,
     *,
     may_guard: bool = False,
+    joins_in_place: bool = False,
     parameters: Sequence[int] = (),
 ) -> Report:
     """Rewrite a graph in place into its cheapest plan.
@@ -53,6 +54,7 @@ def rewrite_graph(
         machine: What is known about the devices; what is stored about them, if None.
         may_guard: True if Dynamo compiles the graph. It checks guards on symbolic sizes before each
             call, and compiles again for a size outside of them.
+        joins_in_place: True if what compiles the graph joins matrices without copies.
         parameters: Which of the graph's inputs are parameters, the same tensors in every call.
 
     Returns:
@@ -63,7 +65,7 @@ def rewrite_graph(
     """
     if machine is None:
         machine = machine_for(options.device, use_stored=options.tune != "off")
-    context = Context(graph, level, options, machine, may_guard, tuple(parameters))
+    context = Context(graph, level, options, machine, may_guard, joins_in_place, tuple(parameters))
     with collection_paused():
         try:
             # Its objects are freed when this returns, before the collector runs again.
@@ -138,6 +140,7 @@ def _report(context: Context, came: Sequence[fx.Node], outcome: Outcome | None) 
         flops_before=sum(before for before, _ in flops),
         flops_after=sum(after for _, after in flops),
         planned_for=title_of(context.options.device),
+        stacked=() if outcome is None else outcome.stacked,
     )
 
 

@@ -34,6 +34,9 @@ from runlora_fx.passes.recompute.choose import choose
 from runlora_fx.passes.search.decide import Decision, price_of
 from runlora_fx.passes.search.dynamic import decide_all
 from runlora_fx.passes.search.memory_budget import spend
+from runlora_fx.passes.stack.find import Finder
+from runlora_fx.passes.stack.products import Products
+from runlora_fx.passes.stack.write import StackWriter
 from runlora_fx.passes.tune.pricing import Pricing, may_measure
 from runlora_fx.passes.tune.trials import try_out
 
@@ -88,6 +91,15 @@ class _Planner:
         chosen = [n for n, one in zip(names, decisions, strict=True) if _chosen(one) is not None]
         if chosen:
             self._write(analysis, decisions, chosen)
+        stacked: tuple[int, ...] = ()
+        if (
+            analysis.phases.is_joint
+            and self._context.joins_in_place
+            and self._options.objective == "time"
+        ):
+            stacked = self._or_else(
+                lambda: self._stack(analysis, decisions), stacked, "stack products"
+            )
         if analysis.phases.is_joint and repeats_random_operators():
             self._keep_random_numbers()
         if analysis.phases.is_joint and self._options.memory != "fast":
@@ -100,7 +112,7 @@ class _Planner:
                 analysis.regions.regions, analysis.posed, decisions, names, strict=True
             )
         )
-        return Outcome(tuple(found), is_joint=analysis.phases.is_joint)
+        return Outcome(tuple(found), analysis.phases.is_joint, stacked)
 
     def _decided(self) -> tuple[Analysis, list[Decision]]:
         """The graph as it came, and what to do with each region."""
@@ -230,6 +242,30 @@ class _Planner:
                     middle = len(names) // 2
                     pending += [names[middle:], names[:middle]]
 
+    # -- stacks --------------------------------------------------------------------------------
+
+    def _stack(self, analysis: Analysis, decisions: Sequence[Decision]) -> tuple[int, ...]:
+        """Have products that read the same tensor run as one where that takes less time.
+
+        Returns:
+            By stack, how many products became one.
+        """
+        problems = [posed.problem for posed in analysis.posed]
+        if not (self._changed or any(p.has_products_of_products for p in problems)):
+            return ()
+        products = Products(self._context)
+        price = self._main_objective(analysis, decisions).profile.of
+        stacks = Finder(products, price).found()
+        if stacks:
+            with transaction(self._context.graph):
+                StackWriter(self._context, products).write(stacks)
+        return tuple(len(stack.products) for stack in stacks)
+
+    def _main_objective(self, analysis: Analysis, decisions: Sequence[Decision]) -> Objective:
+        """How plans of the region of the most FLOPs are ranked."""
+        largest = max(range(len(decisions)), key=lambda i: decisions[i].before.flops)
+        return self._objective(analysis.posed[largest])
+
     # -- memory --------------------------------------------------------------------------------
 
     def _recompute(self, analysis: Analysis, decisions: Sequence[Decision]) -> None:
@@ -243,8 +279,7 @@ class _Planner:
         budget = self._seconds_saved(analysis, decisions) if is_timed else 0.0
         if not decisions or not (budget or is_low):
             return
-        largest = max(range(len(decisions)), key=lambda i: decisions[i].before.flops)
-        objective = self._objective(analysis.posed[largest])
+        objective = self._main_objective(analysis, decisions)
         per_byte = objective.seconds_per_saved_byte if is_timed else inf
         for chain in choose(Chains(self._context), objective.profile.of, budget, per_byte):
             recompute(chain.nodes)

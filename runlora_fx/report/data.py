@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from runlora_fx.report.sites import Candidate, Refusal, Site
-from runlora_fx.report.text import FROM_CACHE, lines
+from runlora_fx.report.text import FROM_CACHE, lines, stacked_text
 
 __all__ = ["Candidate", "Refusal", "Report", "Site", "combined"]
 
@@ -29,6 +29,8 @@ class Report:
         flops_after: All matrix products that will run [FLOP].
         from_cache: True if the compiled code came from a cache, so that no graph was seen.
         planned_for: The device that was planned for, if another than the graph runs on.
+        stacked: By stack, how many products run as one, because they read the same tensor or are
+            added up.
     """
 
     graph: str
@@ -38,12 +40,15 @@ class Report:
     flops_after: int = 0
     from_cache: bool = False
     planned_for: str = ""
+    stacked: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         """Totals, a section for each kind of site, and what was left alone."""
         if self.from_cache:
             return FROM_CACHE
         text = lines(self.graph, self.sites, self.refusals, self.flops_before, self.flops_after)
+        if self.stacked:
+            text += f"{stacked_text(self.stacked)}\n"
         if not self.planned_for:
             return text
         return f"{text}Planned for {self.planned_for}; nothing was measured on it.\n"
@@ -60,4 +65,5 @@ def combined(reports: Iterable[Report]) -> Report:
         flops_after=sum(part.flops_after for part in parts),
         from_cache=bool(parts) and all(part.from_cache for part in parts),
         planned_for=", ".join(dict.fromkeys(p.planned_for for p in parts if p.planned_for)),
+        stacked=tuple(count for part in parts for count in part.stacked),
     )

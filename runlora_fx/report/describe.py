@@ -62,7 +62,7 @@ def describe(
         objective: The objective that ranked plans.
         known: The sites that were described already. Equal layers are described once.
     """
-    if not changed and not _has_products_of_products(posed.problem):
+    if not changed and not posed.problem.has_products_of_products:
         return None
     # Equal regions have one problem, and so equal demands in its numbers.
     found = known.get((id(posed.problem), id(decision), changed))
@@ -125,14 +125,6 @@ def _site(
             for a in decision.alternatives
         ),
     )
-
-
-def _has_products_of_products(problem: Problem) -> bool:
-    """True if some word has three factors or more."""
-    words = (
-        w for demand in problem.demands if not demand.core.is_diag_part for w in demand.core.words
-    )
-    return any(len(word.without_diagonals) >= 3 for word in words)
 
 
 def _break_even(posed: PosedProblem, names: Names, objective: Objective) -> str:

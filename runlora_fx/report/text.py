@@ -71,6 +71,18 @@ def lines(
     return "\n".join([*parts, LEGEND] if sites else parts)
 
 
+def stacked_text(stacks: Sequence[int]) -> str:
+    """A sentence about products that run as one.
+
+    Args:
+        stacks: By stack, how many products became one.
+    """
+    return (
+        f"{sum(stacks)} products run as {len(stacks)}: those that became one read the same tensor "
+        f"or are added up."
+    )
+
+
 def _section(sites: Sequence[Site]) -> Iterator[str]:
     """What was found and done at sites that are equal."""
     site = sites[0]

@@ -103,6 +103,12 @@ class Problem:
         """By polynomial of a demand, True if it is stored transposed."""
         return dict(self.shown)
 
+    @cached_property
+    def has_products_of_products(self) -> bool:
+        """True if some word has three factors or more: what LoRA adds to a layer has."""
+        demands = (demand.core for demand in self.demands if not demand.core.is_diag_part)
+        return any(len(word.without_diagonals) >= 3 for core in demands for word in core.words)
+
     def value(self, p: Polynomial, backward: bool) -> Value:
         """The value of an operand of a step that runs in a phase."""
         core = normalise(p).core

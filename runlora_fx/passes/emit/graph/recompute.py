@@ -55,6 +55,12 @@ def recompute(nodes: Iterable[fx.Node], ours: Sequence[fx.Node] = ()) -> None:
             node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
 
 
+def keep(nodes: Iterable[fx.Node]) -> None:
+    """Have the backward use nodes of the forward as they are, but for those that are tagged."""
+    for node in nodes:
+        node.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)
+
+
 def keep_random_numbers(graph: fx.Graph, effects: Effects) -> list[fx.Node]:
     """Tag random numbers so that the forward saves them, and the backward does not draw others.
 

@@ -67,7 +67,7 @@ class Sums:
             elif total is not None and takes_product:
                 total = self._with(total, part, flip, backward)
             else:
-                node = self._matrix(part, flip, backward, is_first=total is None)
+                node = self._matrix(part, flip, backward)
                 if makes_vector:
                     node = self._scope.writer.reshape(node, (numel(shape_of(node)),))
                 total = self._scope.added(total, node)
@@ -79,16 +79,17 @@ class Sums:
         """The addend that ``addmm`` adds a product to: a vector to broadcast, or a matrix."""
         if self._kind(part, backward) == "vector":
             return self._scope.scaled(*self._broadcasts.vector(part, flip, backward)[:2])
-        return self._matrix(part, flip, backward, is_first=True)
+        return self._matrix(part, flip, backward)
 
-    def _matrix(self, part: Normalised, flip: bool, backward: bool, *, is_first: bool) -> fx.Node:
+    def _matrix(self, part: Normalised, flip: bool, backward: bool) -> fx.Node:
         """An addend as a matrix.
 
-        If the first addend is a product, its smallest operand or its result is scaled. Later
-        addends are scaled as they are, because Inductor fuses the scaling with the addition.
+        If it is a product, its smallest operand or its result is scaled, and not the sum's addend.
+        Inductor may run the addition and another product as one call. That call reads this addend
+        from memory, so scaling it there would be one more kernel.
         """
         value, turned = self._scope.task.value(part.core, backward), part.transposed != flip
-        step = self._products.unshared_product(value) if is_first else None
+        step = self._products.unshared_product(value)
         if step is None:
             return self._scope.scaled(self._values.matrix(value, turned), part.scalar)
         with self._scope.writer.making(rule_of(value, step)):
@@ -100,7 +101,7 @@ class Sums:
         value, turned = self._scope.task.value(part.core, backward), part.transposed != flip
         step = self._products.unshared_product(value)
         if step is None:
-            return self._scope.added(total, self._matrix(part, flip, backward, is_first=False))
+            return self._scope.added(total, self._matrix(part, flip, backward))
         with self._scope.writer.making(rule_of(value, step)):
             a, b, by = self._products.operands(value, step, turned)
         return self._products.accumulated(total, Operands(a, b, by * part.scalar))

@@ -1,0 +1,212 @@
+"""Products: the matrix products of a joint graph that may be stacked, and what holds of them.
+
+Example: ``mm(view(x), permute(m))`` is a product of the matrices x and m', in the forward.
+
+Invariant: what is answered here holds of the graph as it came to this room; nothing is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from runlora_fx.passes.context import Context
+from runlora_fx.passes.emit.nodes.layout import takes_any_layout
+from runlora_fx.passes.levels.sizes import example_of, facts_of
+from runlora_fx.passes.read.gradients import gradient_nodes
+from runlora_fx.passes.read.phases import Phases
+from runlora_fx.passes.stack.matrices import RESHAPES, Matrix, base_of, matrix_of, shown, sizes_of
+
+_aten = torch.ops.aten
+
+#: Operators of which a strided result is still a view.
+_VIEWS = (
+    *(*RESHAPES, _aten.permute.default, _aten.transpose.int, _aten.t.default),
+    *(_aten.slice.Tensor, _aten.unsqueeze.default, _aten.expand.default, _aten.select.int),
+)
+
+#: What Inductor computes into memory that it is given: a part of a larger buffer as well.
+_INTO_GIVEN = (_aten.mm.default, _aten.addmm.default)
+
+#: Rows of a matrix begin at multiples of so many bytes, or libraries read them slowly [B].
+_ALIGNED = 16
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product of two matrices.
+
+    Attributes:
+        node: The call.
+        left: The left operand.
+        right: The right operand.
+        is_gradient: True if it depends on incoming gradients, and so runs in the backward.
+    """
+
+    node: fx.Node
+    left: Matrix
+    right: Matrix
+    is_gradient: bool
+
+    @property
+    def size(self) -> int:
+        """What the result takes in memory [B]."""
+        rows, cols = sizes_of(self.node)
+        return rows * cols * itemsize(self.node)
+
+
+class Products:
+    """The products of a graph.
+
+    Attributes:
+        order: The places of all nodes.
+    """
+
+    def __init__(self, context: Context) -> None:
+        """Read the products of a joint graph."""
+        self._graph = context.graph
+        self._effects = context.effects()
+        self._gradients = gradient_nodes(context.graph)
+        self._phases = Phases(context.graph, self._gradients, self._effects)
+        self.order = {node: i for i, node in enumerate(context.graph.nodes)}
+        self._results = set(context.graph.output_node().all_input_nodes)
+        found = (self._read(n) for n in context.graph.nodes if n.target is _aten.mm.default)
+        self.all = [product for product in found if product is not None]
+
+    def _read(self, node: fx.Node) -> Product | None:
+        left, right = (matrix_of(x) if isinstance(x, fx.Node) else None for x in node.args)
+        facts = facts_of(node)
+        if left is None or right is None or facts is None or not facts.is_plain:
+            return None
+        if not all(isinstance(size, int) for size in facts.shape):
+            return None
+        if any(self._effects.is_overwritten(m.node) for m in (left, right)):
+            return None
+        return Product(node, left, right, node in self._gradients)
+
+    def are_alike(self, some: Collection[Product]) -> bool:
+        """True if products may become one: the user tagged all of them alike, or none."""
+        tags = {product.node.meta.get("recompute") for product in some}
+        modes = {self._effects.mode_of(product.node) for product in some}
+        return len(tags) == len(modes) == 1
+
+    def is_gradient(self, node: fx.Node) -> bool:
+        """True if a node depends on incoming gradients."""
+        return node in self._gradients
+
+    # -- operands ------------------------------------------------------------------------------
+
+    def is_written_in_place(self, matrix: Matrix, *, is_gradient: bool) -> bool:
+        """True if Inductor computes a matrix into its place in a larger one, without a copy.
+
+        Args:
+            matrix: The matrix.
+            is_gradient: True if the larger one is needed in the backward.
+        """
+        views, made = shown(matrix.node), matrix.node
+        for made in views:
+            if made is not matrix.node and len(made.users) > 1:
+                return False
+            if made in self._results:
+                return False
+        target = made.target
+        if not isinstance(target, torch._ops.OpOverload) or self._effects.is_random(made):
+            return False
+        is_given = made is matrix.node and target in _INTO_GIVEN
+        is_pointwise = torch.Tag.pointwise in target.tags or target is _aten.clone.default
+        if not (is_given or is_pointwise):
+            return False
+        # What the forward keeps for the backward lies by itself.
+        is_again = made.meta.get("recompute") is not None or self.is_of_inputs(made)
+        in_backward = made in self._gradients
+        is_read_there = any(map(self._phases.runs_backward, matrix.node.users))
+        return in_backward or is_again or not (is_gradient or is_read_there)
+
+    def is_of_inputs(self, node: fx.Node) -> bool:
+        """True if the backward alone makes a tensor, by one pointwise operator, of inputs."""
+        target = node.target
+        is_pointwise = (
+            isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+        )
+        if not is_pointwise or not self._phases.runs_backward(node):
+            return False
+        given = (base_of(matrix.node) for x in node.all_input_nodes if (matrix := matrix_of(x)))
+        return all(base.op == "placeholder" for base in given)
+
+    def depends(self, on: Iterable[fx.Node], nodes: Iterable[fx.Node]) -> bool:
+        """True if one of some nodes is computed of one of others."""
+        targets = set(on)
+        if not targets:
+            return False
+        first = min(self.order[node] for node in targets)
+        pending, seen = list(nodes), set[fx.Node]()
+        while pending:
+            node = pending.pop()
+            for given in node.all_input_nodes:
+                if given in targets:
+                    return True
+                if given not in seen and self.order[given] > first:
+                    seen.add(given)
+                    pending.append(given)
+        return False
+
+    # -- results -------------------------------------------------------------------------------
+
+    def is_kept(self, node: fx.Node) -> bool:
+        """True if the backward reads a result of the forward, as it is or in another shape."""
+        if node in self._gradients:
+            return False
+        return any(map(self._phases.runs_backward, self._read_by(node)))
+
+    def may_be_strided(self, node: fx.Node, strides: tuple[int, int]) -> bool:
+        """True if all that reads a result takes it with other strides, also in other shapes."""
+        if node in self._results:
+            return False
+        with torch.no_grad():
+            val = torch.empty_strided(sizes_of(node), strides, device="meta")
+            return self._are_taken(node, val)
+
+    def _are_taken(self, node: fx.Node, val: torch.Tensor) -> bool:
+        for user in node.users:
+            target = user.target
+            if not isinstance(target, torch._ops.OpOverload):
+                return False
+            if target in _VIEWS:
+                if user in self._results or user.all_input_nodes != [node] or user.kwargs:
+                    return False
+                try:
+                    shows = target(val, *user.args[1:])
+                except RuntimeError:
+                    return False
+                if not self._are_taken(user, shows):
+                    return False
+            elif not takes_any_layout(target):
+                return False
+        return True
+
+    def views(self, node: fx.Node) -> list[fx.Node]:
+        """What shows a node in other shapes, each behind what it shows."""
+        found: list[fx.Node] = []
+        for user in node.users:
+            if user.target in _VIEWS and user.args[0] is node:
+                found += [user, *self.views(user)]
+        return found
+
+    def _read_by(self, node: fx.Node) -> list[fx.Node]:
+        shows = [node, *self.views(node)]
+        return [user for shown_ in shows for user in shown_.users if user not in shows]
+
+
+def itemsize(node: fx.Node) -> int:
+    """Element width of a tensor [B]."""
+    val = example_of(node)
+    assert val is not None
+    return val.itemsize
+
+
+def is_aligned(node: fx.Node, dim: int) -> bool:
+    """True if what follows a matrix in its rows begins where libraries read it fast."""
+    return dim == 0 or sizes_of(node)[1] * itemsize(node) % _ALIGNED == 0
