@@ -39,6 +39,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_torch_compat",),
     ("cost_model.devices", "cost_model.devices.*"),
     ("runtime", "runtime.*"),
+    # Fused kernels for GPUs, which the rest does not import.
+    ("kernels", "kernels.*"),
     # Graph to algebra, and algebra to graph.
     ("passes.levels", "passes.levels.*"),
     ("passes.read", "passes.read.*"),
