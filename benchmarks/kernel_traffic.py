@@ -1,9 +1,9 @@
 """What a layer would move with the fused kernels: predicted from counts, nothing is run.
 
-    python -m benchmarks.kernel_traffic [--scale 4]
+    python benchmarks/kernel_traffic.py [--scale 4]
 
 The frozen layer, PEFT + Inductor and runlora are counted by Inductor's scheduler, as in
-``benchmarks/traffic.py``. The planner does not choose the kernels yet. So their plan is written
+``benchmarks/traffic.py``. The planner cannot make the plan with the kernels yet. So it is written
 down here, and its bytes are counted by :mod:`runlora_fx.kernels.counts`. Per group of projections
 that share their input X, and per projection of the group ::
 
@@ -28,8 +28,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from layers import SHAPES, Recipe, Shape
+from traffic import CASES, GB, counted
 
-from benchmarks.traffic import CASES, GB, SHAPES, Recipe, Shape, counted
 from runlora_fx.kernels.counts import (
     gradient_products_bytes,
     product_bytes,

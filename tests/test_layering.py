@@ -37,10 +37,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("keywords",),
     # The machine.
     ("_torch_compat",),
+    # Fused kernels for GPUs. Whoever uses them imports them where they are called.
+    ("kernels", "kernels.*"),
     ("cost_model.devices", "cost_model.devices.*"),
     ("runtime", "runtime.*"),
-    # Fused kernels for GPUs, which the rest does not import.
-    ("kernels", "kernels.*"),
     # Graph to algebra, and algebra to graph.
     ("passes.levels", "passes.levels.*"),
     ("passes.read", "passes.read.*"),

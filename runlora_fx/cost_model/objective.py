@@ -64,6 +64,11 @@ class Objective:
             price += weights[term] * amount
         return price
 
+    def has_times(self, operations: Iterable[Operation]) -> bool:
+        """True if plans are ranked by time, and all of some operations were measured."""
+        measured = self.profile.measured_seconds
+        return self.name == "time" and all(measured(one) is not None for one in operations)
+
     @property
     def seconds_per_saved_byte(self) -> float:
         """The most that recomputing a byte may take, instead of holding it [s]."""

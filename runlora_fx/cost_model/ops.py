@@ -102,6 +102,66 @@ class MatMul:
         return GemmShape(b, m, k, n, *self.turned).canonical
 
 
+class MergeShape(NamedTuple):
+    """What the time of ``W + s B A`` depends on, for one device and dtype.
+
+    Attributes:
+        rows: Of the weight [elements].
+        cols: Of the weight [elements].
+        rank: Of the adapters.
+        is_fused: True if the fused kernel computes it, else the device's ``addmm``.
+    """
+
+    rows: int
+    cols: int
+    rank: int
+    is_fused: bool = True
+
+    @property
+    def pair(self) -> tuple[MergeShape, MergeShape]:
+        """The same merge both ways, the fused one first: their times are compared."""
+        return self._replace(is_fused=True), self._replace(is_fused=False)
+
+
+#: What a measured time is filed under.
+Shape: TypeAlias = GemmShape | MergeShape
+
+
+@dataclass(frozen=True)
+class Merge:
+    """``W + s B A`` by one kernel, which reads W (rows, cols) once and writes the sum once.
+
+    Attributes:
+        rows: Of W [elements].
+        cols: Of W [elements].
+        rank: Columns of B.
+        itemsize: Element width [B].
+    """
+
+    rows: Amount
+    cols: Amount
+    rank: Amount
+    itemsize: int
+
+    @property
+    def cost(self) -> Cost:
+        """2 rows cols rank FLOP; W and both adapters read, the sum written; 1 kernel."""
+        size = self.rows * self.cols
+        return Cost(
+            {
+                "flops.nn": 2 * size * self.rank,
+                "read": (size + self.rank * (self.rows + self.cols)) * self.itemsize,
+                "written": size * self.itemsize,
+                "launches": 1,
+            }
+        )
+
+    @property
+    def shape(self) -> MergeShape:
+        """What a measurement of it is filed under; its dimensions have to be integers."""
+        return MergeShape(int(self.rows), int(self.cols), int(self.rank))
+
+
 @dataclass(frozen=True)
 class Add:
     """The elementwise sum of ``operands`` matrices (b, m, n).
@@ -209,4 +269,4 @@ class Hold:
         return Cost({"held": self.b * self.m * self.n * self.itemsize})
 
 
-Operation: TypeAlias = MatMul | Add | Elementwise | GroupedMatMul | Hold
+Operation: TypeAlias = MatMul | Merge | Add | Elementwise | GroupedMatMul | Hold

@@ -25,7 +25,7 @@ from typing import TypeAlias
 import sympy
 
 from runlora_fx.cost_model.cost import TERMS, Cost, Term
-from runlora_fx.cost_model.ops import GemmShape, MatMul, Operation
+from runlora_fx.cost_model.ops import MatMul, Merge, Operation, Shape
 
 #: The dtypes whose products are planned for time.
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -41,11 +41,11 @@ class MachineProfile:
     Attributes:
         known: By term, the time of one unit [s]. A missing term has the time of the term in
             :attr:`~runlora_fx.cost_model.cost.Term.like`.
-        measured: Measured times of products [s].
+        measured: Measured times of products and merges [s].
     """
 
     known: Mapping[str, float]
-    measured: tuple[tuple[GemmShape, float], ...] = ()
+    measured: tuple[tuple[Shape, float], ...] = ()
 
     @cached_property
     def seconds_per(self) -> Mapping[str, float]:
@@ -69,9 +69,15 @@ class MachineProfile:
         return float(self.formula(operation)) if known is None else known
 
     def measured_seconds(self, operation: Operation) -> float | None:
-        """The measured time of an operation [s]; None if it was not measured."""
+        """The measured time of an operation [s]; None if it was not measured.
+
+        A fused merge counts as measured only if ``addmm`` was measured too, and took longer.
+        """
         if self.measured and isinstance(operation, MatMul):
             return self._times.get(operation.shape)
+        if self.measured and isinstance(operation, Merge):
+            fused, plain = map(self._times.get, operation.shape.pair)
+            return None if fused is None or plain is None or fused >= plain else fused
         return None
 
     def formula(self, operation: Operation) -> Seconds:
@@ -87,7 +93,7 @@ class MachineProfile:
         return sum(per[term] * amount for term, amount in cost.items())
 
     @cached_property
-    def _times(self) -> Mapping[GemmShape, float]:
+    def _times(self) -> Mapping[Shape, float]:
         return dict(self.measured)
 
     @cached_property

@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
 from runlora_fx.cost_model.cost import TERMS
-from runlora_fx.cost_model.ops import GemmShape
+from runlora_fx.cost_model.ops import GemmShape, MergeShape, Shape
 from runlora_fx.cost_model.profile import MachineProfile
 
 _log = logging.getLogger("runlora_fx")
@@ -82,13 +82,13 @@ class Record:
 
     Attributes:
         seconds_per: By term, the calibrated time of one unit [s]; empty if never calibrated.
-        products: Measured times of single products [s], the latest last.
+        products: Measured times of single products and merges [s], the latest last.
         plans: By problem and plan, measured times of whole plans [s]
             (:mod:`runlora_fx.passes.tune.trials`).
     """
 
     seconds_per: Mapping[str, float] = field(default_factory=dict)
-    products: Mapping[GemmShape, float] = field(default_factory=dict)
+    products: Mapping[Shape, float] = field(default_factory=dict)
     plans: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def profile(self, default: MachineProfile) -> MachineProfile:
@@ -219,11 +219,16 @@ def _from_json(content: Mapping[str, Any]) -> Record:
     return Record(seconds_per, _latest(products), _latest(plans))
 
 
-def _shape(numbers: list[Any]) -> GemmShape:
-    b, m, k, n, left, right = numbers
-    if not all(type(size) is int and 0 < size <= _MAX_SIZE for size in (b, m, k, n)):
+def _shape(numbers: list[Any]) -> Shape:
+    is_merge = len(numbers) == len(MergeShape._fields)
+    *sizes, last = numbers if is_merge else numbers[:-1]
+    if not all(type(size) is int and 0 < size <= _MAX_SIZE for size in sizes):
         raise ValueError(f"has a product of the sizes {numbers}")
-    return GemmShape(b, m, k, n, bool(left), bool(right))
+    if is_merge:
+        rows, cols, rank = sizes
+        return MergeShape(rows, cols, rank, bool(last))
+    b, m, k, n = sizes
+    return GemmShape(b, m, k, n, bool(last), bool(numbers[-1]))
 
 
 def _positive(x: Any) -> float:

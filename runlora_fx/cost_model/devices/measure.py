@@ -21,7 +21,7 @@ from torch.utils.benchmark import Timer
 from runlora_fx._torch_compat import outside_all_modes
 from runlora_fx.cost_model.devices.fit import FREE
 from runlora_fx.cost_model.devices.registry import entry_of
-from runlora_fx.cost_model.ops import GemmShape
+from runlora_fx.cost_model.ops import GemmShape, MergeShape
 
 #: The least total time of the runs of one measurement [s], and the number of measurements.
 _MIN_RUN_S = 2e-3
@@ -86,6 +86,33 @@ def matmul_seconds(shape: GemmShape, dtype: torch.dtype, device: torch.device) -
     if b == 1:
         left, right, out = left[0], right[0], out[0]
     return seconds(lambda: torch.matmul(left, right, out=out), device)
+
+
+def runs_kernels(device: torch.device, dtype: str) -> bool:
+    """True if the fused kernels run on a device in a dtype: CUDA's, with Triton, not float64."""
+    if device.type != "cuda" or dtype == "float64":
+        return False
+    from runlora_fx import kernels  # only here: it imports Triton
+
+    return bool(kernels.__all__)
+
+
+def merge_seconds(shape: MergeShape, dtype: torch.dtype, device: torch.device) -> float:
+    """The time of a merge by the fused kernel or by ``addmm`` [s].
+
+    Raises:
+        RuntimeError: If the device has not the memory for it, or cannot run the kernel.
+    """
+    from runlora_fx.kernels.merge import merge
+
+    rows, cols, rank, is_fused = shape
+    w, b, a = (
+        random_tensor(*size, dtype=dtype, device=device)
+        for size in ((rows, cols), (rows, rank), (rank, cols))
+    )
+    if is_fused:
+        return seconds(lambda: merge(w, b, a, 2.0), device)
+    return seconds(lambda: torch.addmm(w, b, a, alpha=2.0), device)
 
 
 def add_seconds(rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> float:

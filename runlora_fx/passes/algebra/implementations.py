@@ -23,6 +23,7 @@ from runlora_fx.cost_model.ops import (
     GroupedMatMul,
     Hold,
     MatMul,
+    Merge,
     Operation,
 )
 from runlora_fx.passes.algebra.orientation import is_turned
@@ -107,6 +108,7 @@ class Implementation:
         serves: True if it can run a step.
         reads: The operands of the step that it reads.
         is_usual: True if ordinary graphs run the step in this way.
+        needs_times: True if it is offered only where all its operations were measured on the device.
     """
 
     name: str
@@ -115,6 +117,7 @@ class Implementation:
     serves: Callable[[Work], bool] = _always
     reads: Callable[[Work], tuple[Polynomial, ...]] = _operands
     is_usual: bool = True
+    needs_times: bool = False
 
 
 # -- the registry ------------------------------------------------------------------------------
@@ -171,10 +174,14 @@ _ADDMM = Implementation("addmm", Accumulate, _accumulate)
 
 def is_mergeable(problem: Problem, core: Polynomial) -> bool:
     """True if a value is ``W + s B A + ...`` of leaves that are the same tensors in every call."""
+    return core.leaves <= problem.lasting and is_merge(problem, core)
+
+
+def is_merge(problem: Problem, core: Polynomial) -> bool:
+    """True if a value is ``W + s B A + ...`` of leaves."""
     lengths = [len(word.factors) for word in core.words]
     return (
-        core.leaves <= problem.lasting
-        and lengths[0] == 1
+        lengths[0] == 1
         and core.terms[0][1] == 1.0
         and all(length == 2 for length in lengths[1:])
         and not core.scalar_leaves
@@ -191,6 +198,25 @@ def _keeps(work: Work) -> bool:
 
 #: It costs nothing: in most calls the weight is the one that an earlier call merged.
 _KEPT = Implementation("kept", Accumulate, lambda work: (), _keeps, is_usual=False)
+
+
+def _merges(work: Work) -> bool:
+    step = work.step
+    assert isinstance(step, Accumulate)
+    is_of_leaves = all(p.leaf is not None for p in step.operands)
+    is_matrix = work.problem.shape(work.core)[0] is None
+    return is_of_leaves and is_matrix and is_merge(work.problem, work.core)
+
+
+def _merge(work: Work) -> tuple[Operation, ...]:
+    _, rows, cols = work.extents
+    return (Merge(rows, cols, work.sizes[work.inner], work.itemsize),)
+
+
+#: A fused kernel (:mod:`runlora_fx.kernels`), and so for devices that have measured it.
+_MERGE_KERNEL = Implementation(
+    "merge_kernel", Accumulate, _merge, _merges, is_usual=False, needs_times=True
+)
 
 
 # -- products ----------------------------------------------------------------------------------
@@ -349,7 +375,7 @@ _GROUPED_OUTER = Implementation(
 REGISTERED = {
     one.name: one
     for one in (
-        *(_SUM, _ADDMM, _KEPT, _KEEP),
+        *(_SUM, _ADDMM, _KEPT, _MERGE_KERNEL, _KEEP),
         *(_DIAGONAL, _REPEAT, _SCALE, _TOTAL, _GEMM_4BIT, _MATMUL, _UNPACK),
         *(_PICK, _SCATTER, _GROUPED, _GROUPED_OUTER),
     )

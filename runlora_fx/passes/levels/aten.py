@@ -178,6 +178,7 @@ ATEN = Dialect(
         operator.getitem: experts.result,
     },
     foreign={
+        "runlora.fused_merge.default": _merged,
         "bitsandbytes.gemm_4bit.default": gemm_4bit,
         "transformers.grouped_mm_fallback.default": experts.grouped_mm_fallback,
     },

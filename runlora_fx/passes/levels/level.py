@@ -17,7 +17,7 @@ from torch import fx
 from runlora_fx.passes.levels.forms import Form
 
 #: Namespaces whose operators are in ``readers``, because they are always registered.
-_OWN = ("aten", "prims", "runlora")
+_OWN = ("aten", "prims")
 
 #: The largest number of nodes in a row that :meth:`Dialect.is_made_of_product` looks through.
 _DEPTH = 6

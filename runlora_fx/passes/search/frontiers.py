@@ -17,13 +17,13 @@ is dearer than the incoming graph. Work is counted, not timed, so plans do not d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from heapq import nsmallest
 from typing import Literal, TypeAlias
 
 from runlora_fx.cost_model.objective import Objective, Price
-from runlora_fx.cost_model.ops import GemmShape, MatMul
+from runlora_fx.cost_model.ops import MatMul, Merge, Shape
 from runlora_fx.passes.algebra.implementations import Work, serving
 from runlora_fx.passes.algebra.plan import Plan, incoming_operations
 from runlora_fx.passes.algebra.problem import Problem, Value
@@ -230,23 +230,34 @@ def _swept(
     return found
 
 
-def candidate_products(problem: Problem, objective: Objective) -> list[GemmShape]:
-    """The products of all plans that could be cheaper than the incoming graph.
+def candidate_products(problem: Problem, objective: Objective) -> list[Shape]:
+    """The products and merges of all plans that could be cheaper than the incoming graph.
 
     A product that is predicted to cost twice as much as the whole incoming graph is left out.
     """
     ways = Ways(problem, objective)
     limit = 2 * objective.total(incoming_operations(problem))
-    found: dict[GemmShape, None] = {}
+    found: dict[Shape, None] = {}
     pending, seen = list(problem.demands), set(problem.demands)
     while pending and len(seen) < _VALUES:
         value = pending.pop()
         for way in ways.of(value):
             if way.price > limit:
                 continue
-            work = Work(problem, value.core, way.step, problem.dims)
-            operations = (operation for one in serving(work) for operation in one.operations(work))
-            found.update((op.shape, None) for op in operations if isinstance(op, MatMul))
+            found.update(dict.fromkeys(_shapes(problem, value, way.step)))
             pending.extend(way.reads - seen)
             seen |= way.reads
+        for step in ways.merges(value):
+            found.update(dict.fromkeys(_shapes(problem, value, step)))
     return list(found)
+
+
+def _shapes(problem: Problem, value: Value, step: Step) -> Iterator[Shape]:
+    """What could be measured of a step: products, and merges both ways."""
+    work = Work(problem, value.core, step, problem.dims)
+    for one in serving(work):
+        for operation in one.operations(work):
+            if isinstance(operation, MatMul):
+                yield operation.shape
+            elif isinstance(operation, Merge):
+                yield from operation.shape.pair

@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeAlias
 
 from runlora_fx.cost_model.objective import Objective, Price
 from runlora_fx.passes.algebra.factorise import components, factorisations
-from runlora_fx.passes.algebra.implementations import Work, is_mergeable, serving
+from runlora_fx.passes.algebra.implementations import Work, is_merge, is_mergeable, serving
 from runlora_fx.passes.algebra.polynomials import Polynomial
 from runlora_fx.passes.algebra.problem import Problem, Value, is_broadcast
 from runlora_fx.passes.algebra.steps import Accumulate, Keep, Product, Step, Sum, Unpack
@@ -183,7 +183,10 @@ class Ways:
         work = Work(self.problem, value.core, step, self.problem.dims)
         found: dict[frozenset[Value], Way] = {}
         for one in serving(work):
-            price = self.objective.total(one.operations(work))
+            operations = one.operations(work)
+            if one.needs_times and not self.objective.has_times(operations):
+                continue
+            price = self.objective.total(operations)
             operands = one.reads(work)
             reads = reads_all if operands == step.operands else self._read(value, step, operands)
             if reads not in found or price < found[reads].price:
@@ -193,6 +196,11 @@ class Ways:
     def cheapest(self, value: Value, step: Step) -> Way:
         """The cheapest way by a step; of ways that tie, the one that ordinary graphs run."""
         return min(self._ways(value, self._found(value, step)), key=lambda way: way.price)
+
+    def merges(self, value: Value) -> Iterator[Step]:
+        """The steps by which one call would make a value, if it is a merged weight."""
+        if len(value.core) > 1 and is_merge(self.problem, value.core):
+            yield from _accumulations(value.core)
 
     def _rounds_as_before(self, operands: frozenset[Value]) -> bool:
         """True if no operand of a step is rounded that the incoming graph does not round too."""

@@ -18,9 +18,14 @@ from rich.console import Console
 from rich.progress import track
 
 from runlora_fx.cost_model.devices.machine import Machine, settings_of
-from runlora_fx.cost_model.devices.measure import matmul_seconds, undisturbed
+from runlora_fx.cost_model.devices.measure import (
+    matmul_seconds,
+    merge_seconds,
+    runs_kernels,
+    undisturbed,
+)
 from runlora_fx.cost_model.objective import Objective
-from runlora_fx.cost_model.ops import GemmShape
+from runlora_fx.cost_model.ops import MergeShape, Shape
 from runlora_fx.cost_model.profile import DEFAULT_PROFILE, DTYPES
 from runlora_fx.cost_model.store import Record
 from runlora_fx.options import Options
@@ -97,7 +102,7 @@ class Pricing:
 
     def measure(self, problems: Iterable[Problem]) -> None:
         """Time the products of all plans that may be the cheapest, if they are not timed yet."""
-        wanted: dict[str, dict[GemmShape, None]] = {}
+        wanted: dict[str, dict[Shape, None]] = {}
         for problem in dict.fromkeys(problems):
             if problem.dtype in DTYPES:
                 products = candidate_products(problem, self.objective(problem.dtype))
@@ -105,15 +110,17 @@ class Pricing:
         for dtype, shapes in wanted.items():
             known = self.record(dtype).products
             missing = [shape for shape in shapes if shape not in known]
+            if not runs_kernels(self.device, dtype):
+                missing = [shape for shape in missing if not isinstance(shape, MergeShape)]
             if not missing:
                 continue
             times = self._times(missing, dtype)
             if times:
                 self.add(dtype, Record(products=times))
 
-    def _times(self, shapes: list[GemmShape], dtype: str) -> dict[GemmShape, float]:
-        times: dict[GemmShape, float] = {}
-        failed: set[GemmShape] = set()
+    def _times(self, shapes: list[Shape], dtype: str) -> dict[Shape, float]:
+        times: dict[Shape, float] = {}
+        failed: set[Shape] = set()
         with undisturbed(self.device):
             for shape in track(
                 shapes * _ROUNDS,
@@ -125,12 +132,19 @@ class Pricing:
                 if shape in failed:
                     continue
                 try:
-                    took = matmul_seconds(shape, getattr(torch, dtype), self.device)
+                    took = _seconds(shape, getattr(torch, dtype), self.device)
                     times[shape] = min(took, times.get(shape, took))
                 except _NOT_MEASURED as error:
                     failed.add(shape)
                     _log.info("runlora could not measure %s in %s: %s", shape, dtype, error)
         return times
+
+
+def _seconds(shape: Shape, dtype: torch.dtype, device: torch.device) -> float:
+    """The time of a product, or of a merge [s]."""
+    if isinstance(shape, MergeShape):
+        return merge_seconds(shape, dtype, device)
+    return matmul_seconds(shape, dtype, device)
 
 
 def may_measure() -> bool:

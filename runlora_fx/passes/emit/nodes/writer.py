@@ -91,6 +91,19 @@ class Writer(NodeWriter):
         assert self._calls.merged_weight is not None
         return self.call(self._calls.merged_weight, c, a, b, float(alpha))
 
+    @property
+    def merges_fused(self) -> bool:
+        """True if the fused merge can be written: Triton is there, and nothing differentiates."""
+        if self._calls.merged_weight is None:
+            return False
+        from runlora_fx import kernels  # only here: it imports Triton
+
+        return bool(kernels.__all__)
+
+    def merged_fused(self, c: fx.Node, a: fx.Node, b: fx.Node, alpha: float) -> fx.Node:
+        """``c + alpha * (a @ b)`` by the fused kernel."""
+        return self.call(torch.ops.runlora.fused_merge.default, c, a, b, float(alpha))
+
     def add(self, a: fx.Node, b: fx.Node) -> fx.Node:
         """``a + b``, without ``alpha``: Inductor 2.13 drops it when it fuses ``mm`` and ``add``."""
         return self.call(self._calls.add, a, b)

@@ -64,7 +64,8 @@ _aten = torch.ops.aten
 
 _GROUPED = _aten._grouped_mm.default
 
-_MERGED = torch.ops.runlora.merged_weight.default
+#: Merges that keep their result, or that take no fp64.
+_MERGES = ("merged_weight", "fused_merge")
 
 
 def probe(analysis: Analysis, old: fx.Node, new: fx.Node, written: Iterable[fx.Node]) -> bool:
@@ -261,7 +262,7 @@ class _Probe:
             made = args[0].reshape(*args[1:])
         elif node.op == "call_method":
             made = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        elif node.target is _MERGED:  # the operator itself would keep the random weight
+        elif name_of(node.target) in _MERGES:
             made = torch.addmm(*args[:3], alpha=args[3])
         elif node.target is _GROUPED:  # the operator does not take fp64
             made = _grouped(*args)
