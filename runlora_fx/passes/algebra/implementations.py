@@ -108,7 +108,7 @@ class Implementation:
         serves: True if it can run a step.
         reads: The operands of the step that it reads.
         is_usual: True if ordinary graphs run the step in this way.
-        needs_times: True if it is offered only where all its operations were measured on the device.
+        needs_times: True if it is offered only where the device has times of all its operations.
     """
 
     name: str
