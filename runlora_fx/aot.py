@@ -26,6 +26,8 @@ def aot_backend(
     options: Options,
     see: Callable[[fx.GraphModule], None] = lambda _: None,
     parameters: Sequence[int] = (),
+    *,
+    joins_in_place: bool = False,
 ) -> Callable[..., Any]:
     """A backend that rewrites graphs and runs them operator by operator.
 
@@ -33,10 +35,19 @@ def aot_backend(
         options: The options of the pass.
         see: Called with every rewritten joint or inference graph.
         parameters: Positions of the inputs that are parameters; used by the option ``reuse``.
+        joins_in_place: True if the graphs are to be those that Inductor would compile: it joins
+            matrices without copies.
     """
 
     def rewrite(gm: fx.GraphModule) -> None:
-        run(gm.graph, ATEN, options, may_guard=True, parameters=parameters)
+        run(
+            gm.graph,
+            ATEN,
+            options,
+            may_guard=True,
+            joins_in_place=joins_in_place,
+            parameters=parameters,
+        )
         gm.recompile()
         see(gm)
 

@@ -15,6 +15,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import runlora_fx
 from runlora_fx import Options, aot
 from runlora_fx.passes.stack.blocks import blocks_of
 from runlora_fx.passes.stack.find import Finder, Shared
@@ -139,6 +140,15 @@ def test_products_and_pointwise_results_are_written_where_they_lie() -> None:
         outputs_and_grads(model, [activation()]),
         rtol=RTOL,
     )
+
+
+def test_reports_say_how_many_products_run_as_one() -> None:
+    report = runlora_fx.explain(adapted(), activation(), device="h100", strict=True)
+    assert len(report.stacked) >= 2
+    assert f"{sum(report.stacked)} products run as {len(report.stacked)}" in str(report)
+    counted = runlora_fx.explain(adapted(), activation(), objective="flops", strict=True)
+    assert counted.stacked == ()
+    assert "run as" not in str(counted).replace("runs as", "")
 
 
 # -- what is not --------------------------------------------------------------------------------
