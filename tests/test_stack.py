@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch._inductor import config as inductor_config
 from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 import runlora_fx
 from runlora_fx import Options, aot
@@ -188,14 +189,17 @@ def test_a_result_of_the_graph_lies_by_itself() -> None:
 
 
 @pytest.mark.usefixtures("joining")
-def test_what_is_tagged_otherwise_is_not_stacked(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("are_saved", (True, False), ids=("saved", "none alike"))
+def test_what_is_tagged_otherwise_is_not_stacked(
+    are_saved: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     graph, _ = joint(adapted())
     assert joins(graph)
     found = Finder.found
 
     def with_tags(self: Finder) -> list[Any]:
         for i, product in enumerate(self._products.all):
-            product.node.meta["recompute"] = i  # none is tagged as another is
+            product.node.meta["recompute"] = CheckpointPolicy.MUST_SAVE if are_saved else i
         stacks = found(self)
         for product in self._products.all:
             del product.node.meta["recompute"]

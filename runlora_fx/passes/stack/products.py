@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from runlora_fx.passes.context import Context
 from runlora_fx.passes.emit.nodes.layout import takes_any_layout
@@ -30,6 +31,9 @@ _VIEWS = (
 
 #: What Inductor computes into memory that it is given: a part of a larger buffer as well.
 _INTO_GIVEN = (_aten.mm.default, _aten.addmm.default)
+
+#: What a checkpoint policy says of results that are saved.
+_SAVED = (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE)
 
 #: Rows of a matrix begin at multiples of so many bytes, or libraries read them slowly [B].
 _ALIGNED = 16
@@ -88,10 +92,15 @@ class Products:
         return Product(node, left, right, node in self._gradients)
 
     def are_alike(self, some: Collection[Product]) -> bool:
-        """True if products may become one: the user tagged all of them alike, or none."""
+        """True if products may become one.
+
+        The user tagged none of them to be saved, and all of them alike. They run in one mode, and
+        in the same one of forward and backward.
+        """
         tags = {product.node.meta.get("recompute") for product in some}
         modes = {self._effects.mode_of(product.node) for product in some}
-        return len(tags) == len(modes) == 1
+        phases = {product.is_gradient for product in some}
+        return len(tags) == len(modes) == len(phases) == 1 and tags.isdisjoint(_SAVED)
 
     def is_gradient(self, node: fx.Node) -> bool:
         """True if a node depends on incoming gradients."""
