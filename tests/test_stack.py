@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -17,7 +16,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 import runlora_fx
-from runlora_fx import Options, aot
+from runlora_fx import Options
+from runlora_fx.aot import aot_backend
 from runlora_fx.passes.stack.blocks import blocks_of
 from runlora_fx.passes.stack.find import Finder, Shared
 
@@ -59,21 +59,17 @@ def activation(dtype: torch.dtype = torch.float32) -> Tensor:
     return x.to(dtype).requires_grad_()
 
 
-def joint(model: nn.Module, **options: Any) -> tuple[fx.Graph, Callable[..., Any]]:
+def joint(
+    model: nn.Module, joins: bool = True, **options: Any
+) -> tuple[fx.Graph, Callable[..., Any]]:
     """The joint graph as it is compiled, and the model, which runs operator by operator."""
     torch._dynamo.reset()
     seen: list[fx.Graph] = []
     chosen = Options(**{"strict": True, "device": "h100", **options})
-    backend = aot.aot_backend(chosen, lambda gm: seen.append(gm.graph))
+    backend = aot_backend(chosen, lambda gm: seen.append(gm.graph), joins_in_place=joins)
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     compiled(activation())
     return seen[0], compiled
-
-
-@pytest.fixture
-def joining(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the pass believe that matrices are joined in place."""
-    monkeypatch.setattr(aot, "run", partial(aot.run, joins_in_place=True))  # type: ignore[attr-defined]
 
 
 def products(graph: fx.Graph) -> list[fx.Node]:
@@ -91,12 +87,9 @@ def joins(graph: fx.Graph) -> list[fx.Node]:
 # -- what is made -------------------------------------------------------------------------------
 
 
-def test_products_of_one_tensor_become_one_with_the_same_results(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_products_of_one_tensor_become_one_with_the_same_results() -> None:
     model = adapted()
-    apart, _ = joint(model)
-    monkeypatch.setattr(aot, "run", partial(aot.run, joins_in_place=True))  # type: ignore[attr-defined]
+    apart, _ = joint(model, joins=False)
     stacked, compiled = joint(model)
     assert not joins(apart)
     # The forward: q, k and v. The backward: the gradient of their input, and of the As.
@@ -112,7 +105,6 @@ def test_products_of_one_tensor_become_one_with_the_same_results(
     )
 
 
-@pytest.mark.usefixtures("joining")
 def test_what_the_backward_keeps_stays_small() -> None:
     model = adapted()
     x = activation()
@@ -155,7 +147,6 @@ def test_reports_say_how_many_products_run_as_one() -> None:
 # -- what is not --------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("joining")
 def test_nothing_is_stacked_where_flops_are_counted() -> None:
     graph, _ = joint(adapted(), objective="flops")
     assert not joins(graph)
@@ -170,7 +161,6 @@ def test_nothing_is_stacked_where_inductor_tunes_products(name: str) -> None:
         assert not joins_in_place()
 
 
-@pytest.mark.usefixtures("joining")
 def test_a_result_of_the_graph_lies_by_itself() -> None:
     class Results(Attention):
         def forward(self, h: Tensor) -> Any:
@@ -188,7 +178,6 @@ def test_a_result_of_the_graph_lies_by_itself() -> None:
     assert found[0].untyped_storage().data_ptr() != found[1].untyped_storage().data_ptr()
 
 
-@pytest.mark.usefixtures("joining")
 @pytest.mark.parametrize("are_saved", (True, False), ids=("saved", "none alike"))
 def test_what_is_tagged_otherwise_is_not_stacked(
     are_saved: bool, monkeypatch: pytest.MonkeyPatch
@@ -263,7 +252,6 @@ def test_what_is_wrong_is_read_as_something_else(wrong: Callable[..., Tensor]) -
     assert result(wrong, X, P, Q) != right
 
 
-@pytest.mark.usefixtures("joining")
 def test_a_stack_that_is_wrong_is_not_put_in(monkeypatch: pytest.MonkeyPatch) -> None:
     original = Finder.found
 
