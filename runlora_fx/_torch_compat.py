@@ -234,9 +234,19 @@ def joins_in_place() -> bool:
     return not (inductor_config.max_autotune or inductor_config.max_autotune_gemm)
 
 
-def draws_from_seeds() -> bool:
-    """True if Inductor replaces random operators by functions of a seed."""
-    return not inductor_config.fallback_random
+def draws_again(device: torch.device) -> bool:
+    """True if Inductor draws the same random numbers again in another kernel.
+
+    It draws from seeds. But from torch 2.13 on one-dimensional kernels of CUDA devices draw four
+    numbers at a time, and those are not the numbers that kernels of more dimensions draw.
+    """
+    if inductor_config.fallback_random:
+        return False
+    if device.type != "cuda" or getattr(inductor_config, "align_random_eager", False):
+        return True
+    from torch._inductor.codegen.triton import TritonOverrides
+
+    return not hasattr(TritonOverrides, "_can_use_4x_random")
 
 
 def partitioned(

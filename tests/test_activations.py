@@ -20,13 +20,17 @@ from conftest import FLOPS_BOUND
 from market import randomise_lora_b
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch._inductor import config as inductor_config
 from torch.utils.checkpoint import checkpoint
 
+from runlora_fx._torch_compat import draws_again
 from runlora_fx.cost_model import store
 from runlora_fx.cost_model.cost import FREE, Cost
 from runlora_fx.cost_model.devices.machine import DTYPES, key_of
 from runlora_fx.cost_model.published import PUBLISHED
 from runlora_fx.cost_model.store import Record
+from runlora_fx.passes import planning
+from runlora_fx.passes.recompute import chains
 from runlora_fx.passes.recompute.chains import Chain
 from runlora_fx.passes.recompute.choose import choose
 
@@ -96,6 +100,34 @@ def test_balanced_pays_no_more_than_the_plans_save(no_profile: Path) -> None:
     for dtype in DTYPES:
         store.add(key_of(torch.device("cpu"), dtype), Record({**FLOPS_BOUND, "special": 1e-9}))
     assert kept(adapted(), RUNLORA) == kept(frozen(), INDUCTOR) + LAYERS * ACTIVATION * INNER
+
+
+@pytest.mark.parametrize("policy", ("low", "balanced"))
+def test_masks_are_kept_where_another_kernel_draws_others(
+    policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One-dimensional kernels of CUDA devices draw other numbers there than other kernels do."""
+    for module in (chains, planning):
+        monkeypatch.setattr(module, "draws_again", lambda device: False)
+    floor, masks = kept(frozen(), INDUCTOR), LAYERS * TOKENS * (2 * WIDTH + INNER)
+    found = kept(adapted(0.1), RUNLORA, memory=policy)
+    if policy == "low":
+        assert found == floor + masks
+    else:
+        assert found <= kept(adapted(0.1), INDUCTOR)
+
+
+def test_only_devices_that_draw_in_fours_draw_others() -> None:
+    from torch._inductor.codegen.triton import TritonOverrides
+
+    assert draws_again(torch.device("cpu"))
+    in_fours = hasattr(TritonOverrides, "_can_use_4x_random")
+    assert draws_again(torch.device("cuda")) != in_fours
+    with inductor_config.patch(fallback_random=True):
+        assert not draws_again(torch.device("cpu"))
+    if in_fours:
+        with inductor_config.patch(align_random_eager=True):
+            assert draws_again(torch.device("cuda"))
 
 
 def test_low_draws_no_masks_where_that_takes_long(no_profile: Path) -> None:

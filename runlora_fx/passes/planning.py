@@ -18,7 +18,11 @@ from typing import TypeVar
 
 from torch import fx
 
-from runlora_fx._torch_compat import keeps_inputs_only, repeats_random_operators
+from runlora_fx._torch_compat import (
+    draws_again,
+    keeps_inputs_only,
+    repeats_random_operators,
+)
 from runlora_fx.cost_model.objective import Objective
 from runlora_fx.passes.algebra.plan import Plan, incoming_cost
 from runlora_fx.passes.algebra.posed import PosedProblem
@@ -281,8 +285,12 @@ class _Planner:
             return
         objective = self._main_objective(analysis, decisions)
         per_byte = objective.seconds_per_saved_byte if is_timed else inf
-        for chain in choose(Chains(self._context), objective.profile.of, budget, per_byte):
+        chosen = choose(Chains(self._context), objective.profile.of, budget, per_byte)
+        for chain in chosen:
             recompute(chain.nodes)
+        if chosen and not draws_again(self._context.device):
+            # What is made again must not take a mask along that would come out otherwise.
+            self._keep_random_numbers()
 
     def _keep_random_numbers(self) -> None:
         """Save the random numbers of the forward where the backward would draw others.

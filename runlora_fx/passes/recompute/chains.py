@@ -19,7 +19,7 @@ from math import inf
 import torch
 from torch import fx
 
-from runlora_fx._torch_compat import draws_from_seeds, repeats_random_operators
+from runlora_fx._torch_compat import draws_again, repeats_random_operators
 from runlora_fx.cost_model.cost import Cost
 from runlora_fx.passes.context import Context
 from runlora_fx.passes.levels.operators import CASTS, REDUCTIONS, VIEWS, is_pointwise
@@ -81,6 +81,7 @@ class Chains:
         self._hint = context.hint
         self._phases = Phases(graph, gradient_nodes(graph), self._effects)
         self._order = {node: i for i, node in enumerate(graph.nodes)}
+        self._draws_again = draws_again(context.device)
         self._redrawn: set[fx.Node] = set()
         self.kept: set[fx.Node] = set()
         self._forward = [
@@ -97,7 +98,7 @@ class Chains:
 
     def masks(self) -> list[Chain]:
         """The dropout masks that the backward can draw again from their seeds."""
-        if not draws_from_seeds() or repeats_random_operators():
+        if not self._draws_again or repeats_random_operators():
             return []
         found = sorted(filter(self._is_mask, self.kept), key=self._order.__getitem__)
         return [self._mask(node) for node in found]
