@@ -169,7 +169,7 @@ class Finder:
         """The products that share an operand, those of the largest operands first."""
         found: dict[tuple[Side, Hashable, bool], list[Product]] = {}
         for product in self._products.all:
-            if product.node not in self._used:
+            if self._is_free(product):
                 grad = product.is_gradient
                 found.setdefault(("left", product.left.key, grad), []).append(product)
                 found.setdefault(("right", product.right.key, grad), []).append(product)
@@ -181,12 +181,17 @@ class Finder:
         """The stacks of products that share an operand."""
         for find in (self._joined_before, self._best):
             while True:
-                group = [product for product in group if product.node not in self._used]
+                group = [product for product in group if self._is_free(product)]
                 stack = find(side, group) if len(group) > 1 else None
                 if stack is None:
                     break
                 yield stack
                 self._used |= {product.node for product in stack.products}
+
+    def _is_free(self, product: Product) -> bool:
+        """True if a product may become a part of another: its result has no place in a buffer."""
+        is_claimed = (product.node, product.is_gradient) in self._claimed
+        return product.node not in self._used and not is_claimed
 
     def _joined_before(self, side: Side, group: list[Product]) -> Shared | None:
         """The stack of products whose other operands follow each other in a buffer."""
@@ -285,7 +290,8 @@ class Finder:
 
     def _is_in_place(self, matrix: Matrix, dim: int, *, is_gradient: bool) -> bool:
         """True if a matrix needs no copy to lie in a buffer with others."""
-        if (matrix.node, is_gradient) in self._claimed:
+        # It lies in another buffer, as what was joined there or as a part of a larger product.
+        if (matrix.node, is_gradient) in self._claimed or matrix.node in self._used:
             return False
         cols = sizes_of(matrix.node)[1]
         if dim == 1 and not self._products.may_be_strided(matrix.node, (2 * cols, 1)):

@@ -142,8 +142,8 @@ class Products:
         )
         if not is_pointwise or not self._phases.runs_backward(node):
             return False
-        given = (base_of(matrix.node) for x in node.all_input_nodes if (matrix := matrix_of(x)))
-        return all(base.op == "placeholder" for base in given)
+        given = [matrix_of(x) for x in node.all_input_nodes]
+        return all(m is not None and base_of(m.node).op == "placeholder" for m in given)
 
     def depends(self, on: Iterable[fx.Node], nodes: Iterable[fx.Node]) -> bool:
         """True if one of some nodes is computed of one of others."""

@@ -41,6 +41,7 @@ class StackWriter:
         self._buffers: dict[int, fx.Node] = {}
         self._again: list[fx.Node] = []
         self._replaced: list[fx.Node] = []
+        self._now: dict[fx.Node, fx.Node] = {}
 
     def write(self, stacks: Sequence[Shared | Added]) -> None:
         """Write stacks in their order, inside a transaction of the caller's.
@@ -104,12 +105,13 @@ class StackWriter:
 
     def _buffer(self, joined: Joined) -> fx.Node:
         """The buffer, of which all that reads its parts now reads slices."""
-        parts = [part.node for part in joined.parts]
+        parts = [self._now.get(part.node, part.node) for part in joined.parts]
         node = self._insert(_aten.cat.default, parts, joined.dim)
         self._buffers[id(joined)] = node
-        if joined.is_gradient and not any(map(self._products.is_gradient, parts)):
+        if joined.is_gradient and not any(map(self._is_gradient, parts)):
             self._again.append(node)
-        self._again += filter(self._products.is_of_inputs, parts)
+        as_they_came = (part for part in parts if part in self._products.order)
+        self._again += filter(self._products.is_of_inputs, as_they_came)
         at = 0
         for part, is_in_place in zip(parts, joined.in_place, strict=True):
             size = sizes_of(part)[joined.dim]
@@ -163,6 +165,7 @@ class StackWriter:
         if old.meta["val"].stride() != new.meta["val"].stride():
             self._refresh(new)
         self._replaced.append(old)
+        self._now[old] = new
 
     def _refresh(self, node: fx.Node) -> None:
         """Have the views of a node show the strides that it has."""
