@@ -20,6 +20,7 @@ from runlora_fx import Options
 from runlora_fx.aot import aot_backend
 from runlora_fx.passes.stack.blocks import blocks_of
 from runlora_fx.passes.stack.find import Finder, Shared
+from runlora_fx.passes.stack.matrices import matrix_of
 
 aten = torch.ops.aten
 RTOL = 1e-5
@@ -235,6 +236,19 @@ def test_a_block_is_read_through_joins_cuts_and_transposes() -> None:
         *(X, P.t(), X.clone(), P.t().clone()),
     )
     assert joined == added
+
+
+def test_only_a_transpose_turns_a_matrix() -> None:
+    graph = graph_of(
+        lambda x: [x.permute(1, 0) * 2, x.permute(0, 1) * 2, x.transpose(0, 1) * 2, x.t() * 2], X
+    )
+    found = [matrix_of(node.args[0]) for node in graph.nodes if node.target is aten.mul.Tensor]
+    assert [m is not None and m.turned for m in found] == [True, False, True, True]
+
+
+def test_a_number_that_is_added_is_no_matrix() -> None:
+    whole = result(lambda x, p: torch.mm(x, p.t()) + (torch.mm(x, p.t()) + 1), X, P)
+    assert len(whole) == 2
 
 
 @pytest.mark.parametrize(

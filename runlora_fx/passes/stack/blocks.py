@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from runlora_fx.passes.levels.sizes import shape_of
-from runlora_fx.passes.stack.matrices import base_of, sizes_of
+from runlora_fx.passes.stack.matrices import base_of, is_sum, sizes_of, transposed_of
 
 _aten = torch.ops.aten
 
@@ -59,7 +59,7 @@ def _terms(block: _Block) -> Iterator[Hashable]:
     """The products that make a block; a block that is no product is one term by itself."""
     block = _resolved(block)
     node = block.node
-    if node.target is _aten.add.Tensor and not node.kwargs:
+    if is_sum(node):
         for addend in node.args:
             assert isinstance(addend, fx.Node)
             yield from _terms(block._replace(node=addend))
@@ -85,7 +85,7 @@ def _products(block: _Block) -> Iterator[Hashable]:
 
 def _joints(node: fx.Node, dim: int) -> list[int]:
     """Where a matrix is joined of parts that follow each other along a dimension."""
-    if (shown := _transposed(node)) is not None:
+    if (shown := transposed_of(node)) is not None:
         return _joints(shown, 1 - dim)
     if (cut := _cut(node)) is not None:
         whole, at, begin = cut
@@ -101,7 +101,7 @@ def _resolved(block: _Block) -> _Block:
     """The same block, of a matrix that is neither cut nor joined nor copied."""
     while True:
         node, spans, turned = block
-        if (shown := _transposed(node)) is not None:
+        if (shown := transposed_of(node)) is not None:
             block = _Block(shown, (spans[1], spans[0]), not turned)
         elif (cut := _cut(node)) is not None:
             whole, dim, begin = cut
@@ -135,17 +135,6 @@ def _moved(spans: _Spans, dim: int, by: int) -> _Spans:
 
 
 # -- what nodes are ----------------------------------------------------------------------------
-
-
-def _transposed(node: fx.Node) -> fx.Node | None:
-    """What a node shows the transpose of."""
-    args: Any = node.args
-    if node.target is _aten.t.default or (
-        node.target is _aten.permute.default and list(args[1]) == [1, 0]
-    ):
-        assert isinstance(args[0], fx.Node)
-        return args[0]
-    return None
 
 
 def _cut(node: fx.Node) -> tuple[fx.Node, int, int] | None:

@@ -14,14 +14,11 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Literal, TypeAlias
 
-import torch
 from torch import fx
 
 from runlora_fx.cost_model.cost import Cost
-from runlora_fx.passes.stack.matrices import Matrix, matrix_of, sizes_of
+from runlora_fx.passes.stack.matrices import Matrix, is_sum, matrix_of, sizes_of
 from runlora_fx.passes.stack.products import Product, Products, is_aligned
-
-_aten = torch.ops.aten
 
 #: A buffer that holds at most this share of other numbers is kept instead of copies of its parts.
 _WASTE = 0.03
@@ -38,7 +35,7 @@ class Joined:
     """Matrices side by side in one buffer.
 
     Attributes:
-        parts: The matrices; those that lie otherwise are copied transposed.
+        parts: The matrices. All lie alike in memory.
         dim: Where they follow each other: 0 below each other, 1 side by side.
         in_place: By part, True if it is computed where it lies.
         is_gradient: True if the backward needs the buffer.
@@ -79,8 +76,8 @@ class Added:
         root: The last addition.
         products: The products that become one.
         rest: What else is added.
-        lefts: Their left operands, joined.
-        rights: Their right operands, joined.
+        lefts: Their left operands, joined; and True if the transpose of that is multiplied.
+        rights: The same of their right operands.
     """
 
     root: fx.Node
@@ -173,7 +170,9 @@ class Finder:
                 grad = product.is_gradient
                 found.setdefault(("left", product.left.key, grad), []).append(product)
                 found.setdefault(("right", product.right.key, grad), []).append(product)
-        sized = ((_shared(side, group[0]).size, side, group) for (side, *_), group in found.items())
+        sized = (
+            (_operand(side, group[0]).size, side, group) for (side, *_), group in found.items()
+        )
         for _, side, group in sorted(sized, key=lambda item: -item[0]):
             yield side, group
 
@@ -232,7 +231,7 @@ class Finder:
             and is_aligned(_other(side, p).node, dim)
             and (side == "right" or is_aligned(p.node, 1))
         ]
-        saved = self._price(Cost({"read": _shared(side, lead).size, "launches": 1}))
+        saved = self._price(Cost({"read": _operand(side, lead).size, "launches": 1}))
         best, most = None, 0.0
         for keeps in (True, False):
             copied = {p.node: self._is_copied(side, p, fitting, keeps=keeps) for p in fitting}
@@ -313,7 +312,7 @@ class Finder:
         return joined
 
 
-def _shared(side: Side, product: Product) -> Matrix:
+def _operand(side: Side, product: Product) -> Matrix:
     return product.left if side == "left" else product.right
 
 
@@ -327,9 +326,8 @@ def _dim_of(matrix: Matrix, dim: int) -> int:
 
 
 def _is_addition(node: fx.Node) -> bool:
-    if node.target is not _aten.add.Tensor or node.kwargs:
-        return False
-    return all(isinstance(x, fx.Node) and matrix_of(x) is not None for x in node.args)
+    """True if a node adds up two matrices that lie row by row, or the transposes of such."""
+    return is_sum(node) and all(matrix_of(x) is not None for x in node.all_input_nodes)
 
 
 def _addends(root: fx.Node) -> Iterator[fx.Node]:

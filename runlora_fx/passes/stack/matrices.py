@@ -8,19 +8,15 @@ Invariant: two matrices of equal keys hold the same numbers.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
+from runlora_fx.passes.levels.operators import RESHAPES
 from runlora_fx.passes.levels.sizes import example_of, facts_of
 
 _aten = torch.ops.aten
-
-#: Operators that show the same elements in the same order.
-RESHAPES = (_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default)
-
-_TURNS = (_aten.permute.default, _aten.transpose.int, _aten.t.default)
 
 
 class Matrix(NamedTuple):
@@ -37,15 +33,12 @@ class Matrix(NamedTuple):
     @property
     def key(self) -> Hashable:
         """The same for equal matrices that lie alike."""
-        return (base_of(self.node), tuple(sizes_of(self.node)), self.turned)
+        return (base_of(self.node), sizes_of(self.node), self.turned)
 
     @property
     def size(self) -> int:
         """What it takes in memory [B]."""
-        rows, cols = sizes_of(self.node)
-        val = example_of(self.node)
-        assert val is not None
-        return rows * cols * val.itemsize
+        return size_of(self.node)
 
 
 def sizes_of(node: fx.Node) -> tuple[int, ...]:
@@ -55,11 +48,48 @@ def sizes_of(node: fx.Node) -> tuple[int, ...]:
     return tuple(size for size in facts.shape if isinstance(size, int))
 
 
+def size_of(node: fx.Node) -> int:
+    """What a matrix takes in memory [B]."""
+    rows, cols = sizes_of(node)
+    return rows * cols * itemsize(node)
+
+
+def itemsize(node: fx.Node) -> int:
+    """Element width of a tensor [B]."""
+    val = example_of(node)
+    assert val is not None
+    return val.itemsize
+
+
+def transposed_of(node: fx.Node) -> fx.Node | None:
+    """The matrix that a node shows the transpose of; None if it shows none."""
+    args: Any = node.args
+    is_transpose = (
+        node.target is _aten.t.default
+        or (node.target is _aten.permute.default and list(args[1]) == [1, 0])
+        or (node.target is _aten.transpose.int and {d % 2 for d in args[1:]} == {0, 1})
+    )
+    facts = facts_of(node)
+    if not is_transpose or node.kwargs or facts is None or len(facts.shape) != 2:
+        return None
+    assert isinstance(args[0], fx.Node)
+    return args[0]
+
+
+def is_sum(node: fx.Node) -> bool:
+    """True if a node adds up two matrices of its own sizes."""
+    if node.target is not _aten.add.Tensor or node.kwargs:
+        return False
+    facts = facts_of(node)
+    given = [facts_of(x) for x in node.args]
+    return facts is not None and all(g is not None and g.shape == facts.shape for g in given)
+
+
 def matrix_of(node: fx.Node) -> Matrix | None:
     """The matrix that a node holds; None if it lies in no such way, or its sizes are symbolic."""
-    turned = False
-    if node.target in _TURNS and isinstance(node.args[0], fx.Node):
-        node, turned = node.args[0], True
+    inner = transposed_of(node)
+    turned = inner is not None
+    node = node if inner is None else inner
     facts = facts_of(node)
     if facts is None or not facts.is_plain or len(facts.shape) != 2:
         return None

@@ -12,28 +12,28 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx
-from torch.utils.checkpoint import CheckpointPolicy
 
 from runlora_fx.passes.context import Context
+from runlora_fx.passes.emit.nodes.inserter import SAVED
 from runlora_fx.passes.emit.nodes.layout import takes_any_layout
-from runlora_fx.passes.levels.sizes import example_of, facts_of
+from runlora_fx.passes.levels.operators import VIEWS, is_pointwise
+from runlora_fx.passes.levels.sizes import facts_of
 from runlora_fx.passes.read.gradients import gradient_nodes
 from runlora_fx.passes.read.phases import Phases
-from runlora_fx.passes.stack.matrices import RESHAPES, Matrix, base_of, matrix_of, shown, sizes_of
+from runlora_fx.passes.stack.matrices import (
+    Matrix,
+    base_of,
+    itemsize,
+    matrix_of,
+    shown,
+    size_of,
+    sizes_of,
+)
 
 _aten = torch.ops.aten
 
-#: Operators of which a strided result is still a view.
-_VIEWS = (
-    *(*RESHAPES, _aten.permute.default, _aten.transpose.int, _aten.t.default),
-    *(_aten.slice.Tensor, _aten.unsqueeze.default, _aten.expand.default, _aten.select.int),
-)
-
 #: What Inductor computes into memory that it is given: a part of a larger buffer as well.
 _INTO_GIVEN = (_aten.mm.default, _aten.addmm.default)
-
-#: What a checkpoint policy says of results that are saved.
-_SAVED = (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE)
 
 #: Rows of a matrix begin at multiples of so many bytes, or libraries read them slowly [B].
 _ALIGNED = 16
@@ -58,23 +58,23 @@ class Product:
     @property
     def size(self) -> int:
         """What the result takes in memory [B]."""
-        rows, cols = sizes_of(self.node)
-        return rows * cols * itemsize(self.node)
+        return size_of(self.node)
 
 
 class Products:
     """The products of a graph.
 
     Attributes:
+        effects: The effects of the nodes.
         order: The places of all nodes.
     """
 
     def __init__(self, context: Context) -> None:
         """Read the products of a joint graph."""
         self._graph = context.graph
-        self._effects = context.effects()
+        self.effects = context.effects()
         self._gradients = gradient_nodes(context.graph)
-        self._phases = Phases(context.graph, self._gradients, self._effects)
+        self._phases = Phases(context.graph, self._gradients, self.effects)
         self.order = {node: i for i, node in enumerate(context.graph.nodes)}
         self._results = set(context.graph.output_node().all_input_nodes)
         found = (self._read(n) for n in context.graph.nodes if n.target is _aten.mm.default)
@@ -87,7 +87,7 @@ class Products:
             return None
         if not all(isinstance(size, int) for size in facts.shape):
             return None
-        if any(self._effects.is_overwritten(m.node) for m in (left, right)):
+        if any(self.effects.is_overwritten(m.node) for m in (left, right)):
             return None
         return Product(node, left, right, node in self._gradients)
 
@@ -98,9 +98,9 @@ class Products:
         in the same one of forward and backward.
         """
         tags = {product.node.meta.get("recompute") for product in some}
-        modes = {self._effects.mode_of(product.node) for product in some}
+        modes = {self.effects.mode_of(product.node) for product in some}
         phases = {product.is_gradient for product in some}
-        return len(tags) == len(modes) == len(phases) == 1 and tags.isdisjoint(_SAVED)
+        return len(tags) == len(modes) == len(phases) == 1 and tags.isdisjoint(SAVED)
 
     def is_gradient(self, node: fx.Node) -> bool:
         """True if a node depends on incoming gradients."""
@@ -122,11 +122,10 @@ class Products:
             if made in self._results:
                 return False
         target = made.target
-        if not isinstance(target, torch._ops.OpOverload) or self._effects.is_random(made):
+        if not isinstance(target, torch._ops.OpOverload) or self.effects.is_random(made):
             return False
         is_given = made is matrix.node and target in _INTO_GIVEN
-        is_pointwise = torch.Tag.pointwise in target.tags or target is _aten.clone.default
-        if not (is_given or is_pointwise):
+        if not (is_given or is_pointwise(target) or target is _aten.clone.default):
             return False
         # What the forward keeps for the backward lies by itself.
         is_again = made.meta.get("recompute") is not None or self.is_of_inputs(made)
@@ -136,11 +135,7 @@ class Products:
 
     def is_of_inputs(self, node: fx.Node) -> bool:
         """True if the backward alone makes a tensor, by one pointwise operator, of inputs."""
-        target = node.target
-        is_pointwise = (
-            isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
-        )
-        if not is_pointwise or not self._phases.runs_backward(node):
+        if not is_pointwise(node.target) or not self._phases.runs_backward(node):
             return False
         given = [matrix_of(x) for x in node.all_input_nodes]
         return all(m is not None and base_of(m.node).op == "placeholder" for m in given)
@@ -183,7 +178,7 @@ class Products:
             target = user.target
             if not isinstance(target, torch._ops.OpOverload):
                 return False
-            if target in _VIEWS:
+            if target in VIEWS:
                 if user in self._results or user.all_input_nodes != [node] or user.kwargs:
                     return False
                 try:
@@ -200,20 +195,13 @@ class Products:
         """What shows a node in other shapes, each behind what it shows."""
         found: list[fx.Node] = []
         for user in node.users:
-            if user.target in _VIEWS and user.args[0] is node:
+            if user.target in VIEWS and user.args[0] is node:
                 found += [user, *self.views(user)]
         return found
 
     def _read_by(self, node: fx.Node) -> list[fx.Node]:
         shows = [node, *self.views(node)]
-        return [user for shown_ in shows for user in shown_.users if user not in shows]
-
-
-def itemsize(node: fx.Node) -> int:
-    """Element width of a tensor [B]."""
-    val = example_of(node)
-    assert val is not None
-    return val.itemsize
+        return [user for shape in shows for user in shape.users if user not in shows]
 
 
 def is_aligned(node: fx.Node, dim: int) -> bool:

@@ -34,7 +34,6 @@ class StackWriter:
     def __init__(self, context: Context, products: Products) -> None:
         """Write into the graph whose products were read."""
         self._graph = context.graph
-        self._effects = context.effects()
         self._products = products
         self._insert = Inserter(context.graph)
         self._examples = ExampleResults(self._insert.mode)
@@ -193,8 +192,10 @@ class StackWriter:
         """
         before = list(self._graph.nodes)
         after = list(_sorted(before))
-        acts = [n for n in before if self._effects.is_random(n) or self._effects.writes(n)]
-        if [node for node in after if node in set(acts)] != acts:
+        effects = self._products.effects
+        acts = [node for node in before if effects.is_random(node) or effects.writes(node)]
+        acting = set(acts)
+        if [node for node in after if node in acting] != acts:
             raise VerificationError("stacks would reorder nodes that have effects")
         for previous, node in pairwise(after):
             if node.prev is not previous:

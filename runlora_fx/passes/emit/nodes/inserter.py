@@ -22,7 +22,7 @@ from runlora_fx.passes.emit.nodes.example_results import ExampleResults
 RULE = "runlora"
 
 #: The tags by which a user's checkpoint policy asks to save a result for the backward.
-_SAVED = (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE)
+SAVED = (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE)
 
 
 class Inserter:
@@ -54,7 +54,7 @@ class Inserter:
         """Write in front of this node from now on."""
         self._anchor = anchor
         self._lent = {name: anchor.meta[name] for name in COPIED_META if name in anchor.meta}
-        if self._lent.get("recompute") in _SAVED:
+        if self._lent.get("recompute") in SAVED:
             del self._lent[
                 "recompute"
             ]  # the user saves the anchor's result, not what it is made of
@@ -106,6 +106,6 @@ class Inserter:
 def hand_over(old: fx.Node, new: fx.Node) -> None:
     """Replace all uses of a node by another. A tag that saves the old one passes to the new one."""
     tag = old.meta.get("recompute")
-    if tag in _SAVED:
+    if tag in SAVED:
         new.meta.setdefault("recompute", tag)
     old.replace_all_uses_with(new)
