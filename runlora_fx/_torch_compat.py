@@ -234,15 +234,18 @@ def joins_in_place() -> bool:
     return not (inductor_config.max_autotune or inductor_config.max_autotune_gemm)
 
 
-def draws_again(device: torch.device) -> bool:
+def draws_again(*, in_fours: bool) -> bool:
     """True if Inductor draws the same random numbers again in another kernel.
 
-    It draws from seeds. But from torch 2.13 on one-dimensional kernels of CUDA devices draw four
+    It draws from seeds. But from torch 2.13 on one-dimensional kernels of some devices draw four
     numbers at a time, and those are not the numbers that kernels of more dimensions draw.
+
+    Args:
+        in_fours: True if the device is one of those.
     """
     if inductor_config.fallback_random:
         return False
-    if device.type != "cuda" or getattr(inductor_config, "align_random_eager", False):
+    if not in_fours or getattr(inductor_config, "align_random_eager", False):
         return True
     from torch._inductor.codegen.triton import TritonOverrides
 

@@ -27,10 +27,10 @@ from runlora_fx._torch_compat import draws_again
 from runlora_fx.cost_model import store
 from runlora_fx.cost_model.cost import FREE, Cost
 from runlora_fx.cost_model.devices.machine import DTYPES, key_of
+from runlora_fx.cost_model.devices.registry import kind_of
 from runlora_fx.cost_model.published import PUBLISHED
 from runlora_fx.cost_model.store import Record
-from runlora_fx.passes import planning
-from runlora_fx.passes.recompute import chains
+from runlora_fx.passes.context import Context
 from runlora_fx.passes.recompute.chains import Chain
 from runlora_fx.passes.recompute.choose import choose
 
@@ -111,8 +111,7 @@ def test_masks_are_kept_where_another_kernel_draws_others(
     policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One-dimensional kernels of CUDA devices draw other numbers there than other kernels do."""
-    for module in (chains, planning):
-        monkeypatch.setattr(module, "draws_again", lambda device: False)
+    monkeypatch.setattr(Context, "draws_again", False)
     floor, masks = kept(frozen(), INDUCTOR), LAYERS * TOKENS * (2 * WIDTH + INNER)
     found = kept(adapted(0.1), RUNLORA, memory=policy)
     if policy == "low":
@@ -124,14 +123,15 @@ def test_masks_are_kept_where_another_kernel_draws_others(
 def test_only_devices_that_draw_in_fours_draw_others() -> None:
     from torch._inductor.codegen.triton import TritonOverrides
 
-    assert draws_again(torch.device("cpu"))
+    cpu, cuda = (kind_of(torch.device(name)).draws_in_fours for name in ("cpu", "cuda"))
+    assert draws_again(in_fours=cpu)
     in_fours = hasattr(TritonOverrides, "_can_use_4x_random")
-    assert draws_again(torch.device("cuda")) != in_fours
+    assert draws_again(in_fours=cuda) != in_fours
     with inductor_config.patch(fallback_random=True):
-        assert not draws_again(torch.device("cpu"))
+        assert not draws_again(in_fours=cpu)
     if in_fours:
         with inductor_config.patch(align_random_eager=True):
-            assert draws_again(torch.device("cuda"))
+            assert draws_again(in_fours=cuda)
 
 
 def test_low_draws_no_masks_where_that_takes_long(no_profile: Path) -> None:

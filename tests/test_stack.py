@@ -251,6 +251,13 @@ def test_a_number_that_is_added_is_no_matrix() -> None:
     assert len(whole) == 2
 
 
+def test_a_product_is_not_joined_with_what_it_reads() -> None:
+    with torch.device("meta"):
+        one, x = nn.Linear(8192, 8192, bias=False), torch.empty(4, 8192)
+    report = runlora_fx.explain(nn.Sequential(one, one), x, device="h100", strict=True)
+    assert not report.stacked
+
+
 @pytest.mark.parametrize(
     "wrong",
     (

@@ -105,6 +105,19 @@ def test_a_graph_that_does_not_lint_is_taken_back() -> None:
     assert _described(graph) == before
 
 
+def test_what_was_added_out_of_order_is_taken_back() -> None:
+    graph = _graph()
+    before = _described(graph)
+    with pytest.raises(RuntimeError, match="halfway"), transaction(graph):
+        total = next(n for n in graph.nodes if n.target is aten.add)
+        with graph.inserting_before(total):
+            new = graph.call_function(aten.neg, tuple(total.args[:1]))
+        with graph.inserting_before(new):
+            graph.call_function(aten.neg, (new,))
+        raise RuntimeError("halfway")
+    assert _described(graph) == before
+
+
 def test_transactions_nest() -> None:
     graph = _graph()
     before = _described(graph)

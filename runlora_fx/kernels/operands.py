@@ -71,8 +71,8 @@ def check_sizes(meaning: str, wanted: int, **given: int) -> None:
 def runs_triton(tensor: Tensor) -> bool:
     """True if a kernel is launched for a tensor; else torch's own operators compute the same."""
     if _IS_INTERPRETED:
-        return type(tensor) is Tensor and tensor.device.type == "cpu" and tensor.numel() > 0
-    return tensor.device.type == "cuda" and tensor.numel() > 0
+        return type(tensor) is Tensor and tensor.is_cpu and tensor.numel() > 0
+    return tensor.is_cuda and tensor.numel() > 0
 
 
 def precision_of(dtype: torch.dtype) -> str:

@@ -18,9 +18,9 @@ import sympy
 import torch
 from torch import fx
 
-from runlora_fx._torch_compat import fake_mode_of, guard_range, is_current
+from runlora_fx._torch_compat import draws_again, fake_mode_of, guard_range, is_current
 from runlora_fx.cost_model.devices.machine import Machine
-from runlora_fx.cost_model.devices.registry import computing
+from runlora_fx.cost_model.devices.registry import computing, kind_of
 from runlora_fx.options import Options
 from runlora_fx.passes.algebra.posed import Dim
 from runlora_fx.passes.levels.level import Dialect
@@ -113,6 +113,11 @@ class Context:
         """The device that computes: an accelerator if some tensor is on one, else the CPU."""
         known = [facts_of(node) for node in self.graph.nodes]
         return computing(dict.fromkeys(facts.kind.device for facts in known if facts is not None))
+
+    @property
+    def draws_again(self) -> bool:
+        """True if Inductor draws the same random numbers again in another kernel."""
+        return draws_again(in_fours=kind_of(self.device).draws_in_fours)
 
     @cached_property
     def lasting(self) -> tuple[fx.Node, ...]:

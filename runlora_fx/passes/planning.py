@@ -19,7 +19,6 @@ from typing import TypeVar
 from torch import fx
 
 from runlora_fx._torch_compat import (
-    draws_again,
     keeps_inputs_only,
     repeats_random_operators,
 )
@@ -288,7 +287,7 @@ class _Planner:
         chosen = choose(Chains(self._context), objective.profile.of, budget, per_byte)
         for chain in chosen:
             recompute(chain.nodes)
-        if chosen and not draws_again(self._context.device):
+        if chosen and not self._context.draws_again:
             # What is made again must not take a mask along that would come out otherwise.
             self._keep_random_numbers()
 

@@ -45,6 +45,7 @@ class Cuda(Device):
     """GPUs of NVIDIA, and of AMD under ROCm."""
 
     type = "cuda"
+    draws_in_fours = True
 
     def present(self) -> list[torch.device]:
         """All GPUs that this process may use."""

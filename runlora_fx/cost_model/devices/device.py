@@ -33,10 +33,13 @@ class Device(ABC):
         type: Its type in torch, such as ``"cuda"``.
         is_host: True for the CPU, which runs Python. A graph with tensors on the host and on
             another device computes on the other one.
+        draws_in_fours: True if Inductor's one-dimensional kernels draw four random numbers at a
+            time, from some version of torch on.
     """
 
     type: str
     is_host: bool = False
+    draws_in_fours: bool = False
 
     @abstractmethod
     def present(self) -> list[torch.device]:

@@ -37,9 +37,14 @@ def entries() -> MappingProxyType[str, Device]:
     return MappingProxyType({d.type: d for d in found if d is not None and d is not UNKNOWN})
 
 
+def kind_of(device: torch.device) -> Device:
+    """The kind of a device, whether or not one is in this machine; ``unknown`` without a file."""
+    return entries().get(device.type, UNKNOWN)
+
+
 def entry_of(device: torch.device) -> Device:
     """The kind of a device; ``unknown`` if it has no file, or if none is in this machine."""
-    kind = entries().get(device.type, UNKNOWN)
+    kind = kind_of(device)
     return kind if kind.present() else UNKNOWN
 
 

@@ -19,7 +19,7 @@ from math import inf
 import torch
 from torch import fx
 
-from runlora_fx._torch_compat import draws_again, repeats_random_operators
+from runlora_fx._torch_compat import repeats_random_operators
 from runlora_fx.cost_model.cost import Cost
 from runlora_fx.passes.context import Context
 from runlora_fx.passes.levels.operators import CASTS, REDUCTIONS, VIEWS, is_pointwise
@@ -81,7 +81,7 @@ class Chains:
         self._hint = context.hint
         self._phases = Phases(graph, gradient_nodes(graph), self._effects)
         self._order = {node: i for i, node in enumerate(graph.nodes)}
-        self._draws_again = draws_again(context.device)
+        self._draws_again = context.draws_again
         self._redrawn: set[fx.Node] = set()
         self.kept: set[fx.Node] = set()
         self._forward = [

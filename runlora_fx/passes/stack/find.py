@@ -17,7 +17,7 @@ from typing import Literal, TypeAlias
 from torch import fx
 
 from runlora_fx.cost_model.cost import Cost
-from runlora_fx.passes.stack.matrices import Matrix, is_sum, matrix_of, sizes_of
+from runlora_fx.passes.stack.matrices import Matrix, base_of, is_sum, matrix_of, sizes_of
 from runlora_fx.passes.stack.products import Product, Products, is_aligned
 
 #: A buffer that holds at most this share of other numbers is kept instead of copies of its parts.
@@ -211,7 +211,7 @@ class Finder:
                 continue
             copied = [self._is_copied(side, p, chosen, keeps=False) for p in chosen]
             made, others = [p.node for p in chosen], tuple(_other(side, p) for p in chosen)
-            if any(copied) or self._products.depends(made, [m.node for m in others]):
+            if any(copied) or self._read_each_other(made, others):
                 continue
             where = Joined(others, buffer.dim, (), buffer.is_gradient, within=buffer)
             return Shared(tuple(chosen), side, where, other.turned, tuple(copied))
@@ -252,12 +252,18 @@ class Finder:
         chosen, copied = best
         nodes = [p.node for p in chosen]
         others = [_other(side, p) for p in chosen]
-        if self._products.depends(nodes, [m.node for m in others]):
+        if self._read_each_other(nodes, others):
             return None
         joined = self._joined(others, dim, chosen[0].node)
         if joined is None:
             return None
         return Shared(tuple(chosen), side, joined, turned, tuple(copied[n] for n in nodes))
+
+    def _read_each_other(self, products: Sequence[fx.Node], others: Sequence[Matrix]) -> bool:
+        """True if a product is an operand of another, or an operand is computed of a product."""
+        operands = [matrix.node for matrix in others]
+        is_read = any(base_of(node) in products for node in operands)
+        return is_read or self._products.depends(products, operands)
 
     def _is_copied(
         self, side: Side, product: Product, group: Sequence[Product], *, keeps: bool

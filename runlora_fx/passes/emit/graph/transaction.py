@@ -72,9 +72,11 @@ class Snapshot:
             node.kwargs = fx.node.map_arg(was.kwargs, lambda n: now[n])
             node.meta = was.meta
         kept = set(now.values())
-        for node in reversed(list(self._graph.nodes)):
-            if node not in kept:
-                self._graph.erase_node(node)
+        added = [node for node in self._graph.nodes if node not in kept]
+        for node in added:
+            node.args, node.kwargs = (), {}  # an exception may come while they are out of order
+        for node in added:
+            self._graph.erase_node(node)
         for was in self._records:
             now[was.node].name = was.name  # nodes that had taken the name are erased by now
 
