@@ -116,6 +116,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Outcome, Outcome]:
     return run(), run()
 
 
+@pytest.mark.slow
 def test_lengths_on_both_sides_of_the_break_even_make_two_graphs(
     runs: tuple[Outcome, Outcome],
 ) -> None:
@@ -130,6 +131,7 @@ def test_lengths_on_both_sides_of_the_break_even_make_two_graphs(
     assert "autograd_cache_hit" not in first.counts
 
 
+@pytest.mark.slow
 def test_the_two_graphs_have_the_plans_of_their_sides(runs: tuple[Outcome, Outcome]) -> None:
     short, long = runs[0].sites
     assert len(short) == len(long) == 7
@@ -142,11 +144,13 @@ def test_the_two_graphs_have_the_plans_of_their_sides(runs: tuple[Outcome, Outco
         assert re.search(rf"s\d+\*s\d+ >= {border}\b|{border} <= s\d+\*s\d+ < \d+", above)
 
 
+@pytest.mark.slow
 def test_every_length_trains_as_eager_does(runs: tuple[Outcome, Outcome]) -> None:
     for run in runs:
         assert max(run.errors) < 2e-5
 
 
+@pytest.mark.slow
 def test_the_next_process_is_served_both_graphs_and_keeps_their_guards(
     runs: tuple[Outcome, Outcome],
 ) -> None:
@@ -159,6 +163,7 @@ def test_the_next_process_is_served_both_graphs_and_keeps_their_guards(
     assert second.errors == first.errors
 
 
+@pytest.mark.slow
 def test_the_report_says_from_how_many_tokens_on_it_merges(
     runs: tuple[Outcome, Outcome],
 ) -> None:

@@ -192,7 +192,9 @@ def test_torchtunes_variable_names_the_backend(monkeypatch: pytest.MonkeyPatch) 
 # --- Lightning
 
 
-@pytest.mark.parametrize("how", ("configure_model", "torch.compile"))
+@pytest.mark.parametrize(
+    "how", ("torch.compile", pytest.param("configure_model", marks=pytest.mark.slow))
+)
 def test_lightning(how: str) -> None:
     lightning = pytest.importorskip("lightning")
     models = {}

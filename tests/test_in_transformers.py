@@ -87,6 +87,7 @@ def test_a_model_compiled_after_the_trainer_is_made(tmp_path: Path) -> None:
     assert ours.work.graphs > 0
 
 
+@pytest.mark.slow
 def test_trainers_checkpointing_breaks_the_graph_as_under_every_backend(tmp_path: Path) -> None:
     why = {}
 
@@ -175,7 +176,7 @@ def _vit() -> nn.Module:
     return MODELS["vit"].base()
 
 
-@pytest.mark.parametrize("name", ("t5", "vit"))
+@pytest.mark.parametrize("name", ("vit", pytest.param("t5", marks=pytest.mark.slow)))
 def test_training_other_kinds_of_models(name: str) -> None:
     models = {}
     build, batch = {

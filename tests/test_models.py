@@ -32,14 +32,21 @@ import runlora_fx
 
 RTOL = {torch.float32: 1e-5, torch.float64: 1e-11}
 
-# Inductor compiles them once for this file: all at one rank, one at the other.
-every_case = pytest.mark.parametrize(
-    ("name", "rank"), [*((name, 64) for name in MODELS), ("llama", 8)]
+# All models at one rank, one at the other.
+CASES = [*((name, 64) for name in MODELS), ("llama", 8)]
+every_case = pytest.mark.parametrize(("name", "rank"), CASES)
+# The same for what Inductor compiles, once for this file.
+every_compiled_case = pytest.mark.parametrize(
+    ("name", "rank"),
+    [
+        pytest.param(*case, marks=() if case[0] in ("llama", "gpt2") else pytest.mark.slow)
+        for case in CASES
+    ],
 )
 every_dtype = pytest.mark.parametrize("dtype", RTOL, ids=str)
 
 
-@every_case
+@every_compiled_case
 def test_a_training_step_equals_eager(name: str, rank: int) -> None:
     case = MODELS[name]
     wanted = run_training(case.model(rank), case.batch())
@@ -89,8 +96,8 @@ class Error:
     ("name", "rank", "adapter_dtype"),
     [
         ("llama", 8, torch.bfloat16),
-        ("llama", 64, torch.bfloat16),
-        ("gpt2", 64, torch.bfloat16),
+        pytest.param("llama", 64, torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param("gpt2", 64, torch.bfloat16, marks=pytest.mark.slow),
         ("gpt2", 64, torch.float32),  # PEFT's default: adapters stay in fp32
     ],
     ids=str,
@@ -135,20 +142,20 @@ def _ours(name: str, rank: int) -> tuple[Training, "runlora_fx.Report"]:
     return training, training.report
 
 
-@every_case
+@every_compiled_case
 def test_every_adapted_layer_is_named(name: str, rank: int) -> None:
     _, report = _ours(name, rank)
     named = {module for site in report.sites for module in site.modules}
     assert lora_layers(MODELS[name].model(rank)).keys() <= named
 
 
-@every_case
+@every_compiled_case
 def test_inductor_gets_the_matmuls_that_were_priced(name: str, rank: int) -> None:
     training, report = _ours(name, rank)
     assert training.flops == report.flops_after
 
 
-@every_case
+@every_compiled_case
 def test_fewer_matmul_flops_than_inductor(name: str, rank: int) -> None:
     """Every model of the market has enough tokens for the merged weight to pay."""
     training, report = _ours(name, rank)
@@ -157,7 +164,7 @@ def test_fewer_matmul_flops_than_inductor(name: str, rank: int) -> None:
     assert any(site.changed for site in report.sites)
 
 
-@every_case
+@every_compiled_case
 def test_no_more_bytes_saved_than_inductor(name: str, rank: int) -> None:
     training, _ = _ours(name, rank)
     assert training.saved <= compiled_training(name, rank, INDUCTOR).saved

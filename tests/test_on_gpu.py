@@ -42,7 +42,13 @@ def run(bench: Any, out: Path, *arguments: str) -> tuple[int, dict[str, Any], st
     return status, found, (out / "on_gpu.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("case", ("no dropout", "dropout 0.05", "checkpointing"))
+@pytest.mark.parametrize(
+    "case",
+    (
+        "dropout 0.05",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("no dropout", "checkpointing")),
+    ),
+)
 def test_contenders_are_compared_and_timed(bench: Any, tmp_path: Path, case: str) -> None:
     status, found, text = run(bench, tmp_path, case)
     assert status == 0, text

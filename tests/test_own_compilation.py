@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -21,10 +21,10 @@ from runlora_fx.integrations.own_compile import VARIABLE, is_own_compilation
 
 AOT_EAGER = "aot_eager"
 
-# What Dynamo makes of a training step under some backends, one after the other, in a new process.
+# What Dynamo makes of training steps under some backends, one after the other, in a new process.
 SCRIPT = """
 import json, sys
-before, model, backends = json.loads(sys.argv[1])
+before, models, backends = json.loads(sys.argv[1])
 if before:
     import runlora_fx
 assert ("runlora_fx" in sys.modules) == before
@@ -34,35 +34,46 @@ from peft import LoraConfig, get_peft_model
 from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
-def make():
+def make(model):
     if model == "experts":
         return adapted("mixtral", "batched_mm")
     llama = LlamaForCausalLM(LlamaConfig(intermediate_size=96, **SMALL))
     return get_peft_model(llama, LoraConfig(use_dora=True, target_modules=["q_proj", "v_proj"]))
 
-found = []
-for backend in backends:
-    counters.clear()
-    run = torch.compile(make(), backend=backend)
-    for _ in range(2):
+found = {}
+for model in models:
+    found[model] = []
+    for backend in backends:
+        torch._dynamo.reset()
+        counters.clear()
+        run = torch.compile(make(model), backend=backend)
         run(**batch()).loss.backward()
-    breaks = sorted(map(list, counters["graph_break"].items()))
-    found.append([counters["stats"]["unique_graphs"], counters["stats"]["calls_captured"], breaks])
+        breaks = sorted(map(list, counters["graph_break"].items()))
+        stats = counters["stats"]
+        found[model].append([stats["unique_graphs"], stats["calls_captured"], breaks])
 assert ("runlora_fx" in sys.modules) == (before or backends != ["aot_eager"])
 print("RESULT", json.dumps(found))
 """
 
-every_model = pytest.mark.parametrize("model", ("dora", "experts"))
+MODELS = ("dora", "experts")
+
+
+class Work(NamedTuple):
+    """What Dynamo made of a training step."""
+
+    graphs: int
+    calls: int
+    breaks: list[Any]
 
 
 @cache
 def works(
-    model: str, *backends: str, imported: bool = True, substitutes: str = "1"
-) -> list[tuple[int, int, list[Any]]]:
-    """Graphs, captured operators and graph breaks under each backend."""
+    models: tuple[str, ...], *backends: str, imported: bool = True, substitutes: str = "1"
+) -> dict[str, list[Work]]:
+    """By model, the work under each backend."""
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps([imported, model, backends])],
+        [sys.executable, "-c", SCRIPT, json.dumps([imported, models, backends])],
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
@@ -74,22 +85,23 @@ def works(
     )
     assert done.returncode == 0, done.stderr
     (line,) = (x for x in done.stdout.splitlines() if x.startswith("RESULT "))
-    return [tuple(work) for work in json.loads(line.removeprefix("RESULT "))]
+    found = json.loads(line.removeprefix("RESULT "))
+    return {model: [Work(*work) for work in works] for model, works in found.items()}
 
 
-@every_model
+@pytest.mark.parametrize("model", MODELS)
 def test_other_backends_trace_a_model_as_without_us(model: str) -> None:
     """Although we are imported, and the same model was compiled with our backend before."""
-    (wanted,) = works(model, AOT_EAGER, imported=False)
-    assert wanted[0] > 1
-    ours, others = works(model, RUNLORA_EAGER, AOT_EAGER)
+    (wanted,) = works(MODELS, AOT_EAGER, imported=False)[model]
+    assert wanted.graphs > 1
+    ours, others = works(MODELS, RUNLORA_EAGER, AOT_EAGER)[model]
     assert others == wanted
-    assert (ours[0], ours[2]) == (1, [])
+    assert (ours.graphs, ours.breaks) == (1, [])
 
 
 def test_substitutes_can_be_switched_off() -> None:
-    ours = works("dora", RUNLORA_EAGER, substitutes="0")
-    assert ours == works("dora", AOT_EAGER, imported=False)
+    ours = works(("dora",), RUNLORA_EAGER, substitutes="0")["dora"]
+    assert ours == works(MODELS, AOT_EAGER, imported=False)["dora"]
 
 
 # --- whose compilation it is
