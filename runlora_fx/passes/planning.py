@@ -312,16 +312,18 @@ class _Planner:
 
     def _seconds_saved(self, analysis: Analysis, decisions: Sequence[Decision]) -> float:
         """The time that the written plans are predicted to save [s]."""
+        saved: dict[int, float] = {}  # equal problems have one decision
         total = 0.0
         for region, posed, decision in zip(
             analysis.regions.regions, analysis.posed, decisions, strict=True
         ):
-            if _name(region) in self._changed:
-                came = replace(decision, changed=False)
-                before, after = (
-                    price_of(one, posed.problem, self._objective(posed)) for one in (came, decision)
-                )
-                total += float(before - after)
+            if _name(region) not in self._changed:
+                continue
+            if id(decision) not in saved:
+                came, objective = replace(decision, changed=False), self._objective(posed)
+                before, after = (price_of(d, posed.problem, objective) for d in (came, decision))
+                saved[id(decision)] = float(before - after)
+            total += saved[id(decision)]
         return max(total, 0.0)
 
     def _of_root(self, analysis: Analysis, here: dict[str, int], root: fx.Node) -> set[str]:

@@ -8,13 +8,13 @@ Invariant: two matrices of equal keys hold the same numbers.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import fx
 
 from runlora_fx.passes.levels.operators import RESHAPES
-from runlora_fx.passes.levels.sizes import example_of, facts_of
+from runlora_fx.passes.levels.sizes import example_of, facts_of, shape_of
 
 _aten = torch.ops.aten
 
@@ -43,9 +43,7 @@ class Matrix(NamedTuple):
 
 def sizes_of(node: fx.Node) -> tuple[int, ...]:
     """The sizes of a tensor that has no symbolic ones."""
-    facts = facts_of(node)
-    assert facts is not None
-    return tuple(size for size in facts.shape if isinstance(size, int))
+    return cast(tuple[int, ...], shape_of(node))
 
 
 def size_of(node: fx.Node) -> int:

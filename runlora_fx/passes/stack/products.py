@@ -7,8 +7,9 @@ Invariant: what is answered here holds of the graph as it came to this room; not
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx
@@ -34,6 +35,9 @@ _aten = torch.ops.aten
 
 #: What Inductor computes into memory that it is given: a part of a larger buffer as well.
 _INTO_GIVEN = (_aten.mm.default, _aten.addmm.default)
+
+#: Sizes, strides and storage offset of a tensor.
+_Layout: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], int]
 
 #: Rows of a matrix begin at multiples of so many bytes, or libraries read them slowly [B].
 _ALIGNED = 16
@@ -76,6 +80,8 @@ class Products:
         self._gradients = gradient_nodes(context.graph)
         self._phases = Phases(context.graph, self._gradients, self.effects)
         self.order = {node: i for i, node in enumerate(context.graph.nodes)}
+        self._may_be_strided: dict[tuple[fx.Node, tuple[int, int]], bool] = {}
+        self._shown: dict[Hashable, _Layout | None] = {}
         self._results = set(context.graph.output_node().all_input_nodes)
         found = (self._read(n) for n in context.graph.nodes if n.target is _aten.mm.default)
         self.all = [product for product in found if product is not None]
@@ -167,13 +173,13 @@ class Products:
 
     def may_be_strided(self, node: fx.Node, strides: tuple[int, int]) -> bool:
         """True if all that reads a result takes it with other strides, also in other shapes."""
-        if node in self._results:
-            return False
-        with torch.no_grad():
-            val = torch.empty_strided(sizes_of(node), strides, device="meta")
-            return self._are_taken(node, val)
+        key = (node, strides)
+        if key not in self._may_be_strided:
+            layout = (sizes_of(node), strides, 0)
+            self._may_be_strided[key] = node not in self._results and self._are_taken(node, layout)
+        return self._may_be_strided[key]
 
-    def _are_taken(self, node: fx.Node, val: torch.Tensor) -> bool:
+    def _are_taken(self, node: fx.Node, layout: _Layout) -> bool:
         for user in node.users:
             target = user.target
             if not isinstance(target, torch._ops.OpOverload):
@@ -181,15 +187,28 @@ class Products:
             if target in VIEWS:
                 if user in self._results or user.all_input_nodes != [node] or user.kwargs:
                     return False
-                try:
-                    shows = target(val, *user.args[1:])
-                except RuntimeError:
-                    return False
-                if not self._are_taken(user, shows):
+                shows = self._shown_by(target, layout, user.args[1:])
+                if shows is None or not self._are_taken(user, shows):
                     return False
             elif not takes_any_layout(target):
                 return False
         return True
+
+    def _shown_by(
+        self, view: Callable[..., Any], layout: _Layout, args: tuple[Any, ...]
+    ) -> _Layout | None:
+        """What a view shows of a tensor; None if there is no such view. Equal layers ask alike."""
+        key = (view, layout, str(args))
+        if key not in self._shown:
+            sizes, strides, offset = layout
+            with torch.no_grad():
+                whole = torch.empty(0, device="meta").as_strided(sizes, strides, offset)
+                try:
+                    shows = view(whole, *args)
+                    self._shown[key] = (tuple(shows.shape), shows.stride(), shows.storage_offset())
+                except RuntimeError:
+                    self._shown[key] = None
+        return self._shown[key]
 
     def views(self, node: fx.Node) -> list[fx.Node]:
         """What shows a node in other shapes, each behind what it shows."""
