@@ -208,6 +208,22 @@ class Elementwise:
 
 
 @dataclass(frozen=True)
+class Launches:
+    """Kernels whose bytes do not count, such as scalings of low-rank matrices.
+
+    Attributes:
+        count: How many.
+    """
+
+    count: int
+
+    @property
+    def cost(self) -> Cost:
+        """Launches = count."""
+        return Cost({"launches": self.count})
+
+
+@dataclass(frozen=True)
 class GroupedMatMul:
     """Products of all tokens with the matrices (rows, cols) of their experts, in one operator.
 
@@ -269,4 +285,4 @@ class Hold:
         return Cost({"held": self.b * self.m * self.n * self.itemsize})
 
 
-Operation: TypeAlias = MatMul | Merge | Add | Elementwise | GroupedMatMul | Hold
+Operation: TypeAlias = MatMul | Merge | Add | Elementwise | Launches | GroupedMatMul | Hold

@@ -78,6 +78,9 @@ class Problem:
             may be kept between calls. Empty if nothing is to be kept.
         assignments: By number, the assignments of tokens to experts.
         shown: The polynomials of the demands, each with True if it is stored transposed.
+        scaled: What the incoming graph multiplies by a number, where a plan scales a small matrix:
+            leaves that products read, and products that are added to others. Each with True if it
+            is one more tensor in memory.
     """
 
     leaves: tuple[LeafSpec, ...]
@@ -90,6 +93,7 @@ class Problem:
     lasting: frozenset[int] = frozenset()
     assignments: tuple[Assignment, ...] = ()
     shown: tuple[tuple[Polynomial, bool], ...] = ()
+    scaled: tuple[tuple[Polynomial, bool], ...] = ()
 
     def __hash__(self) -> int:
         # Stored by hand, as for polynomials: each layer looks its problem up several times.

@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
+from torch import fx
 
 from runlora_fx.passes.algebra.assignments import Assignment, Picked
 from runlora_fx.passes.algebra.plan import with_unpacking
@@ -24,6 +25,7 @@ from runlora_fx.passes.algebra.polynomials import Polynomial, normalise, substit
 from runlora_fx.passes.algebra.posed import Dim, PosedProblem
 from runlora_fx.passes.algebra.problem import LeafSpec, Problem, Value
 from runlora_fx.passes.algebra.steps import Keep, Product, Step, Sum
+from runlora_fx.passes.levels.operators import VIEWS, is_pointwise
 from runlora_fx.passes.levels.origins import Computed
 from runlora_fx.passes.levels.sizes import example_of, is_column_major
 from runlora_fx.passes.read.dimensions import DimClasses
@@ -34,6 +36,9 @@ from runlora_fx.passes.read.patterns import Patterns
 from runlora_fx.passes.read.phases import Phases
 from runlora_fx.passes.read.reader import GraphReader
 from runlora_fx.passes.read.regions import Region
+
+#: Factors that cost nothing.
+_UNSCALED = (1.0, -1.0)
 
 
 class _LeafFacts(NamedTuple):
@@ -160,6 +165,46 @@ class Poser:
             tuple(steps),
             tuple([self._facts(leaf) for leaf in matrices]),
             frozenset(map(own, keepable)),
+            tuple([(own(core), is_written) for core, is_written in self._scaled(region)]),
+        )
+
+    def _scaled(self, region: Region) -> list[tuple[Polynomial, bool]]:
+        """What the graph scales, though plans need not; and if that is one more tensor in memory.
+
+        A leaf that is scaled for a product is one more, unless one kernel makes and scales it. A
+        product that is scaled in a sum is one more if the backward reads the sum. Otherwise the
+        kernel that reads the sum scales and adds, and nothing is written.
+        """
+        scaled: dict[Polynomial, bool] = {}
+        for made in region.incoming:
+            step = made.step
+            for operand in (step.left, step.right) if isinstance(step, Product) else ():
+                ((word, number), *others) = operand.terms
+                is_scaled = number not in _UNSCALED or word.scalars
+                if not is_scaled or others or len(word.factors) != 1:
+                    continue
+                leaf = word.factors[0].leaf
+                if self._facts(leaf).kind == "matrix":
+                    scaled[normalise(operand).core] = not self._is_made_scaled(leaf)
+        for root, part in region.demands:
+            if len(root.parts) < 2 or root.backward:
+                continue
+            scalar, _, core = normalise(part)
+            is_scaled = scalar.number not in _UNSCALED or scalar.leaves
+            if is_scaled and core.leaf is None and self._is_kept(root.node):
+                scaled[core] = True
+        return list(scaled.items())
+
+    def _is_made_scaled(self, leaf: int) -> bool:
+        """True if the kernel that makes a leaf can scale it."""
+        sources = self._reader.leaves.matrices[leaf].sources
+        return all(len(node.users) == 1 and is_pointwise(node.target) for node in sources)
+
+    def _is_kept(self, node: fx.Node) -> bool:
+        """True if the backward reads a tensor of the forward, as it is or in another shape."""
+        return any(
+            self._phases.runs_backward(user) or (user.target in VIEWS and self._is_kept(user))
+            for user in node.users
         )
 
     def _facts(self, index: int) -> _LeafFacts:
@@ -239,6 +284,9 @@ class Poser:
             itemsize=int(dtype.itemsize),
             dtype=str(dtype).removeprefix("torch."),
             shown=tuple(shown.items()),
+            scaled=tuple(
+                (normalise(own(core)).core, is_written) for core, is_written in self._scaled(region)
+            ),
             assignments=tuple(
                 Assignment(
                     "indexed" if a.kind == "indexed" else "grouped",

@@ -142,6 +142,14 @@ class Chains:
                     return True
         return False
 
+    def _is_read_anyway(self, node: fx.Node) -> bool:
+        """True if a pointwise operator of the backward reads a tensor: a chain may share that."""
+        return any(
+            (user.target in VIEWS and self._is_read_anyway(user))
+            or (self._runs_backward(user) and _is_fused(user))
+            for user in node.users
+        )
+
     def _cuts(self) -> dict[fx.Node, frozenset[fx.Node]]:
         """By node, the smallest tensors from which pointwise operators compute it."""
         cuts: dict[fx.Node, frozenset[fx.Node]] = {}
@@ -199,7 +207,8 @@ class Chains:
         special = sum(self._elements(n) for n in nodes if n.target in SPECIAL)
         cost = Cost(
             {
-                "elementwise": size + sum(map(self._bytes, sources)),
+                "elementwise": size
+                + sum(self._bytes(s) for s in sources if not self._is_read_anyway(s)),
                 "special": special,
                 "random": sum(map(self._elements, nodes & self._redrawn)),
                 "launches": 1,

@@ -17,9 +17,9 @@ from runlora_fx.passes.recompute.chains import Chain, Chains
 def choose(
     chains: Chains, price: Callable[[Cost], float], budget: float, per_byte: float
 ) -> list[Chain]:
-    """The chains to recompute: dropout masks first, then those that take least time for a byte.
+    """The chains to recompute, those that take least time for a byte first, and masks last.
 
-    Masks come first because a masked tensor is recomputed from its mask.
+    A mask takes a byte for an element, and drawing it takes longer than making what it masks.
 
     Args:
         chains: The chains of a graph. They take note of every chain that is chosen.
@@ -28,7 +28,7 @@ def choose(
         per_byte: The time that a chain may always take for each byte that is not saved [s].
     """
     chosen: list[Chain] = []
-    for offer in (chains.masks, chains.tensors):
+    for offer in (chains.tensors, chains.masks):
         for chain in sorted(offer(), key=lambda chain: price(chain.cost) / max(chain.size, 1)):
             seconds, gain = price(chain.cost), chains.gain(chain)
             is_cheap = seconds <= per_byte * gain
