@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from checks import relative_error
 from conftest import FLOPS_BOUND
@@ -67,10 +68,14 @@ def scaled_for_products(graph: fx.Graph, by: float) -> list[fx.Node]:
     ]
 
 
-def test_gradients_of_outputs_are_not_scaled(no_profile: Path) -> None:
-    """On a machine that moves bytes slowly."""
+@pytest.fixture
+def _bytes_are_slow(no_profile: Path) -> None:
     for dtype in DTYPES:
         store.add(key_of(torch.device("cpu"), dtype), Record({**FLOPS_BOUND, "elementwise": 1e-9}))
+
+
+@pytest.mark.usefixtures("_bytes_are_slow")
+def test_gradients_of_outputs_are_not_scaled() -> None:
     came = joint(adapted(), Options(objective="flops", strict=True))
     assert len(scaled_for_products(came, by=2)) == 2  # dY of each layer
     planned = joint(adapted(), Options(strict=True))
@@ -93,11 +98,14 @@ def test_large_layers_with_dropout_gain_on_a_gpu() -> None:
     assert not any(site.changed for site in small.sites)
 
 
+@pytest.mark.usefixtures("_bytes_are_slow")
 def test_results_are_those_of_eager_mode() -> None:
     """The masks of both are equal: they are drawn alike from one seed."""
-    model, x = adapted(), torch.randn(TOKENS, WIDTH)
+    model, x = adapted(), torch.randn(TOKENS, WIDTH, requires_grad=True)
+    seen: list[fx.Graph] = []
+    backend = aot_backend(Options(strict=True), lambda gm: seen.append(gm.graph))
     found = []
-    for run in (model, torch.compile(model, backend=aot_backend(Options(strict=True)))):
+    for run in (model, torch.compile(model, backend=backend, fullgraph=True)):
         torch._dynamo.reset()
         torch.manual_seed(0)
         model.zero_grad()
@@ -107,3 +115,4 @@ def test_results_are_those_of_eager_mode() -> None:
     wanted, mine = found
     assert wanted.keys() == mine.keys() and wanted
     assert max(relative_error(mine[k], wanted[k]) for k in wanted) < 1e-5
+    assert not scaled_for_products(seen[0], by=2)

@@ -18,7 +18,7 @@ from runlora_fx.passes.algebra.implementations import Work, named, usual
 from runlora_fx.passes.algebra.orientation import orientations
 from runlora_fx.passes.algebra.polynomials import Polynomial
 from runlora_fx.passes.algebra.problem import Dims, Problem, Value
-from runlora_fx.passes.algebra.steps import Step, Unpack
+from runlora_fx.passes.algebra.steps import Keep, Step, Unpack
 
 #: A plan scales low-rank matrices instead of a leaf: at most so many, by a kernel each. ``s dY'``
 #: is read for a gradient of A, a gradient of B, and a gradient of X.
@@ -82,10 +82,16 @@ class Plan:
     def operations(self, problem: Problem, dims: Dims | None = None) -> list[Operation]:
         """All operations of the plan. A value that several steps read is computed once."""
         steps = ((v, step, self.implementations.get(v)) for v, step in self.steps.items())
-        found = _operations(problem, steps, dims)
-        # Other plans scale other things: a merged weight is scaled as it is made.
-        is_as_it_came = bool(problem.scaled) and self.runs_as_in(problem.incoming)
-        return [*found, *_scalings(problem)] if is_as_it_came else found
+        return [*_operations(problem, steps, dims), *self._scalings(problem)]
+
+    def _scalings(self, problem: Problem) -> list[Operation]:
+        """The kernels that scale low-rank matrices, if nothing but what is scaled has changed.
+
+        Other plans scale other things: a merged weight is scaled as it is made.
+        """
+        if not problem.scaled or not self.runs_as_in(problem.incoming):
+            return []
+        return [Launches(sum(1 if core.leaf is None else _SCALINGS for core, _ in problem.scaled))]
 
     def cost(self, problem: Problem, dims: Dims | None = None) -> Cost:
         """The cost of all operations of the plan."""
@@ -111,23 +117,15 @@ def with_unpacking(problem: Problem) -> Problem:
 def incoming_operations(problem: Problem, dims: Dims | None = None) -> list[Operation]:
     """The operations of the incoming graph."""
     steps = ((value, step, None) for value, step in dict.fromkeys(problem.incoming))
-    sizes, scalings = problem.dims if dims is None else dims, []
-    for core, is_written in problem.scaled:
-        batch, rows, cols = problem.shape(core)
-        size = sizes[rows] * sizes[cols] * (1 if batch is None else sizes[batch])
-        scalings += [Elementwise(size * problem.itemsize)] if is_written else []
+    sizes = problem.dims if dims is None else dims
+    written = [core for core, is_written in problem.scaled if is_written]
+    scalings = [Elementwise(Work(problem, core, Keep(), sizes).size) for core in written]
     return [*_operations(problem, steps, dims), *scalings]
 
 
 def incoming_cost(problem: Problem, dims: Dims | None = None) -> Cost:
     """The cost of the incoming graph."""
     return total_cost(incoming_operations(problem, dims))
-
-
-def _scalings(problem: Problem) -> list[Operation]:
-    """The kernels that scale low-rank matrices, if a plan changes nothing but what is scaled."""
-    launches = sum(1 if core.leaf is None else _SCALINGS for core, _ in problem.scaled)
-    return [Launches(launches)] if launches else []
 
 
 def total_cost(operations: Iterable[Operation]) -> Cost:

@@ -16,9 +16,10 @@ to add.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
+from torch import fx
 
 _aten = torch.ops.aten
 
@@ -66,6 +67,15 @@ REDUCTIONS = frozenset(
 def is_pointwise(target: object) -> bool:
     """True if every element of a result is computed from the elements in its place."""
     return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+
+
+def readers_of(node: fx.Node) -> Iterator[fx.Node]:
+    """What reads a node, as it is or through views; once for each view that it reads."""
+    for user in node.users:
+        if user.target in VIEWS:
+            yield from readers_of(user)
+        else:
+            yield user
 
 
 def names_of(operators: Iterable[torch._ops.OpOverload]) -> frozenset[str]:

@@ -12,12 +12,11 @@ Invariant: the incoming steps of a problem make its demands from its own leaves.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
-from torch import fx
 
 from runlora_fx.passes.algebra.assignments import Assignment, Picked
 from runlora_fx.passes.algebra.plan import with_unpacking
@@ -25,7 +24,7 @@ from runlora_fx.passes.algebra.polynomials import Polynomial, normalise, substit
 from runlora_fx.passes.algebra.posed import Dim, PosedProblem
 from runlora_fx.passes.algebra.problem import LeafSpec, Problem, Value
 from runlora_fx.passes.algebra.steps import Keep, Product, Step, Sum
-from runlora_fx.passes.levels.operators import VIEWS, is_pointwise
+from runlora_fx.passes.levels.operators import is_pointwise, readers_of
 from runlora_fx.passes.levels.origins import Computed
 from runlora_fx.passes.levels.sizes import example_of, is_column_major
 from runlora_fx.passes.read.dimensions import DimClasses
@@ -36,6 +35,9 @@ from runlora_fx.passes.read.patterns import Patterns
 from runlora_fx.passes.read.phases import Phases
 from runlora_fx.passes.read.reader import GraphReader
 from runlora_fx.passes.read.regions import Region
+
+#: :attr:`Problem.scaled`, in leaves of the graph.
+_Scaled: TypeAlias = Sequence[tuple[Polynomial, bool]]
 
 #: Factors that cost nothing.
 _UNSCALED = (1.0, -1.0)
@@ -104,10 +106,11 @@ class Poser:
             if core.leaves <= numbers.matrices.keys()
             and core.scalar_leaves <= numbers.scalars.keys()
         ]
-        key = None if numbers.assignments else self._key(region, numbers, keepable)
+        scaled = self._scaled(region)
+        key = None if numbers.assignments else self._key(region, numbers, keepable, scaled)
         found = None if key is None else self._posed.get(key)
         if found is None:
-            found = self._problem(region, numbers, keepable)
+            found = self._problem(region, numbers, keepable, scaled)
             if key is not None:
                 self._posed[key] = found
         return PosedProblem(*found, *map(tuple, numbers))
@@ -137,7 +140,7 @@ class Poser:
     # -- equal regions -------------------------------------------------------------------------
 
     def _key(
-        self, region: Region, numbers: _Numbers, keepable: Iterable[Polynomial]
+        self, region: Region, numbers: _Numbers, keepable: Iterable[Polynomial], scaled: _Scaled
     ) -> Hashable | None:
         """Everything that the problem of a region depends on; None if a step has no key."""
         matrices, scalars, _ = numbers
@@ -165,10 +168,10 @@ class Poser:
             tuple(steps),
             tuple([self._facts(leaf) for leaf in matrices]),
             frozenset(map(own, keepable)),
-            tuple([(own(core), is_written) for core, is_written in self._scaled(region)]),
+            tuple([(own(core), is_written) for core, is_written in scaled]),
         )
 
-    def _scaled(self, region: Region) -> list[tuple[Polynomial, bool]]:
+    def _scaled(self, region: Region) -> _Scaled:
         """What the graph scales, though plans need not; and if that is one more tensor in memory.
 
         A leaf that is scaled for a product is one more, unless one kernel makes and scales it. A
@@ -179,19 +182,16 @@ class Poser:
         for made in region.incoming:
             step = made.step
             for operand in (step.left, step.right) if isinstance(step, Product) else ():
-                ((word, number), *others) = operand.terms
-                is_scaled = number not in _UNSCALED or word.scalars
-                if not is_scaled or others or len(word.factors) != 1:
-                    continue
-                leaf = word.factors[0].leaf
-                if self._facts(leaf).kind == "matrix":
+                leaf = _scaled_leaf(operand)
+                if leaf is not None and self._facts(leaf).kind == "matrix":
                     scaled[normalise(operand).core] = not self._is_made_scaled(leaf)
         for root, part in region.demands:
             if len(root.parts) < 2 or root.backward:
                 continue
             scalar, _, core = normalise(part)
             is_scaled = scalar.number not in _UNSCALED or scalar.leaves
-            if is_scaled and core.leaf is None and self._is_kept(root.node):
+            is_read_backward = map(self._phases.runs_backward, readers_of(root.node))
+            if is_scaled and core.leaf is None and any(is_read_backward):
                 scaled[core] = True
         return list(scaled.items())
 
@@ -199,13 +199,6 @@ class Poser:
         """True if the kernel that makes a leaf can scale it."""
         sources = self._reader.leaves.matrices[leaf].sources
         return all(len(node.users) == 1 and is_pointwise(node.target) for node in sources)
-
-    def _is_kept(self, node: fx.Node) -> bool:
-        """True if the backward reads a tensor of the forward, as it is or in another shape."""
-        return any(
-            self._phases.runs_backward(user) or (user.target in VIEWS and self._is_kept(user))
-            for user in node.users
-        )
 
     def _facts(self, index: int) -> _LeafFacts:
         """The facts of a leaf of the graph."""
@@ -232,7 +225,7 @@ class Poser:
     # -- a new problem -------------------------------------------------------------------------
 
     def _problem(
-        self, region: Region, numbers: _Numbers, keepable: Iterable[Polynomial]
+        self, region: Region, numbers: _Numbers, keepable: Iterable[Polynomial], scaled: _Scaled
     ) -> tuple[Problem, tuple[Dim, ...]]:
         """The problem of a region, and its dimensions."""
         matrices, _, assignments = numbers
@@ -284,9 +277,7 @@ class Poser:
             itemsize=int(dtype.itemsize),
             dtype=str(dtype).removeprefix("torch."),
             shown=tuple(shown.items()),
-            scaled=tuple(
-                (normalise(own(core)).core, is_written) for core, is_written in self._scaled(region)
-            ),
+            scaled=tuple([(normalise(own(core)).core, is_written) for core, is_written in scaled]),
             assignments=tuple(
                 Assignment(
                     "indexed" if a.kind == "indexed" else "grouped",
@@ -303,6 +294,15 @@ class Poser:
         batch, rows, cols = dims.of(own)
         _, _, kind, backward, held, packed = self._facts(index)
         return LeafSpec(rows, cols, batch, kind, backward, held, dims.leaves[own].picked, packed)
+
+
+def _scaled_leaf(p: Polynomial) -> int | None:
+    """The leaf that a polynomial is a multiple of, as in ``2 dY``; None for anything else."""
+    if len(p.terms) != 1:
+        return None
+    ((word, number),) = p.terms
+    is_scaled = number not in _UNSCALED or word.scalars
+    return word.factors[0].leaf if is_scaled and len(word.factors) == 1 else None
 
 
 def _renamed(leaf: Leaf, numbers: _Numbers) -> Leaf:

@@ -22,7 +22,7 @@ from torch import fx
 from runlora_fx._torch_compat import repeats_random_operators
 from runlora_fx.cost_model.cost import Cost
 from runlora_fx.passes.context import Context
-from runlora_fx.passes.levels.operators import CASTS, REDUCTIONS, VIEWS, is_pointwise
+from runlora_fx.passes.levels.operators import CASTS, REDUCTIONS, VIEWS, is_pointwise, readers_of
 from runlora_fx.passes.levels.sizes import example_of, numel, shape_of
 from runlora_fx.passes.read.gradients import gradient_nodes
 from runlora_fx.passes.read.phases import Phases
@@ -133,22 +133,11 @@ class Chains:
 
     def _is_written(self, node: fx.Node) -> bool:
         """True if an operator of the backward, such as a product, reads a tensor from memory."""
-        pending = [node]
-        while pending:
-            for user in pending.pop().users:
-                if user.target in VIEWS:
-                    pending.append(user)
-                elif self._runs_backward(user) and not _is_fused(user):
-                    return True
-        return False
+        return any(self._runs_backward(r) and not _is_fused(r) for r in readers_of(node))
 
     def _is_read_anyway(self, node: fx.Node) -> bool:
         """True if a pointwise operator of the backward reads a tensor: a chain may share that."""
-        return any(
-            (user.target in VIEWS and self._is_read_anyway(user))
-            or (self._runs_backward(user) and _is_fused(user))
-            for user in node.users
-        )
+        return any(self._runs_backward(r) and _is_fused(r) for r in readers_of(node))
 
     def _cuts(self) -> dict[fx.Node, frozenset[fx.Node]]:
         """By node, the smallest tensors from which pointwise operators compute it."""

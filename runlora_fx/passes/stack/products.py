@@ -17,7 +17,7 @@ from torch import fx
 from runlora_fx.passes.context import Context
 from runlora_fx.passes.emit.nodes.inserter import SAVED
 from runlora_fx.passes.emit.nodes.layout import takes_any_layout
-from runlora_fx.passes.levels.operators import VIEWS, is_pointwise
+from runlora_fx.passes.levels.operators import VIEWS, is_pointwise, readers_of
 from runlora_fx.passes.levels.sizes import facts_of
 from runlora_fx.passes.read.gradients import gradient_nodes
 from runlora_fx.passes.read.phases import Phases
@@ -169,7 +169,7 @@ class Products:
         """True if the backward reads a result of the forward, as it is or in another shape."""
         if node in self._gradients:
             return False
-        return any(map(self._phases.runs_backward, self._read_by(node)))
+        return any(map(self._phases.runs_backward, readers_of(node)))
 
     def may_be_strided(self, node: fx.Node, strides: tuple[int, int]) -> bool:
         """True if all that reads a result takes it with other strides, also in other shapes."""
@@ -217,10 +217,6 @@ class Products:
             if user.target in VIEWS and user.args[0] is node:
                 found += [user, *self.views(user)]
         return found
-
-    def _read_by(self, node: fx.Node) -> list[fx.Node]:
-        shows = [node, *self.views(node)]
-        return [user for shape in shows for user in shape.users if user not in shows]
 
 
 def is_aligned(node: fx.Node, dim: int) -> bool:
