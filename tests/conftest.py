@@ -5,6 +5,7 @@ bytes and launches cost just enough to break ties.
 """
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,3 +48,21 @@ def no_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder for the profiles that a test measures."""
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     return tmp_path
+
+
+def _forget() -> None:
+    """Forget what the package remembers of problems that it has planned."""
+    for name, module in sys.modules.items():
+        if name.startswith("runlora_fx.passes."):
+            for value in vars(module).values():
+                forget = getattr(value, "cache_clear", None)
+                if forget is not None:
+                    forget()
+
+
+@pytest.fixture
+def nothing_remembered() -> Iterator[None]:
+    """Plans that were made before the test are not found in it, and those of the test not after."""
+    _forget()
+    yield
+    _forget()

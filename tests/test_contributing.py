@@ -114,6 +114,7 @@ def test_a_form(tensors: list[Tensor]) -> None:
     assert report.flops_after == 2 * (TOKENS * INPUTS * OUTPUTS + INPUTS * RANK * OUTPUTS)
 
 
+@pytest.mark.usefixtures("nothing_remembered")
 def test_a_law_that_is_wrong_is_caught(
     tensors: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,10 +170,10 @@ def merged_adapter(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return x @ (w + 2.0 * (a @ b))
 
 
+@pytest.mark.usefixtures("nothing_remembered")
 @pytest.mark.parametrize("tokens", (3, 37))
 def test_an_implementation(tokens: int, tensors: list[Tensor]) -> None:
     """It is chosen because it costs less, written, and proven; without it nothing of it is left."""
-    # Decisions are remembered: no other test here has these sizes.
     few = [tensors[0][:tokens], *tensors[1:]]
     with registering(NARROW):
         gm, report = rewritten(merged_adapter, few, ATEN)
@@ -182,6 +183,7 @@ def test_an_implementation(tokens: int, tensors: list[Tensor]) -> None:
     assert NARROW.name not in REGISTERED
 
 
+@pytest.mark.usefixtures("nothing_remembered")
 def test_an_implementation_that_costs_more_is_not_chosen(tensors: list[Tensor]) -> None:
     few = [tensors[0][:41], *tensors[1:]]
     dear = replace(NARROW, operations=lambda work: (MatMul(9, *work.extents, 8),))

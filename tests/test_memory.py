@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._functorch.config as functorch_config
 from checks import (
     INDUCTOR,
     RUNLORA,
@@ -71,6 +72,7 @@ def peak_bytes(step: Callable[[], object]) -> int:
 
 @cache
 @scalar_kernels
+@functorch_config.patch(enable_autograd_cache=False)  # code from a cache has no report
 def costs(dropout: float, backend: str, *policy: tuple[str, object]) -> tuple[int, int, int]:
     """Of a training step: bytes held for the backward, peak bytes, and planned FLOPs."""
     model, x = model_of(dropout), activation(TOKENS, WIDTH)

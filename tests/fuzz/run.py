@@ -35,7 +35,7 @@ from tests.fuzz.levels import (
 )
 
 #: CPU seconds that one program may take at one level [s].
-TIME_LIMIT = 8.0
+TIME_LIMIT = 20.0
 
 
 @dataclass(frozen=True)
