@@ -1,7 +1,7 @@
 """Some hundred random programs; ``python -m tests.fuzz`` runs as many as asked.
 
-Every program is rewritten under ``strict`` with FLOPs as the objective, at every level of graphs,
-and compared with eager: values, gradients, what it mutates, strides.
+Every program is rewritten under ``strict`` at every level of graphs, by FLOPs and by time, and
+compared with eager: values, gradients, what it mutates, strides.
 """
 
 from typing import Any
@@ -25,8 +25,9 @@ STATIC: list[tuple[Level, int]] = [
     ("step", 20),
     ("export", 12),
     ("joint", 30),
+    ("timed", 30),
 ]
-DYNAMIC: list[tuple[Level, int]] = [("dynamo", 10), ("make_fx", 16), ("joint", 10)]
+DYNAMIC: list[tuple[Level, int]] = [("dynamo", 10), ("make_fx", 16), ("joint", 10), ("timed", 8)]
 
 #: Where little is rewritten yet: `make_fx` spells linear layers on symbolic sizes by `expand`.
 SELDOM_CHANGED: set[tuple[Level, bool]] = {("make_fx", True)}

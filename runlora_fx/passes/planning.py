@@ -27,10 +27,15 @@ from runlora_fx.passes.algebra.plan import Plan, incoming_cost
 from runlora_fx.passes.algebra.posed import PosedProblem
 from runlora_fx.passes.context import Context, Outcome
 from runlora_fx.passes.emit.apply import NotAppliedError, apply
-from runlora_fx.passes.emit.graph.recompute import keep_random_numbers, recompute
+from runlora_fx.passes.emit.graph.recompute import (
+    keep_before_overwriting,
+    keep_random_numbers,
+    recompute,
+)
 from runlora_fx.passes.emit.graph.transaction import Snapshot, note_failure, transaction
 from runlora_fx.passes.levels.sizes import forget_shapes
 from runlora_fx.passes.read.analysis import Analysis
+from runlora_fx.passes.read.gradients import gradient_nodes
 from runlora_fx.passes.read.regions import Region
 from runlora_fx.passes.recompute.chains import Chains
 from runlora_fx.passes.recompute.choose import choose
@@ -105,6 +110,8 @@ class _Planner:
             )
         if analysis.phases.is_joint and repeats_random_operators():
             self._keep_random_numbers()
+        if analysis.phases.is_joint and analysis.effects.writes_inputs:
+            self._keep_what_is_overwritten()
         if analysis.phases.is_joint and self._options.memory != "fast":
             self._or_else(
                 lambda: self._recompute(analysis, decisions), None, "recompute activations"
@@ -290,6 +297,12 @@ class _Planner:
         if chosen and not self._context.draws_again:
             # What is made again must not take a mask along that would come out otherwise.
             self._keep_random_numbers()
+
+    def _keep_what_is_overwritten(self) -> None:
+        """Save what the forward computes of memory that it writes to later."""
+        if self._changed or self._options.memory == "low":
+            graph = self._context.graph
+            keep_before_overwriting(graph, self._context.effects(), gradient_nodes(graph))
 
     def _keep_random_numbers(self) -> None:
         """Save the random numbers of the forward where the backward would draw others.

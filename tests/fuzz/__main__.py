@@ -35,7 +35,9 @@ def main() -> int:
     parser.add_argument("--level", choices=LEVELS, action="append", help="default: all")
     parser.add_argument("--found", type=Path, help="folder for a script per cause")
     parser.add_argument("--no-shrink", action="store_true")
-    parser.add_argument("--seconds", type=float, default=run.TIME_LIMIT, help="of CPU that a program may take")
+    parser.add_argument(
+        "--seconds", type=float, default=run.TIME_LIMIT, help="of CPU that a program may take"
+    )
     asked = parser.parse_args()
     torch.set_num_threads(1)
     run.TIME_LIMIT = asked.seconds

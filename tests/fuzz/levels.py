@@ -4,7 +4,8 @@
 
 ``torch`` is ``symbolic_trace``; ``dynamo`` its graphs of torch functions; ``make_fx`` a forward of
 ATen operators, in place operators included; ``step`` the same of outputs and gradients; ``export``
-``torch.export``; ``joint`` the backend on forward and backward.
+``torch.export``; ``joint`` the backend on forward and backward. These plan by FLOPs. ``timed`` is
+``joint`` with plans by time for a GPU, stacks and recomputed activations.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
 import runlora_fx
+from runlora_fx.aot import aot_backend
+from runlora_fx.options import Options
 from tests.fuzz.compare import strides_of
 
-Level: TypeAlias = Literal["torch", "dynamo", "make_fx", "step", "export", "joint"]
+Level: TypeAlias = Literal["torch", "dynamo", "make_fx", "step", "export", "joint", "timed"]
 
 #: Runs a model on inputs.
 Run: TypeAlias = Callable[[nn.Module, list[Any]], Any]
@@ -56,6 +59,13 @@ def _by_joint(dynamic: bool, rewrites: bool) -> Run:
         return _compiled(dynamic, backend="aot_eager")
     options = {f"runlora.{name}": value for name, value in _OPTIONS.items()}
     return _compiled(dynamic, backend="runlora_eager", options=options)
+
+
+def _by_time(dynamic: bool, rewrites: bool) -> Run:
+    if not rewrites:
+        return _by_joint(dynamic, rewrites)
+    options = Options(strict=True, device="h100")
+    return _compiled(dynamic, backend=aot_backend(options, joins_in_place=True))
 
 
 def _compiled(dynamic: bool, **arguments: Any) -> Run:
@@ -197,4 +207,5 @@ LEVELS: dict[Level, Callable[[bool, bool], Run]] = {
     "step": _by_step,
     "export": _by_export,
     "joint": _by_joint,
+    "timed": _by_time,
 }

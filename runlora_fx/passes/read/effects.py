@@ -12,6 +12,10 @@ rewrite that moves, merges or recomputes a node asks it.
 
 What shares memory and what is written to it is found in :mod:`memory`.
 
+**Order.** Effects take place in graph order. A joint graph may write down what the forward does
+behind the backward, as it does with the updates of buffers. There the order is that in which the
+nodes run: all of the forward, then the backward.
+
 **Versions.** The version of a tensor at a node is the number of writes to its memory in front of
 that node. Two reads of a tensor see the same contents if they see the same version.
 
@@ -26,7 +30,9 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 import torch
 from torch import fx
 
+from runlora_fx._torch_compat import must_run_backward
 from runlora_fx.passes.read import calls
+from runlora_fx.passes.read.gradients import gradient_nodes
 from runlora_fx.passes.read.memory import NOTHING, Memories, Memory, Writes, storage
 from runlora_fx.passes.read.switches import mode_of_nodes
 
@@ -47,13 +53,14 @@ class Effects:
         self._writes = Writes()
         # All nodes but inputs and calls of pure operators. In most graphs they are few.
         self._unusual = [node for node in nodes if not _has_no_effect(node)]
-        for node in self._unusual:
-            written = self._written_by(node)
-            if written:
-                self._writes.add(node, self._position[node], written)
-        if self._writes.by_node:  # found now, because the graph will be changed
-            for node in nodes:
-                self._memories.of(node)
+        written = {node: memory for node in self._unusual if (memory := self._written_by(node))}
+        if written:
+            backward = _backward(graph)
+            for i, node in enumerate(sorted(nodes, key=backward.__contains__)):
+                self._position[node] = i
+                self._memories.of(node)  # found now, because the graph will be changed
+        for node in sorted(written, key=self._position.__getitem__):
+            self._writes.add(node, self._position[node], written[node])
 
     # -- questions -----------------------------------------------------------------------------
 
@@ -239,6 +246,15 @@ class Effects:
             if n.op == "get_attr"
         )
         return [Effects(module.graph) for module in found if isinstance(module, fx.GraphModule)]
+
+
+def _backward(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes of a joint graph that can only run in the backward."""
+    backward = gradient_nodes(graph)
+    for node in graph.nodes if backward else ():
+        if must_run_backward(node) or not backward.isdisjoint(node.all_input_nodes):
+            backward.add(node)
+    return backward
 
 
 def _has_no_effect(node: fx.Node) -> bool:

@@ -231,6 +231,8 @@ class Finder:
             and is_aligned(_other(side, p).node, dim)
             and (side == "right" or is_aligned(p.node, 1))
         ]
+        if len(fitting) < 2:
+            return None
         saved = self._price(Cost({"read": _operand(side, lead).size, "launches": 1}))
         best, most = None, 0.0
         for keeps in (True, False):

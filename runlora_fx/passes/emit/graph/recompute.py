@@ -13,7 +13,7 @@ other module sets tags.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import fx
@@ -59,6 +59,27 @@ def keep(nodes: Iterable[fx.Node]) -> None:
     """Have the backward use nodes of the forward as they are, but for those that are tagged."""
     for node in nodes:
         node.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)
+
+
+def keep_before_overwriting(
+    graph: fx.Graph, effects: Effects, gradients: Collection[fx.Node]
+) -> None:
+    """Tag what is computed of memory that the forward writes to later, so that it is saved.
+
+    The partitioner saves inputs of the graph rather than what is made of them. It does not see that
+    the backward would read what the forward has written.
+
+    Args:
+        graph: A joint graph.
+        effects: What its nodes do besides computing a value.
+        gradients: The nodes that an incoming gradient reaches.
+    """
+    for node in graph.nodes:
+        if node.op != "call_function" or node in gradients or effects.writes(node):
+            continue
+        is_read_from = any(map(effects.is_overwritten, node.all_input_nodes))
+        if is_read_from and not effects.is_overwritten(node):
+            keep([node])
 
 
 def keep_random_numbers(graph: fx.Graph, effects: Effects) -> list[fx.Node]:
