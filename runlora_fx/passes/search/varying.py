@@ -19,10 +19,11 @@ from runlora_fx.cost_model.objective import Objective
 from runlora_fx.passes.algebra.plan import Plan, incoming_operations, total_cost
 from runlora_fx.passes.algebra.problem import Problem
 from runlora_fx.passes.search.decide import Priced, replaces
-from runlora_fx.passes.search.frontiers import search
+from runlora_fx.passes.search.frontiers import effort_limit, search
 
-#: Sizes at which plans are searched, and sizes at which they are compared [elements].
-SEARCHED = (1, 16, 64, 256, 1024, 4096, 32768)
+#: Sizes at which plans are searched, the most telling ones first, and sizes at which they are
+#: compared [elements].
+SEARCHED = (1024, 16, 32768, 256, 64, 4096, 1)
 COMPARED = tuple(dict.fromkeys(round(2 ** (k / 2)) for k in range(35)))
 
 #: The widths of the search at each of these sizes. Few problems need more.
@@ -116,11 +117,19 @@ class PricedPlans:
 
 @lru_cache(maxsize=1024)
 def candidates(varying: Varying) -> PricedPlans:
-    """The incoming graph, and every plan that is cheapest at some searched size."""
+    """The incoming graph, and every plan that is cheapest at some searched size.
+
+    All searches together may take about as much work as a decision for one size. Beyond that, the
+    less telling sizes are left out.
+    """
     found: dict[frozenset[object], Plan | None] = {frozenset(): None}
+    left = effort_limit(varying.problem)
     for size in SEARCHED:
-        plan = search(varying.at(size), varying.objective, widths=_WIDTHS).plan
-        found.setdefault(plan.signature, plan)
+        if left <= 0:
+            break
+        searched = search(varying.at(size), varying.objective, widths=_WIDTHS)
+        left -= searched.effort
+        found.setdefault(searched.plan.signature, searched.plan)
     return PricedPlans(varying, tuple(found.values()))
 
 
