@@ -20,9 +20,9 @@ from runlora_fx.passes.algebra.polynomials import Polynomial
 from runlora_fx.passes.algebra.problem import Dims, Problem, Value
 from runlora_fx.passes.algebra.steps import Keep, Step, Unpack
 
-#: A plan scales low-rank matrices instead of a leaf, by a kernel each. ``s dY'`` is read for a
-#: gradient of A and for one of B.
-_GRADIENTS = 2
+#: A plan scales low-rank matrices instead of a leaf: at most so many, by a kernel each. ``s dY'``
+#: is read for a gradient of A, a gradient of B, and a gradient of X.
+_SCALINGS = 3
 
 
 def step_operations(
@@ -85,16 +85,13 @@ class Plan:
         return [*_operations(problem, steps, dims), *self._scalings(problem)]
 
     def _scalings(self, problem: Problem) -> list[Operation]:
-        """The kernels that scale low-rank matrices.
+        """The kernels that scale low-rank matrices, if nothing but what is scaled has changed.
 
-        What is added to another product is scaled too, if nothing but what is scaled has changed.
-        Otherwise it is mostly a merged weight that is multiplied, and that is scaled as it is made.
+        Other plans scale other things: a merged weight is scaled as it is made.
         """
-        if not problem.scaled:
+        if not problem.scaled or not self.runs_as_in(problem.incoming):
             return []
-        leaves = sum(core.leaf is not None for core, _ in problem.scaled)
-        added = len(problem.scaled) if self.runs_as_in(problem.incoming) else 0
-        return [Launches(_GRADIENTS * leaves + added)]
+        return [Launches(sum(1 if core.leaf is None else _SCALINGS for core, _ in problem.scaled))]
 
     def cost(self, problem: Problem, dims: Dims | None = None) -> Cost:
         """The cost of all operations of the plan."""
