@@ -18,27 +18,20 @@ from typing import TypeVar
 
 from torch import fx
 
-from runlora_fx._torch_compat import (
-    keeps_inputs_only,
-    repeats_random_operators,
-)
+from runlora_fx._torch_compat import repeats_random_operators
 from runlora_fx.cost_model.objective import Objective
 from runlora_fx.passes.algebra.plan import Plan, incoming_cost
 from runlora_fx.passes.algebra.posed import PosedProblem
 from runlora_fx.passes.context import Context, Outcome
 from runlora_fx.passes.emit.apply import NotAppliedError, apply
-from runlora_fx.passes.emit.graph.recompute import (
-    keep_before_overwriting,
-    keep_random_numbers,
-    recompute,
-)
+from runlora_fx.passes.emit.graph.recompute import recompute
 from runlora_fx.passes.emit.graph.transaction import Snapshot, note_failure, transaction
 from runlora_fx.passes.levels.sizes import forget_shapes
 from runlora_fx.passes.read.analysis import Analysis
-from runlora_fx.passes.read.gradients import gradient_nodes
 from runlora_fx.passes.read.regions import Region
 from runlora_fx.passes.recompute.chains import Chains
 from runlora_fx.passes.recompute.choose import choose
+from runlora_fx.passes.recompute.saved import save_random_numbers, save_what_is_overwritten
 from runlora_fx.passes.search.decide import Decision, price_of
 from runlora_fx.passes.search.dynamic import decide_all
 from runlora_fx.passes.search.memory_budget import spend
@@ -109,9 +102,13 @@ class _Planner:
                 lambda: self._stack(analysis, decisions), stacked, "stack products"
             )
         if analysis.phases.is_joint and repeats_random_operators():
-            self._keep_random_numbers()
-        if analysis.phases.is_joint and analysis.effects.writes_inputs:
-            self._keep_what_is_overwritten()
+            save_random_numbers(self._context)
+        if (
+            analysis.phases.is_joint
+            and analysis.effects.writes_inputs
+            and (self._changed or self._options.memory == "low")
+        ):
+            save_what_is_overwritten(self._context)
         if analysis.phases.is_joint and self._options.memory != "fast":
             self._or_else(
                 lambda: self._recompute(analysis, decisions), None, "recompute activations"
@@ -296,32 +293,7 @@ class _Planner:
             recompute(chain.nodes)
         if chosen and not self._context.draws_again:
             # What is made again must not take a mask along that would come out otherwise.
-            self._keep_random_numbers()
-
-    def _keep_what_is_overwritten(self) -> None:
-        """Save what the forward computes of memory that it writes to later."""
-        if self._changed or self._options.memory == "low":
-            graph = self._context.graph
-            keep_before_overwriting(graph, self._context.effects(), gradient_nodes(graph))
-
-    def _keep_random_numbers(self) -> None:
-        """Save the random numbers of the forward where the backward would draw others.
-
-        Raises:
-            RuntimeError: Under ``strict``, if the partitioner would ignore the tags. Otherwise a
-                warning is logged.
-        """
-        kept = keep_random_numbers(self._context.graph, self._context.effects())
-        if not kept or not keeps_inputs_only():
-            return
-        problem = (
-            f"with activation_memory_budget = 0 the backward draws other random numbers than the "
-            f"forward: the gradients of what {kept[0].name} is part of are wrong. Set "
-            f"torch._functorch.config.activation_memory_budget to 0.01 or more"
-        )
-        if self._options.strict:
-            raise RuntimeError(problem)
-        _log.warning("runlora: %s", problem)
+            save_random_numbers(self._context)
 
     def _seconds_saved(self, analysis: Analysis, decisions: Sequence[Decision]) -> float:
         """The time that the written plans are predicted to save [s]."""

@@ -1,0 +1,44 @@
+"""Saved: tensors of the forward that the backward must not compute again.
+
+    mask = rand(...) < p; y = mask * x         ->      the mask is saved, whatever is made again
+    z = gelu(state); state.add_(1)             ->      z is saved: the backward would read state + 1
+
+Invariant: only nodes without a tag are tagged.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from runlora_fx._torch_compat import keeps_inputs_only
+from runlora_fx.passes.context import Context
+from runlora_fx.passes.emit.graph.recompute import keep_before_overwriting, keep_random_numbers
+from runlora_fx.passes.read.gradients import gradient_nodes
+
+_log = logging.getLogger("runlora_fx")
+
+
+def save_random_numbers(context: Context) -> None:
+    """Save the random numbers of the forward where the backward would draw others.
+
+    Raises:
+        RuntimeError: Under ``strict``, if the partitioner would ignore the tags. Otherwise a
+            warning is logged.
+    """
+    kept = keep_random_numbers(context.graph, context.effects())
+    if not kept or not keeps_inputs_only():
+        return
+    problem = (
+        f"with activation_memory_budget = 0 the backward draws other random numbers than the "
+        f"forward: the gradients of what {kept[0].name} is part of are wrong. Set "
+        f"torch._functorch.config.activation_memory_budget to 0.01 or more"
+    )
+    if context.options.strict:
+        raise RuntimeError(problem)
+    _log.warning("runlora: %s", problem)
+
+
+def save_what_is_overwritten(context: Context) -> None:
+    """Save what the forward computes of memory that it writes to later."""
+    graph = context.graph
+    keep_before_overwriting(graph, context.effects(), gradient_nodes(graph))
