@@ -24,14 +24,14 @@ from runlora_fx.passes.algebra.plan import Plan, incoming_cost
 from runlora_fx.passes.algebra.posed import PosedProblem
 from runlora_fx.passes.context import Context, Outcome
 from runlora_fx.passes.emit.apply import NotAppliedError, apply
-from runlora_fx.passes.emit.graph.recompute import recompute
+from runlora_fx.passes.emit.graph.recompute import keep_before_overwriting, recompute
 from runlora_fx.passes.emit.graph.transaction import Snapshot, note_failure, transaction
 from runlora_fx.passes.levels.sizes import forget_shapes
 from runlora_fx.passes.read.analysis import Analysis
 from runlora_fx.passes.read.regions import Region
 from runlora_fx.passes.recompute.chains import Chains
 from runlora_fx.passes.recompute.choose import choose
-from runlora_fx.passes.recompute.saved import save_random_numbers, save_what_is_overwritten
+from runlora_fx.passes.recompute.random_numbers import save_random_numbers
 from runlora_fx.passes.search.decide import Decision, price_of
 from runlora_fx.passes.search.dynamic import decide_all
 from runlora_fx.passes.search.memory_budget import spend
@@ -108,7 +108,7 @@ class _Planner:
             and analysis.effects.writes_inputs
             and (self._changed or self._options.memory == "low")
         ):
-            save_what_is_overwritten(self._context)
+            keep_before_overwriting(self._context.graph, self._context.effects())
         if analysis.phases.is_joint and self._options.memory != "fast":
             self._or_else(
                 lambda: self._recompute(analysis, decisions), None, "recompute activations"

@@ -13,7 +13,7 @@ other module sets tags.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import fx
@@ -23,6 +23,7 @@ from runlora_fx.passes.levels.operators import COMPOSED_PRODUCTS, PRODUCTS, name
 from runlora_fx.passes.levels.sizes import example_of
 from runlora_fx.passes.read.calls import name_of, operator_facts
 from runlora_fx.passes.read.effects import Effects
+from runlora_fx.passes.read.gradients import gradient_nodes
 
 _COMPARISONS = (
     *(torch.ops.aten.gt.Scalar, torch.ops.aten.ge.Scalar),
@@ -61,10 +62,8 @@ def keep(nodes: Iterable[fx.Node]) -> None:
         node.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)
 
 
-def keep_before_overwriting(
-    graph: fx.Graph, effects: Effects, gradients: Collection[fx.Node]
-) -> None:
-    """Tag what is computed of memory that the forward writes to later, so that it is saved.
+def keep_before_overwriting(graph: fx.Graph, effects: Effects) -> None:
+    """Tag what the forward computes of memory that it writes to later, so that it is saved.
 
     The partitioner saves inputs of the graph rather than what is made of them. It does not see that
     the backward would read what the forward has written.
@@ -72,14 +71,17 @@ def keep_before_overwriting(
     Args:
         graph: A joint graph.
         effects: What its nodes do besides computing a value.
-        gradients: The nodes that an incoming gradient reaches.
     """
-    for node in graph.nodes:
-        if node.op != "call_function" or node in gradients or effects.writes(node):
-            continue
-        is_read_from = any(map(effects.is_overwritten, node.all_input_nodes))
-        if is_read_from and not effects.is_overwritten(node):
-            keep([node])
+    gradients = gradient_nodes(graph)
+    keep(
+        node
+        for node in graph.nodes
+        if node.op == "call_function"
+        and node not in gradients
+        and not effects.writes(node)
+        and not effects.is_overwritten(node)
+        and any(map(effects.is_overwritten, node.all_input_nodes))
+    )
 
 
 def keep_random_numbers(graph: fx.Graph, effects: Effects) -> list[fx.Node]:

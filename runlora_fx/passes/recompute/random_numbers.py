@@ -1,7 +1,6 @@
-"""Saved: tensors of the forward that the backward must not compute again.
+"""Random numbers: where the backward would draw others, those of the forward are saved.
 
-    mask = rand(...) < p; y = mask * x         ->      the mask is saved, whatever is made again
-    z = gelu(state); state.add_(1)             ->      z is saved: the backward would read state + 1
+    mask = rand(...) < p; y = mask * x      ->      the mask is saved, whatever else is recomputed
 
 Invariant: only nodes without a tag are tagged.
 """
@@ -12,8 +11,7 @@ import logging
 
 from runlora_fx._torch_compat import keeps_inputs_only
 from runlora_fx.passes.context import Context
-from runlora_fx.passes.emit.graph.recompute import keep_before_overwriting, keep_random_numbers
-from runlora_fx.passes.read.gradients import gradient_nodes
+from runlora_fx.passes.emit.graph.recompute import keep_random_numbers
 
 _log = logging.getLogger("runlora_fx")
 
@@ -36,9 +34,3 @@ def save_random_numbers(context: Context) -> None:
     if context.options.strict:
         raise RuntimeError(problem)
     _log.warning("runlora: %s", problem)
-
-
-def save_what_is_overwritten(context: Context) -> None:
-    """Save what the forward computes of memory that it writes to later."""
-    graph = context.graph
-    keep_before_overwriting(graph, context.effects(), gradient_nodes(graph))
