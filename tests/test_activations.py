@@ -62,6 +62,13 @@ class Block(nn.Module):
         return self.inner(h)
 
 
+class Logarithm(nn.Module):
+    """``log(1 + x^2)``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * x).log1p()
+
+
 def frozen(checkpointed: bool = False) -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(*(Block(checkpointed) for _ in range(LAYERS))).requires_grad_(False)
@@ -82,6 +89,13 @@ def kept(model: nn.Module, backend: str, **policy: object) -> int:
     return saved_bytes(lambda: run(x), [*model.parameters(), x])
 
 
+def kept_at(rates: dict[str, float], model: nn.Module) -> int:
+    """What a forward that is planned at some rates holds for the backward [B]."""
+    for dtype in DTYPES:
+        store.add(key_of(torch.device("cpu"), dtype), Record(rates))
+    return kept(model, RUNLORA)
+
+
 #: X A' of all adapters: the forward computes it in one product with X M', and saves it.
 PRODUCTS = LAYERS * ACTIVATION * 3 * RANK
 
@@ -99,11 +113,17 @@ def test_fast_makes_no_activations_again() -> None:
 
 
 def test_balanced_pays_no_more_than_the_plans_save(no_profile: Path) -> None:
-    """Where an exp takes long, norms are made again and ``silu(g) * u`` is kept."""
-    for dtype in DTYPES:
-        store.add(key_of(torch.device("cpu"), dtype), Record({**FLOPS_BOUND, "special": 1e-9}))
-    floor = kept(frozen(), INDUCTOR) + PRODUCTS
-    assert kept(adapted(), RUNLORA) == floor + LAYERS * ACTIVATION * INNER
+    """The gradient of a logarithm needs no logarithm: where one takes long, it is kept."""
+    config = LoraConfig(r=RANK, target_modules=["1"])
+    model = get_peft_model(nn.Sequential(Logarithm(), nn.Linear(WIDTH, WIDTH)), config)
+    quick = kept_at(FLOPS_BOUND, model)
+    assert kept_at({**FLOPS_BOUND, "special": 1e-6}, model) == quick + ACTIVATION * WIDTH
+
+
+def test_what_the_backward_computes_anyway_is_free(no_profile: Path) -> None:
+    """The gradient of ``silu(g) * u`` needs the same exp."""
+    found = kept_at({**FLOPS_BOUND, "special": 1e-6}, adapted())
+    assert found == kept(frozen(), INDUCTOR) + PRODUCTS
 
 
 @pytest.mark.parametrize("policy", ("low", "balanced"))
@@ -112,10 +132,10 @@ def test_masks_are_kept_where_another_kernel_draws_others(
 ) -> None:
     """One-dimensional kernels of CUDA devices draw other numbers there than other kernels do."""
     monkeypatch.setattr(Context, "draws_again", False)
-    floor, masks = kept(frozen(), INDUCTOR), LAYERS * TOKENS * (2 * WIDTH + INNER)
+    floor, bits = kept(frozen(), INDUCTOR), LAYERS * TOKENS * (2 * WIDTH + INNER) // 8
     found = kept(adapted(0.1), RUNLORA, memory=policy)
     if policy == "low":
-        assert found == floor + masks
+        assert found == floor + bits
     else:
         assert found <= kept(adapted(0.1), INDUCTOR)
 
@@ -135,11 +155,11 @@ def test_only_devices_that_draw_in_fours_draw_others() -> None:
 
 
 def test_low_draws_no_masks_where_that_takes_long(no_profile: Path) -> None:
-    """It keeps the masks, a byte for an element, and makes what they mask of them."""
+    """It keeps the masks, a bit for an element, and makes what they mask of them."""
     for dtype in DTYPES:
         store.add(key_of(torch.device("cpu"), dtype), Record({**FLOPS_BOUND, "random": 1.0}))
-    floor, masks = kept(frozen(), INDUCTOR), LAYERS * TOKENS * (2 * WIDTH + INNER)
-    assert kept(adapted(0.1), RUNLORA, memory="low") == floor + masks
+    floor, bits = kept(frozen(), INDUCTOR), LAYERS * TOKENS * (2 * WIDTH + INNER) // 8
+    assert kept(adapted(0.1), RUNLORA, memory="low") == floor + bits
     # What a seed takes: a number of 64 bits.
     for dtype in DTYPES:
         store.add(key_of(torch.device("cpu"), dtype), Record(FLOPS_BOUND))
@@ -211,6 +231,9 @@ class _Offers:
 
     def tensors(self) -> list[Chain]:
         return self._tensors
+
+    def packed(self) -> list[Chain]:
+        return []
 
     def gain(self, chain: Chain) -> int:
         return chain.size

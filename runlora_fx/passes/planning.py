@@ -24,6 +24,7 @@ from runlora_fx.passes.algebra.plan import Plan, incoming_cost
 from runlora_fx.passes.algebra.posed import PosedProblem
 from runlora_fx.passes.context import Context, Outcome
 from runlora_fx.passes.emit.apply import NotAppliedError, apply
+from runlora_fx.passes.emit.graph.packed_masks import MaskPacker
 from runlora_fx.passes.emit.graph.recompute import keep_before_overwriting, recompute
 from runlora_fx.passes.emit.graph.transaction import Snapshot, note_failure, transaction
 from runlora_fx.passes.levels.sizes import forget_shapes
@@ -84,6 +85,7 @@ class _Planner:
         self._options = context.options
         self._pricing = Pricing(context.options, context.machine, context.device)
         self._changed: set[str] = set()
+        self._seconds_stacked = 0.0
 
     def run(self) -> Outcome:
         """Read the graph, decide about its regions, and write the chosen plans."""
@@ -266,6 +268,7 @@ class _Planner:
         if stacks:
             with transaction(self._context.graph):
                 StackWriter(self._context, products).write(stacks)
+            self._seconds_stacked = sum(stack.saved for stack in stacks)
         return tuple(len(stack.products) for stack in stacks)
 
     def _main_objective(self, analysis: Analysis, decisions: Sequence[Decision]) -> Objective:
@@ -288,17 +291,23 @@ class _Planner:
             return
         objective = self._main_objective(analysis, decisions)
         per_byte = objective.seconds_per_saved_byte if is_timed else inf
-        chosen = choose(Chains(self._context), objective.profile.of, budget, per_byte)
-        for chain in chosen:
-            recompute(chain.nodes)
+        chains = Chains(self._context)
+        chosen = choose(chains, objective.profile.of, budget, per_byte)
+        again = {node for chain in chosen for node in chain.nodes}
+        masks = [chain.made for chain in chosen if chain.is_packed]
+        if masks:
+            with transaction(self._context.graph):
+                packer = MaskPacker(self._context.graph, chains.runs_backward)
+                again -= packer.pack(masks, again)
+        recompute(again)
         if chosen and not self._context.draws_again:
             # What is made again must not take a mask along that would come out otherwise.
             save_random_numbers(self._context)
 
     def _seconds_saved(self, analysis: Analysis, decisions: Sequence[Decision]) -> float:
-        """The time that the written plans are predicted to save [s]."""
+        """The time that the written plans and stacks are predicted to save [s]."""
         saved: dict[int, float] = {}  # equal problems have one decision
-        total = 0.0
+        total = self._seconds_stacked
         for region, posed, decision in zip(
             analysis.regions.regions, analysis.posed, decisions, strict=True
         ):

@@ -22,6 +22,7 @@ from torch import fx
 from runlora_fx._torch_compat import repeats_random_operators
 from runlora_fx.cost_model.cost import Cost
 from runlora_fx.passes.context import Context
+from runlora_fx.passes.emit.graph.packed_masks import packed_dim
 from runlora_fx.passes.levels.operators import CASTS, REDUCTIONS, VIEWS, is_pointwise, readers_of
 from runlora_fx.passes.levels.sizes import example_of, numel, shape_of
 from runlora_fx.passes.read.gradients import gradient_nodes
@@ -52,9 +53,10 @@ class Chain:
 
     Attributes:
         made: The tensor, which is saved unless the chain is recomputed.
-        nodes: The nodes that compute it, in graph order, the tensor itself last.
+        nodes: The nodes that compute it, in graph order, the tensor itself last; none for a mask
+            that is saved as bits.
         sources: The tensors that it is computed from.
-        size: The size of the tensor [B].
+        size: The bytes that are not saved, but for the sources [B].
         cost: The cost of recomputing it. For a mask it is less the cost of writing and reading it,
             because Inductor draws a mask inside of the kernel that uses it.
     """
@@ -64,6 +66,11 @@ class Chain:
     sources: frozenset[fx.Node]
     size: int
     cost: Cost
+
+    @property
+    def is_packed(self) -> bool:
+        """True if the tensor is a mask that is saved as bits."""
+        return not self.nodes
 
 
 class Chains:
@@ -83,25 +90,35 @@ class Chains:
         self._order = {node: i for i, node in enumerate(graph.nodes)}
         self._draws_again = context.draws_again
         self._redrawn: set[fx.Node] = set()
+        self._packed: set[fx.Node] = set()
         self.kept: set[fx.Node] = set()
         self._forward = [
             node
             for node in graph.nodes
             if node.op == "call_function" and not self._phases.runs_backward(node)
         ]
-        read = [node for node in self._forward if any(map(self._runs_backward, node.users))]
+        read = [node for node in self._forward if any(map(self.runs_backward, node.users))]
         cuts = self._cuts()
         self._written = [node for node in read if self._is_written(node)]
-        for node in set(read).difference(self._written):
-            self.kept |= cuts[node]
+        fused = set(read).difference(self._written)
+        # What pointwise operators of the backward read and make: a chain may share that.
+        self._read = set[fx.Node]().union(*(cuts[node] for node in fused))
+        self._read_behind = set[fx.Node]().union(*(cuts[node] - {node} for node in fused))
+        self._made = set[fx.Node]().union(*(_between(cuts[node], node) for node in fused))
+        self.kept |= self._read
         self.kept.update(node for node in self._written if not self._is_cheap(node))
 
     def masks(self) -> list[Chain]:
         """The dropout masks that the backward can draw again from their seeds."""
         if not self._draws_again or repeats_random_operators():
             return []
-        found = sorted(filter(self._is_mask, self.kept), key=self._order.__getitem__)
-        return [self._mask(node) for node in found]
+        masks = filter(self._is_mask, self.kept.difference(self._packed))
+        return [self._mask(node) for node in sorted(masks, key=self._order.__getitem__)]
+
+    def packed(self) -> list[Chain]:
+        """The dropout masks that the forward can save as bits."""
+        found = sorted(filter(self._may_pack, self.kept), key=self._order.__getitem__)
+        return [self._bits(node) for node in found]
 
     def tensors(self) -> list[Chain]:
         """The operands of products that the backward can recompute from saved tensors."""
@@ -115,7 +132,9 @@ class Chains:
 
     def take(self, chain: Chain) -> None:
         """Count a chain as recomputed, and its sources as saved."""
-        if chain.made in self.kept:  # a mask
+        if chain.is_packed:
+            self._packed.add(chain.made)
+        elif chain.made in self.kept:  # a mask
             self.kept.remove(chain.made)
             self._redrawn.add(chain.made)
         self.kept |= chain.sources
@@ -128,16 +147,13 @@ class Chains:
         val = example_of(node)
         return 0 if val is None else self._elements(node) * val.itemsize
 
-    def _runs_backward(self, node: fx.Node) -> bool:
+    def runs_backward(self, node: fx.Node) -> bool:
+        """True if the backward runs a node."""
         return node.op == "call_function" and self._phases.runs_backward(node)
 
     def _is_written(self, node: fx.Node) -> bool:
         """True if an operator of the backward, such as a product, reads a tensor from memory."""
-        return any(self._runs_backward(r) and not _is_fused(r) for r in readers_of(node))
-
-    def _is_read_anyway(self, node: fx.Node) -> bool:
-        """True if a pointwise operator of the backward reads a tensor: a chain may share that."""
-        return any(self._runs_backward(r) and _is_fused(r) for r in readers_of(node))
+        return any(self.runs_backward(r) and not _is_fused(r) for r in readers_of(node))
 
     def _cuts(self) -> dict[fx.Node, frozenset[fx.Node]]:
         """By node, the smallest tensors from which pointwise operators compute it."""
@@ -176,6 +192,17 @@ class Chains:
             return False
         return given[0].meta.get("recompute") is None
 
+    def _may_pack(self, node: fx.Node) -> bool:
+        is_free = node not in self._packed and node not in self._read_behind
+        return is_free and self._is_mask(node) and packed_dim(node) is not None
+
+    def _bits(self, node: fx.Node) -> Chain:
+        # The mask is written and read as before, but in the forward. Its bits are written and read
+        # besides. Packing and unpacking convert each element.
+        size, elements = self._bytes(node), self._elements(node)
+        cost = Cost({"elementwise": size / 4, "special": elements, "launches": 1})
+        return Chain(node, (), frozenset(), size - size // 8, cost)
+
     def _mask(self, node: fx.Node) -> Chain:
         # Inductor draws it inside the kernel that uses it, so it is neither written nor read.
         size, elements = self._bytes(node), self._elements(node)
@@ -193,14 +220,15 @@ class Chains:
         if any(n.meta.get("recompute") is not None for n in nodes):
             return None
         size = self._bytes(node)
-        special = sum(self._elements(n) for n in nodes if n.target in SPECIAL)
+        special = sum(self._elements(n) for n in nodes - self._made if n.target in SPECIAL)
+        # A kernel that reads all of the sources anyway makes the tensor, too.
+        is_alone = not sources <= self._read
         cost = Cost(
             {
-                "elementwise": size
-                + sum(self._bytes(s) for s in sources if not self._is_read_anyway(s)),
+                "elementwise": size + sum(map(self._bytes, sources - self._read)),
                 "special": special,
                 "random": sum(map(self._elements, nodes & self._redrawn)),
-                "launches": 1,
+                "launches": int(is_alone),
             }
         )
         return Chain(node, tuple(sorted(nodes, key=self._order.__getitem__)), sources, size, cost)

@@ -28,12 +28,18 @@ def choose(
         per_byte: The time that a chain may always take for each byte that is not saved [s].
     """
     chosen: list[Chain] = []
-    for offer in (chains.tensors, chains.masks):
-        for chain in sorted(offer(), key=lambda chain: price(chain.cost) / max(chain.size, 1)):
+
+    def take(offers: list[Chain], seconds_left: float) -> float:
+        for chain in sorted(offers, key=lambda chain: price(chain.cost) / max(chain.size, 1)):
             seconds, gain = price(chain.cost), chains.gain(chain)
             is_cheap = seconds <= per_byte * gain
-            if gain > 0 and (is_cheap or seconds <= budget):
-                budget -= 0.0 if is_cheap else seconds
+            if gain > 0 and (is_cheap or seconds <= seconds_left):
+                seconds_left -= 0.0 if is_cheap else seconds
                 chains.take(chain)
                 chosen.append(chain)
+        return seconds_left
+
+    take(chains.masks(), 0.0)
+    budget = take([*chains.tensors(), *chains.packed()], budget)
+    take(chains.masks(), budget)
     return chosen

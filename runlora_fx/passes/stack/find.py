@@ -59,6 +59,7 @@ class Shared:
         others: The other operands, joined.
         turned: True if the transpose of what is joined is multiplied.
         copied: By product, True if its result is copied out of the common one.
+        saved: The time that the stack is predicted to save [s].
     """
 
     products: tuple[Product, ...]
@@ -66,6 +67,7 @@ class Shared:
     others: Joined
     turned: bool
     copied: tuple[bool, ...]
+    saved: float
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Added:
         rest: What else is added.
         lefts: Their left operands, joined; and True if the transpose of that is multiplied.
         rights: The same of their right operands.
+        saved: The time that the stack is predicted to save [s].
     """
 
     root: fx.Node
@@ -85,6 +88,7 @@ class Added:
     rest: tuple[fx.Node, ...]
     lefts: tuple[Joined, bool]
     rights: tuple[Joined, bool]
+    saved: float
 
 
 class Finder:
@@ -158,6 +162,7 @@ class Finder:
             tuple(node for node in addends if node not in taken),
             (lefts, chosen[0].left.turned),
             (rights, chosen[0].right.turned),
+            gain,
         )
 
     # -- a shared operand ----------------------------------------------------------------------
@@ -214,7 +219,8 @@ class Finder:
             if any(copied) or self._read_each_other(made, others):
                 continue
             where = Joined(others, buffer.dim, (), buffer.is_gradient, within=buffer)
-            return Shared(tuple(chosen), side, where, other.turned, tuple(copied))
+            gain = (len(chosen) - 1) * self._reading(side, product)
+            return Shared(tuple(chosen), side, where, other.turned, tuple(copied), gain)
         return None
 
     def _best(self, side: Side, group: list[Product]) -> Shared | None:
@@ -233,7 +239,7 @@ class Finder:
         ]
         if len(fitting) < 2:
             return None
-        saved = self._price(Cost({"read": _operand(side, lead).size, "launches": 1}))
+        saved = self._reading(side, lead)
         best, most = None, 0.0
         for keeps in (True, False):
             copied = {p.node: self._is_copied(side, p, fitting, keeps=keeps) for p in fitting}
@@ -259,7 +265,11 @@ class Finder:
         joined = self._joined(others, dim, chosen[0].node)
         if joined is None:
             return None
-        return Shared(tuple(chosen), side, joined, turned, tuple(copied[n] for n in nodes))
+        return Shared(tuple(chosen), side, joined, turned, tuple(copied[n] for n in nodes), most)
+
+    def _reading(self, side: Side, product: Product) -> float:
+        """The time that a product takes to start, and to read the operand that others share [s]."""
+        return self._price(Cost({"read": _operand(side, product).size, "launches": 1}))
 
     def _read_each_other(self, products: Sequence[fx.Node], others: Sequence[Matrix]) -> bool:
         """True if a product is an operand of another, or an operand is computed of a product."""
@@ -292,8 +302,12 @@ class Finder:
 
     def _copying(self, matrix: Matrix, dim: int, product: Product) -> float:
         """The time that a matrix takes to get into a buffer with others [s]."""
-        is_in_place = self._is_in_place(matrix, dim, is_gradient=product.is_gradient)
-        return 0.0 if is_in_place else self._copy(matrix.size)
+        is_gradient = product.is_gradient
+        if self._is_in_place(matrix, dim, is_gradient=is_gradient):
+            return 0.0
+        if self._products.is_pointwise(matrix, is_gradient=is_gradient):
+            return self._price(Cost({"elementwise": matrix.size}))
+        return self._copy(matrix.size)
 
     def _is_in_place(self, matrix: Matrix, dim: int, *, is_gradient: bool) -> bool:
         """True if a matrix needs no copy to lie in a buffer with others."""

@@ -139,6 +139,15 @@ class Products:
         is_read_there = any(map(self._phases.runs_backward, matrix.node.users))
         return in_backward or is_again or not (is_gradient or is_read_there)
 
+    def is_pointwise(self, matrix: Matrix, *, is_gradient: bool) -> bool:
+        """True if a pointwise operator makes a matrix, in the phase in which a larger one is made.
+
+        Its kernel writes it into the larger one as well, without reading anything for that.
+        """
+        *_, made = (matrix.node, *shown(matrix.node))
+        is_there = self._phases.runs_backward(made) == is_gradient
+        return is_there and is_pointwise(made.target) and not self.effects.is_random(made)
+
     def is_of_inputs(self, node: fx.Node) -> bool:
         """True if the backward alone makes a tensor, by one pointwise operator, of inputs."""
         if not is_pointwise(node.target) or not self._phases.runs_backward(node):

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from runlora_fx.passes.levels.operators import COMPOSED_PRODUCTS, PRODUCTS, names_of
+from runlora_fx.passes.levels.operators import COMPOSED_PRODUCTS, PRODUCTS, is_pointwise, names_of
 from runlora_fx.passes.levels.sizes import example_of
 from runlora_fx.passes.read.calls import name_of, operator_facts
 from runlora_fx.passes.read.effects import Effects
@@ -40,7 +40,8 @@ def recompute(nodes: Iterable[fx.Node], ours: Sequence[fx.Node] = ()) -> None:
     """Tag nodes so that the backward recomputes them, except those that the user has tagged.
 
     A node of ours that only recomputed nodes read is recomputed too, unless it is a product.
-    Otherwise it would be saved for them.
+    Otherwise it would be saved for them. So is what a pointwise operator of ours computes from
+    recomputed nodes, such as 2 X A'. Otherwise it would be saved instead of them.
 
     Args:
         nodes: The nodes.
@@ -48,6 +49,10 @@ def recompute(nodes: Iterable[fx.Node], ours: Sequence[fx.Node] = ()) -> None:
             are overwritten.
     """
     again, written = set(nodes), set(ours)
+    for node in ours:
+        made_of = [given for given in node.all_input_nodes if given.op == "call_function"]
+        if is_pointwise(node.target) and made_of and again.issuperset(made_of):
+            again.add(node)
     for node in reversed(ours):
         if node.users and again.issuperset(node.users) and name_of(node.target) not in _PRODUCTS:
             again.add(node)
@@ -60,6 +65,12 @@ def keep(nodes: Iterable[fx.Node]) -> None:
     """Have the backward use nodes of the forward as they are, but for those that are tagged."""
     for node in nodes:
         node.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)
+
+
+def leave_open(nodes: Iterable[fx.Node]) -> None:
+    """Take the tags of nodes of ours away: the backward does not need what they compute."""
+    for node in nodes:
+        node.meta.pop("recompute", None)
 
 
 def keep_before_overwriting(graph: fx.Graph, effects: Effects) -> None:

@@ -53,11 +53,17 @@ class Inserter:
     def move_to(self, anchor: fx.Node) -> None:
         """Write in front of this node from now on."""
         self._anchor = anchor
-        self._lent = {name: anchor.meta[name] for name in COPIED_META if name in anchor.meta}
+        self._lend(anchor)
+
+    def move_behind(self, node: fx.Node) -> None:
+        """Write behind this node from now on, with its metadata."""
+        self._anchor = node.next
+        self._lend(node)
+
+    def _lend(self, node: fx.Node) -> None:
+        self._lent = {name: node.meta[name] for name in COPIED_META if name in node.meta}
         if self._lent.get("recompute") in SAVED:
-            del self._lent[
-                "recompute"
-            ]  # the user saves the anchor's result, not what it is made of
+            del self._lent["recompute"]  # the user saves this result, not what it is made of
 
     def __call__(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """Write one call."""
