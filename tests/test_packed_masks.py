@@ -148,7 +148,7 @@ def test_a_mask_takes_a_bit_for_an_element(rows: int, bits: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("budget", "checkpointed"), ((1.0, False), (0.5, False), (1.0, True)), ids=str
+    ("budget", "checkpointed"), ((1.0, False), (0.5, False), (1.0, True), (0.5, True)), ids=str
 )
 def test_the_backward_reads_the_mask_of_the_forward(budget: float, checkpointed: bool) -> None:
     """With the same seed, a step along a direction changes the output by its derivative."""

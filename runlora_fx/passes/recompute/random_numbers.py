@@ -2,14 +2,17 @@
 
     mask = rand(...) < p; y = mask * x      ->      the mask is saved, whatever else is recomputed
 
-Invariant: only nodes without a tag are tagged.
+With an activation memory budget below 1, torch runs the random operators of checkpoints again, with
+other results. Their masks are saved as well, although the checkpoint asks to recompute them.
+
+Invariant: without such a budget, only nodes without a tag are tagged.
 """
 
 from __future__ import annotations
 
 import logging
 
-from runlora_fx._torch_compat import keeps_inputs_only
+from runlora_fx._torch_compat import keeps_inputs_only, repeats_random_operators
 from runlora_fx.passes.context import Context
 from runlora_fx.passes.emit.graph.recompute import keep_random_numbers
 
@@ -23,7 +26,8 @@ def save_random_numbers(context: Context) -> None:
         RuntimeError: Under ``strict``, if the partitioner would ignore the tags. Otherwise a
             warning is logged.
     """
-    kept = keep_random_numbers(context.graph, context.effects())
+    is_repeated = repeats_random_operators()
+    kept = keep_random_numbers(context.graph, context.effects(), in_checkpoints=is_repeated)
     if not kept or not keeps_inputs_only():
         return
     problem = (

@@ -7,8 +7,9 @@ Three kinds of tensors are tagged. All are large, and cheap to compute again:
     W = dequantise(Wq, scales)  a weight that was quantised
     norm(h), mask * x           an activation, by price (:mod:`runlora_fx.passes.recompute`)
 
-Invariant: tags of the incoming graph are the user's (checkpoint policies), and none is changed. No
-other module sets tags.
+Invariant: tags of the incoming graph are the user's (checkpoint policies). None is changed, except
+where the backward of a checkpoint would draw other random numbers than its forward. No other module
+sets tags.
 """
 
 from __future__ import annotations
@@ -95,13 +96,20 @@ def keep_before_overwriting(graph: fx.Graph, effects: Effects) -> None:
     )
 
 
-def keep_random_numbers(graph: fx.Graph, effects: Effects) -> list[fx.Node]:
+def keep_random_numbers(
+    graph: fx.Graph, effects: Effects, *, in_checkpoints: bool = False
+) -> list[fx.Node]:
     """Tag random numbers so that the forward saves them, and the backward does not draw others.
 
     If random numbers are only compared with a probability, the mask is saved instead.
 
+    Args:
+        graph: A joint graph.
+        effects: What its nodes do besides computing a value.
+        in_checkpoints: Whether to save those of checkpoints, too. Otherwise they keep their tags.
+
     Returns:
-        The nodes that were tagged. Nodes that the user has tagged are not among them.
+        The nodes that were tagged.
     """
     found = []
     for node in graph.nodes:
@@ -109,7 +117,8 @@ def keep_random_numbers(graph: fx.Graph, effects: Effects) -> list[fx.Node]:
             continue
         is_masked = all(reader.target in _COMPARISONS for reader in node.users)
         for kept in node.users if is_masked else (node,):
-            if kept.meta.get("recompute") is None:
+            tag = kept.meta.get("recompute")
+            if tag is None or (in_checkpoints and tag != CheckpointPolicy.MUST_SAVE):
                 kept.meta["recompute"] = CheckpointPolicy.MUST_SAVE
                 found.append(kept)
     return found
