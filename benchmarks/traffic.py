@@ -1,14 +1,14 @@
 """What real recipes cost: bytes moved, kernels, FLOPs and bytes kept, counted without running.
 
-    python benchmarks/traffic.py [CASE ...] [--scale 4] [--device h100]
+    python benchmarks/traffic.py [CASE ...] [--scale 1] [--device h100]
 
 Every case is one layer of a real model with LoRA on all of its projections. QLoRA's weights are
 dequantised in the graph, by plain operators. A mixture of experts has adapters on its experts too.
 A layer is compiled frozen under Inductor, with PEFT under Inductor, and with PEFT under runlora by
 each policy. Forward and backward are compiled as far as Inductor's scheduler, which says what each
 kernel reads and writes. Nothing is run and no tensor has data, so a full-size layer takes seconds.
-``--scale 4`` divides widths, heads and tokens by four. Cases that are not asked for keep the rows
-that an earlier run with the same settings left.
+``--scale 4`` divides widths, heads and tokens by four; there launches weigh more. Cases that are
+not asked for keep the rows that an earlier run with the same settings left.
 
 *Moved* is the sum over the kernels of what they read and write. *Kept* is what the forward leaves
 for the backward, parameters and the layer's input apart. *Tax* is what the adapters add to the
@@ -288,7 +288,7 @@ def main() -> None:
     """Count the cases that are asked for, and write table, data and plot."""
     parser = argparse.ArgumentParser(description="Bytes moved and kept, counted by Inductor.")
     parser.add_argument("cases", nargs="*", help="parts of names of cases; all if none")
-    parser.add_argument("--scale", type=int, default=4, help="divide widths and tokens by this")
+    parser.add_argument("--scale", type=int, default=1, help="divide widths and tokens by this")
     parser.add_argument("--device", default="h100", help="the device to plan for")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     given = parser.parse_args()

@@ -10,7 +10,7 @@ rewrite single graphs and explain what the backend does:
 __version__ = "0.1.0"
 
 from runlora_fx.estimator import ProfileEstimator
-from runlora_fx.history import last_report
+from runlora_fx.history import last_report, report_of
 from runlora_fx.joint_pass import RunloraPass
 from runlora_fx.options import Options
 from runlora_fx.report.data import Candidate, Refusal, Report, Site
@@ -29,5 +29,6 @@ __all__ = [
     "forget_merged_weights",
     "joint_graph",
     "last_report",
+    "report_of",
     "rewrite",
 ]

@@ -13,7 +13,7 @@ import hashlib
 import inspect
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from types import CodeType, MethodType
@@ -26,7 +26,7 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback, reset_code
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import convert_frame, pgo
 from torch._dynamo import utils as dynamo_utils
-from torch._dynamo.eval_frame import skip_code
+from torch._dynamo.eval_frame import _TorchDynamoContext, skip_code
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._functorch import config as functorch_config
 from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -354,6 +354,55 @@ def active_backend() -> Callable[..., Any] | None:
     while (inner := _wrapped_backend(backend)) is not None:
         backend = inner
     return cast("Callable[..., Any] | None", backend)
+
+
+def compiled_for() -> tuple[Any, Hashable, object] | None:
+    """What Dynamo compiles for in this thread; None if it compiles nothing for ``torch.compile``.
+
+    Returns:
+        The object that one call of ``torch.compile`` has made; the code that is compiled, with each
+        part after a graph break by itself; and an object that stands for this compilation.
+    """
+    try:
+        output = InstructionTranslator.current_tx().output
+        code, backend = output.root_tx.f_code, output.compiler_fn
+    except AttributeError:
+        return None
+    owner = _call_of(backend)
+    if owner is None:
+        return None
+    place = (code.co_filename, code.co_firstlineno, code.co_name)
+    return owner, place, output
+
+
+def compile_call_of(compiled: object) -> Any | None:
+    """The object that ``torch.compile`` has made for what it returned; None if it is none of that.
+
+    Args:
+        compiled: A compiled module or function, or a module whose method ``compile`` was called.
+    """
+    inside = getattr(compiled, "_compiled_call_impl", None)
+    contexts = [getattr(compiled, "dynamo_ctx", None)]
+    for function in (compiled, inside):
+        cells = getattr(function, "__closure__", None) or ()
+        contexts += [cell.cell_contents for cell in cells]
+    for context in contexts:
+        if isinstance(context, _TorchDynamoContext):
+            return _call_of(context.callback)
+    return None
+
+
+def _call_of(backend: Any) -> Any | None:
+    """The object of a call of ``torch.compile`` among the wrappers of a backend."""
+    while backend is not None:
+        if isinstance(backend, _COMPILE_CALLS):
+            return backend
+        backend = _wrapped_backend(backend)
+    return None
+
+
+#: What ``torch.compile`` makes of a backend.
+_COMPILE_CALLS = (torch._TorchCompileWrapper, torch._TorchCompileInductorWrapper)
 
 
 def never_compile_alone(code: CodeType) -> None:

@@ -1,7 +1,7 @@
 """History: the latest report of this process, and the reports that are made inside a block.
 
-A compilation makes one report for each of its graphs -> :func:`last_report` returns one report with
-all of them.
+A compilation makes one report for each of its graphs -> :func:`last_report` and :func:`report_of`
+return one report with all of them.
 
 Invariant: threads that compile at the same time do not mix their reports.
 """
@@ -9,14 +9,46 @@ Invariant: threads that compile at the same time do not mix their reports.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 
+from runlora_fx._torch_compat import compile_call_of, compiled_for
 from runlora_fx.report.data import Report, combined
 
 _lock = threading.Lock()
-_last: Report | None = None
+_last: Report | _Parts | None = None
 _open: list[list[Report]] = []
+
+#: Where the parts of a call of ``torch.compile`` are kept: they live as long as what it made.
+_PARTS = "_runlora_parts"
+
+
+class _Parts:
+    """The reports of one call of ``torch.compile``: those of its graphs, in the order they came.
+
+    A function that is compiled again, for other sizes or after a reset, replaces its reports.
+    """
+
+    def __init__(self) -> None:
+        self._of: dict[Hashable, tuple[weakref.ref[object], list[Report]]] = {}
+
+    def add(self, place: Hashable, compilation: object, report: Report) -> None:
+        """Add the report of a graph.
+
+        Args:
+            place: The code that the graph is a part of.
+            compilation: What stands for its compilation: one may have several graphs.
+            report: The report.
+        """
+        known = self._of.get(place)
+        earlier = known[1] if known is not None and known[0]() is compilation else []
+        self._of[place] = weakref.ref(compilation), [*earlier, report]
+
+    def whole(self) -> Report:
+        """One report of all graphs."""
+        reports = [report for _, of in self._of.values() for report in of]
+        return reports[0] if len(reports) == 1 else combined(reports)
 
 
 class _Thread(threading.local):
@@ -34,15 +66,48 @@ def record(report: Report) -> None:
     if _thread.pending is not None:
         _thread.pending.append(report)
         return
+    found = compiled_for()
     with _lock:
         _last = report
+        if found is not None:
+            call, place, compilation = found
+            _last = parts = vars(call).setdefault(_PARTS, _Parts())
+            parts.add(place, compilation, report)
         for collected in _open:
             collected.append(report)
 
 
 def last_report() -> Report | None:
-    """The report of the latest compilation or rewrite in this process; None if there was none."""
-    return _last
+    """The report of the latest compilation or rewrite in this process; None if there was none.
+
+    After graph breaks a compiled function has several graphs. The report is that of all of them.
+    """
+    with _lock:
+        return _last.whole() if isinstance(_last, _Parts) else _last
+
+
+def report_of(compiled: object) -> Report | None:
+    """The report of a compiled module or function, with all its graphs.
+
+    Args:
+        compiled: What ``torch.compile`` returned, or a module whose method ``compile`` was called.
+
+    Returns:
+        The report; None if nothing was compiled for it yet. Nothing is compiled for it, either, if
+        the same function was compiled before with the same backend and options.
+
+    Raises:
+        TypeError: If it was not compiled by ``torch.compile``.
+    """
+    call = compile_call_of(compiled)
+    if call is None:
+        raise TypeError(
+            f"report_of() takes what torch.compile returned, or a module after module.compile(), "
+            f"not {type(compiled).__name__}"
+        )
+    with _lock:
+        parts = vars(call).get(_PARTS)
+        return None if parts is None else parts.whole()
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The report: whatever was changed is in it, in words that are true."""
 
 import copy
+import json
 from typing import Any
 
 import peft
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 
 import runlora_fx
+from runlora_fx.passes.context import Recomputation
 from runlora_fx.report import describe
+from runlora_fx.report.data import Report, combined
 
 IN, OUT, TOKENS = 32, 48, 256
 
@@ -123,7 +126,9 @@ def test_equal_layers_are_one_section_with_their_numbers_gathered() -> None:
 
     with torch.no_grad():
         text = str(runlora_fx.explain(run, x, objective="flops", strict=True))
-    assert text.startswith("runlora: inference graph, matrix products ")
+    verdict, products, *_ = text.splitlines()
+    assert verdict.startswith("runlora: 3 of 3 adapted layers rewritten")
+    assert products.startswith("Matrix products of the inference graph: ")
     assert "\n3 x " in text
     assert text.count("before: ") == text.count("after: ") == 1
     assert text.endswith("k the experts of the tokens.\n")
@@ -142,3 +147,84 @@ def test_first_steps_that_differ_read_differently() -> None:
     assert report is not None
     forms = [candidate.form for candidate in report.sites[0].considered]
     assert len(set(forms)) == len(forms) > 2
+
+
+class Adapted(nn.Module):
+    """A linear layer with an adapter in a dtype of its own, which may see dropped-out inputs."""
+
+    def __init__(self, p: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.base_layer = nn.Linear(IN, OUT, bias=False).requires_grad_(False)
+        self.lora_A = nn.Linear(IN, 4, bias=False, dtype=dtype)
+        self.lora_B = nn.Linear(4, OUT, bias=False, dtype=dtype)
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = nn.functional.dropout(x.to(self.lora_A.weight.dtype), self.p)
+        made: Tensor = self.lora_B(self.lora_A(given))
+        return self.base_layer(x) + made.to(x.dtype)
+
+
+@pytest.mark.parametrize(
+    ("p", "dtype", "causes"),
+    (
+        (0.5, torch.float32, ["dropout"]),
+        (0.0, torch.float64, ["cast"]),
+        (0.5, torch.float64, ["dropout", "cast"]),
+        (0.0, torch.float32, []),
+    ),
+    ids=str,
+)
+def test_a_report_says_what_keeps_an_adapter_from_being_merged(
+    p: float, dtype: torch.dtype, causes: list[str]
+) -> None:
+    x = torch.randn(TOKENS, IN, requires_grad=True)
+    report = runlora_fx.explain(Adapted(p, dtype), x, objective="flops", strict=True)
+    sites = [site for site in report.sites if any("lora" in s or "A" in s for s in site.before)]
+    assert [cause.name for cause in sites[0].causes] == causes
+    first, *lines = str(report).splitlines()
+    assert first.startswith("runlora: ")
+    assert report.verdict in first
+    advice = [line for line in lines if line.startswith("1 layer left alone: ")]
+    assert len(advice) == len(causes)
+    for line, cause in zip(advice, sites[0].causes, strict=True):
+        assert cause.text in line and cause.remedy in line
+
+
+def test_a_verdict_counts_layers_and_predicts_time() -> None:
+    layers = nn.Sequential(Adapted(0.0, torch.float32), nn.GELU(), nn.Linear(OUT, IN))
+    x = torch.randn(TOKENS, IN, requires_grad=True)
+    report = runlora_fx.explain(layers, x, strict=True)
+    assert report.seconds is not None
+    before, after = report.seconds
+    share = (before - after) / before
+    assert share > 0
+    wanted = f"1 of 1 adapted layer rewritten: {share:.1%} less time of matrix products predicted"
+    assert report.verdict.startswith(wanted)
+
+
+def test_a_verdict_of_several_graphs_adds_what_they_save() -> None:
+    parts = [
+        Report("joint", seconds=(3.0, 2.0), recomputation=Recomputation(1, 0, 2, 100)),
+        Report("joint", seconds=(1.0, 1.0), recomputation=Recomputation(0, 1, 1, 20)),
+    ]
+    whole = combined(parts)
+    assert whole.seconds == (4.0, 3.0)
+    assert whole.recomputation == Recomputation(1, 1, 3, 120)
+    assert combined([*parts, Report("joint")]).seconds is None
+
+
+def test_a_report_is_a_sequence_of_sites_and_json() -> None:
+    x = torch.randn(TOKENS, IN, requires_grad=True)
+    report = runlora_fx.explain(Adapted(0.5, torch.float32), x, objective="flops", strict=True)
+    assert len(report) == len(list(report)) == len(report.sites) > 0
+    assert bool(Report("no"))
+    read = json.loads(report.to_json())
+    assert read["schema"] == 1
+    assert read["verdict"] == report.verdict
+    assert [site["reason"] for site in read["sites"]] == [site.reason for site in report]
+    (site, *_) = read["sites"]
+    assert site["causes"][0]["name"] == "dropout"
+    assert site["flops_before_expr"] == str(report.sites[0].flops_before_expr)
+    assert read["recomputation"]["packed"] == 0
+    assert "\n" in report.to_json(indent=1)

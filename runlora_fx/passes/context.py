@@ -10,7 +10,7 @@ Invariant: a context does not change, except for its list of failures. Passes ch
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -47,6 +47,32 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class Recomputation:
+    """What the backward recomputes besides what plans ask for, and what that saves.
+
+    Attributes:
+        tensors: How many activations it recomputes.
+        drawn: How many dropout masks it draws again.
+        packed: How many dropout masks the forward saves as bits.
+        fewer_bytes: How much less the forward saves for the backward, as predicted [B].
+    """
+
+    tensors: int = 0
+    drawn: int = 0
+    packed: int = 0
+    fewer_bytes: int = 0
+
+    def __add__(self, other: Recomputation) -> Recomputation:
+        """Both together."""
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return Recomputation(*(one + another for one, another in pairs))
+
+
+#: Nothing is recomputed besides.
+NOTHING = Recomputation()
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What a pass did.
 
@@ -54,11 +80,16 @@ class Outcome:
         findings: The regions that it found, for the report to describe.
         is_joint: True if the graph has a forward and a backward.
         stacked: By stack, how many products became one.
+        recomputation: What the backward recomputes besides.
+        seconds: The predicted time of all products that were read, before and after [s]. None if
+            plans were ranked by FLOPs.
     """
 
     findings: tuple[Any, ...] = ()
     is_joint: bool = False
     stacked: tuple[int, ...] = ()
+    recomputation: Recomputation = NOTHING
+    seconds: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)

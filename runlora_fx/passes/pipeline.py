@@ -133,6 +133,7 @@ def _report(context: Context, came: Sequence[fx.Node], outcome: Outcome | None) 
             missed[0].reason,
         )
     flops = [_flops(finding) for finding in findings]
+    outcome = outcome or Outcome()
     return Report(
         graph=graph,
         sites=sites,
@@ -140,7 +141,9 @@ def _report(context: Context, came: Sequence[fx.Node], outcome: Outcome | None) 
         flops_before=sum(before for before, _ in flops),
         flops_after=sum(after for _, after in flops),
         planned_for=title_of(context.options.device),
-        stacked=() if outcome is None else outcome.stacked,
+        seconds=outcome.seconds,
+        stacked=outcome.stacked,
+        recomputation=outcome.recomputation,
     )
 
 

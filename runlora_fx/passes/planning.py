@@ -11,6 +11,7 @@ Invariant: a region is either written and proven, or runs as it came.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import inf
@@ -22,7 +23,7 @@ from runlora_fx._torch_compat import repeats_random_operators
 from runlora_fx.cost_model.objective import Objective
 from runlora_fx.passes.algebra.plan import Plan, incoming_cost
 from runlora_fx.passes.algebra.posed import PosedProblem
-from runlora_fx.passes.context import Context, Outcome
+from runlora_fx.passes.context import NOTHING, Context, Outcome, Recomputation
 from runlora_fx.passes.emit.apply import NotAppliedError, apply
 from runlora_fx.passes.emit.graph.packed_masks import MaskPacker
 from runlora_fx.passes.emit.graph.recompute import keep_before_overwriting, recompute
@@ -111,9 +112,12 @@ class _Planner:
             and (self._changed or self._options.memory == "low")
         ):
             keep_before_overwriting(self._context.graph, self._context.effects())
+        recomputation, seconds = NOTHING, self._seconds(analysis, decisions)
         if analysis.phases.is_joint and self._options.memory != "fast":
-            self._or_else(
-                lambda: self._recompute(analysis, decisions), None, "recompute activations"
+            recomputation = self._or_else(
+                lambda: self._recompute(analysis, decisions, seconds),
+                recomputation,
+                "recompute activations",
             )
         found = (
             PlannedRegion(region, posed, decision, name in self._changed, self._objective(posed))
@@ -121,7 +125,7 @@ class _Planner:
                 analysis.regions.regions, analysis.posed, decisions, names, strict=True
             )
         )
-        return Outcome(tuple(found), analysis.phases.is_joint, stacked)
+        return Outcome(tuple(found), analysis.phases.is_joint, stacked, recomputation, seconds)
 
     def _decided(self) -> tuple[Analysis, list[Decision]]:
         """The graph as it came, and what to do with each region."""
@@ -278,7 +282,12 @@ class _Planner:
 
     # -- memory --------------------------------------------------------------------------------
 
-    def _recompute(self, analysis: Analysis, decisions: Sequence[Decision]) -> None:
+    def _recompute(
+        self,
+        analysis: Analysis,
+        decisions: Sequence[Decision],
+        seconds: tuple[float, float] | None,
+    ) -> Recomputation:
         """Tag the activations that the backward recomputes.
 
         Under ``balanced`` they take no more time together than the plans are predicted to save.
@@ -286,15 +295,15 @@ class _Planner:
         ``low``, pointwise operators cost nothing, so all chains are taken.
         """
         is_low, is_timed = self._options.memory == "low", self._options.objective == "time"
-        budget = self._seconds_saved(analysis, decisions) if is_timed else 0.0
+        budget = max(seconds[0] - seconds[1], 0.0) if seconds else 0.0
         if not decisions or not (budget or is_low):
-            return
+            return NOTHING
         objective = self._main_objective(analysis, decisions)
         per_byte = objective.seconds_per_saved_byte if is_timed else inf
         chains = Chains(self._context)
         chosen = choose(chains, objective.profile.of, budget, per_byte)
         again = {node for chain in chosen for node in chain.nodes}
-        masks = [chain.made for chain in chosen if chain.is_packed]
+        masks = [chain.made for chain in chosen if chain.kind == "packed"]
         if masks:
             with transaction(self._context.graph):
                 packer = MaskPacker(self._context.graph, chains.runs_backward)
@@ -303,22 +312,29 @@ class _Planner:
         if chosen and not self._context.draws_again:
             # What is made again must not take a mask along that would come out otherwise.
             save_random_numbers(self._context)
+        kinds = Counter(chain.kind for chain in chosen)
+        return Recomputation(kinds["tensor"], kinds["drawn"], kinds["packed"], chains.fewer_bytes)
 
-    def _seconds_saved(self, analysis: Analysis, decisions: Sequence[Decision]) -> float:
-        """The time that the written plans and stacks are predicted to save [s]."""
-        saved: dict[int, float] = {}  # equal problems have one decision
-        total = self._seconds_stacked
+    def _seconds(
+        self, analysis: Analysis, decisions: Sequence[Decision]
+    ) -> tuple[float, float] | None:
+        """The predicted time of all products, before and after [s]; None if FLOPs rank plans."""
+        if self._options.objective != "time":
+            return None
+        known: dict[int, tuple[float, float]] = {}  # equal problems have one decision
+        before, after = 0.0, -self._seconds_stacked
         for region, posed, decision in zip(
             analysis.regions.regions, analysis.posed, decisions, strict=True
         ):
-            if _name(region) not in self._changed:
-                continue
-            if id(decision) not in saved:
-                came, objective = replace(decision, changed=False), self._objective(posed)
-                before, after = (price_of(d, posed.problem, objective) for d in (came, decision))
-                saved[id(decision)] = float(before - after)
-            total += saved[id(decision)]
-        return max(total, 0.0)
+            if id(decision) not in known:
+                objective = self._objective(posed)
+                ways = (replace(decision, changed=False), decision)
+                came, runs = (float(price_of(way, posed.problem, objective)) for way in ways)
+                known[id(decision)] = came, runs
+            came, runs = known[id(decision)]
+            before += came
+            after += runs if _name(region) in self._changed else came
+        return before, after
 
     def _of_root(self, analysis: Analysis, here: dict[str, int], root: fx.Node) -> set[str]:
         """The names of the regions that have a part of a root."""

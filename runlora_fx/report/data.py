@@ -8,10 +8,13 @@ its sites.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from runlora_fx.passes.context import NOTHING, Recomputation
+from runlora_fx.report.as_json import as_json
 from runlora_fx.report.sites import Candidate, Refusal, Site
+from runlora_fx.report.summary import advised, verdict
 from runlora_fx.report.text import FROM_CACHE, lines, stacked_text
 
 __all__ = ["Candidate", "Refusal", "Report", "Site", "combined"]
@@ -31,6 +34,9 @@ class Report:
         planned_for: The device that was planned for, if another than the graph runs on.
         stacked: By stack, how many products run as one, because they read the same tensor or are
             added up.
+        seconds: The predicted time of all products, before and after [s]; None if plans were ranked
+            by FLOPs.
+        recomputation: What the backward recomputes besides what plans ask for.
     """
 
     graph: str
@@ -41,17 +47,47 @@ class Report:
     from_cache: bool = False
     planned_for: str = ""
     stacked: tuple[int, ...] = ()
+    seconds: tuple[float, float] | None = None
+    recomputation: Recomputation = NOTHING
 
     def __str__(self) -> str:
-        """Totals, a section for each kind of site, and what was left alone."""
+        """The verdict, what to do, a section for each kind of site, and what was left alone."""
         if self.from_cache:
             return FROM_CACHE
         text = lines(self.graph, self.sites, self.refusals, self.flops_before, self.flops_after)
+        if self.sites:
+            advice = "".join(f"{line}\n" for line in advised(self.sites, self.recomputation))
+            text = f"runlora: {self.verdict}\n{advice}{text}"
         if self.stacked:
             text += f"{stacked_text(self.stacked)}\n"
         if not self.planned_for:
             return text
         return f"{text}Planned for {self.planned_for}; nothing was measured on it.\n"
+
+    def __len__(self) -> int:
+        """How many sites there are."""
+        return len(self.sites)
+
+    def __iter__(self) -> Iterator[Site]:
+        """The sites, in graph order."""
+        return iter(self.sites)
+
+    def __bool__(self) -> bool:
+        """True: a report is something also if it has no site."""
+        return True
+
+    def to_json(self, indent: int | None = None) -> str:
+        """The report as JSON, with a version of its names under ``"schema"``.
+
+        Args:
+            indent: The spaces of an indentation; all in one line if None.
+        """
+        return as_json(self, indent)
+
+    @property
+    def verdict(self) -> str:
+        """What was gained, in one line."""
+        return verdict(self.sites, self.seconds, self.recomputation)
 
 
 def combined(reports: Iterable[Report]) -> Report:
@@ -66,4 +102,14 @@ def combined(reports: Iterable[Report]) -> Report:
         from_cache=bool(parts) and all(part.from_cache for part in parts),
         planned_for=", ".join(dict.fromkeys(p.planned_for for p in parts if p.planned_for)),
         stacked=tuple(count for part in parts for count in part.stacked),
+        seconds=_added([part.seconds for part in parts]),
+        recomputation=sum((part.recomputation for part in parts), NOTHING),
     )
+
+
+def _added(times: Sequence[tuple[float, float] | None]) -> tuple[float, float] | None:
+    """Times before and after, added; None if one is not known."""
+    known = [time for time in times if time is not None]
+    if not known or len(known) < len(times):
+        return None
+    return sum(before for before, _ in known), sum(after for _, after in known)

@@ -28,6 +28,7 @@ from runlora_fx.passes.read.regions import Region
 from runlora_fx.passes.search.decide import Decision
 from runlora_fx.passes.search.ranges import break_even
 from runlora_fx.passes.search.varying import Varying
+from runlora_fx.report.causes import causes_of
 from runlora_fx.report.data import Candidate, Site
 from runlora_fx.report.notation import Names, algebra, first_step
 from runlora_fx.report.origin import modules_of
@@ -75,7 +76,8 @@ def describe(
         if found is None:
             found = decision, _site(posed, scalars, decision, changed, objective)
         known[key] = known[id(posed.problem), id(decision), changed] = found
-    return replace(found[1], modules=modules_of(region))
+    causes = () if changed else causes_of(region, posed.problem)
+    return replace(found[1], modules=modules_of(region), causes=causes)
 
 
 def _site(

@@ -28,6 +28,21 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Cause:
+    """What keeps an adapter from being merged with its layer.
+
+    Attributes:
+        name: One word: ``"dropout"``, ``"cast"``.
+        text: What stands between, as a clause.
+        remedy: What to do about it, as a clause.
+    """
+
+    name: str
+    text: str
+    remedy: str
+
+
+@dataclass(frozen=True)
 class Site:
     """A place where low-rank algebra was found, or where matrix products were changed.
 
@@ -44,6 +59,7 @@ class Site:
         reason: Why it was changed or left alone.
         considered: The cheapest plan for every first step, cheapest first.
         is_exact: True if all plans were compared, so that no cheaper one exists.
+        causes: If it was left alone, what keeps its adapters from being merged.
         find_break_even: Computes :attr:`break_even`.
     """
 
@@ -59,6 +75,7 @@ class Site:
     reason: str
     considered: tuple[Candidate, ...] = ()
     is_exact: bool = True
+    causes: tuple[Cause, ...] = ()
     find_break_even: Callable[[], str] = field(default=str, repr=False, compare=False)
 
     @cached_property

@@ -2,7 +2,7 @@
 
 Example, for the key and value projections of three layers::
 
-    runlora: joint graph, matrix products 906.2 MFLOP -> 824.2 MFLOP (-9.0%)
+    Matrix products of the joint graph: 906.2 MFLOP -> 824.2 MFLOP (-9.0%)
 
     6 x model.layers.{0-2}.k_proj, model.layers.{0-2}.v_proj
       N=1024, i=384, o=128, r=32
@@ -65,9 +65,9 @@ def lines(
     if sites:
         total = f"{_flop(flops_before)} -> {_flop(flops_after)}"
         change = _change(flops_before, flops_after)
-        parts = [f"runlora: {graph} graph, matrix products {total} ({change})\n"]
+        parts = [f"Matrix products of the {graph} graph: {total} ({change})\n"]
     parts += ["\n".join(_section(equal)) + "\n" for equal in kinds.values()]
-    parts += [f"left alone: {r.reason}: {_names(r.nodes)}\n" for r in refusals]
+    parts += [f"left alone: {r.reason}: {names_of(r.nodes)}\n" for r in refusals]
     return "\n".join([*parts, LEGEND] if sites else parts)
 
 
@@ -86,7 +86,7 @@ def stacked_text(stacks: Sequence[int]) -> str:
 def _section(sites: Sequence[Site]) -> Iterator[str]:
     """What was found and done at sites that are equal."""
     site = sites[0]
-    yield f"{len(sites)} x {_names(name for equal in sites for name in equal.modules)}"
+    yield f"{len(sites)} x {names_of(name for equal in sites for name in equal.modules)}"
     yield f"  {site.shapes}"
     came = "before" if site.changed else "runs as it came"
     yield f"  {came}: {_flop(site.flops_before)} = {site.flops_before_expr}"
@@ -95,7 +95,9 @@ def _section(sites: Sequence[Site]) -> Iterator[str]:
         yield f"  after: {_flop(site.flops_after)} = {site.flops_after_expr}"
         yield from (f"    {line}" for line in site.after.splitlines())
     yield f"  {site.reason}"
-    if site.break_even:
+    for cause in site.causes:
+        yield f"  why: {cause.text}; {cause.remedy}"
+    if site.break_even and not site.causes:
         yield f"  merging the adapter pays: {site.break_even}"
     if site.considered:
         yield "  considered, by first step:"
@@ -104,7 +106,7 @@ def _section(sites: Sequence[Site]) -> Iterator[str]:
             yield f"    {form}: {_flop(candidate.flops)}"
 
 
-def _names(names: Iterable[str]) -> str:
+def names_of(names: Iterable[str]) -> str:
     """Module names in one line, those of equal layers gathered.
 
     Example:

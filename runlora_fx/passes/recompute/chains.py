@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf
+from typing import Literal, TypeAlias
 
 import torch
 from torch import fx
@@ -47,6 +48,10 @@ _FUSED = CASTS | VIEWS | REDUCTIONS
 _MOST_SOURCES = 8
 
 
+#: What becomes of a tensor that is not saved as it is.
+Kind: TypeAlias = Literal["tensor", "drawn", "packed"]
+
+
 @dataclass(frozen=True)
 class Chain:
     """A tensor that can be recomputed.
@@ -59,6 +64,7 @@ class Chain:
         size: The bytes that are not saved, but for the sources [B].
         cost: The cost of recomputing it. For a mask it is less the cost of writing and reading it,
             because Inductor draws a mask inside of the kernel that uses it.
+        kind: ``"tensor"``, or of a mask, ``"drawn"`` again or ``"packed"`` into bits.
     """
 
     made: fx.Node
@@ -66,11 +72,7 @@ class Chain:
     sources: frozenset[fx.Node]
     size: int
     cost: Cost
-
-    @property
-    def is_packed(self) -> bool:
-        """True if the tensor is a mask that is saved as bits."""
-        return not self.nodes
+    kind: Kind = "tensor"
 
 
 class Chains:
@@ -79,6 +81,7 @@ class Chains:
     Attributes:
         kept: The tensors that count as saved: those that the backward reads and that are no chains,
             and the sources of chains that were taken.
+        fewer_bytes: How much less is saved by the chains that were taken [B].
     """
 
     def __init__(self, context: Context) -> None:
@@ -92,6 +95,7 @@ class Chains:
         self._redrawn: set[fx.Node] = set()
         self._packed: set[fx.Node] = set()
         self.kept: set[fx.Node] = set()
+        self.fewer_bytes = 0
         self._forward = [
             node
             for node in graph.nodes
@@ -132,9 +136,10 @@ class Chains:
 
     def take(self, chain: Chain) -> None:
         """Count a chain as recomputed, and its sources as saved."""
-        if chain.is_packed:
+        self.fewer_bytes += self.gain(chain)
+        if chain.kind == "packed":
             self._packed.add(chain.made)
-        elif chain.made in self.kept:  # a mask
+        elif chain.kind == "drawn":
             self.kept.remove(chain.made)
             self._redrawn.add(chain.made)
         self.kept |= chain.sources
@@ -201,13 +206,14 @@ class Chains:
         # besides. Packing and unpacking convert each element.
         size, elements = self._bytes(node), self._elements(node)
         cost = Cost({"elementwise": size / 4, "special": elements, "launches": 1})
-        return Chain(node, (), frozenset(), size - size // 8, cost)
+        return Chain(node, (), frozenset(), size - size // 8, cost, "packed")
 
     def _mask(self, node: fx.Node) -> Chain:
         # Inductor draws it inside the kernel that uses it, so it is neither written nor read.
         size, elements = self._bytes(node), self._elements(node)
         cost = Cost({"random": elements, "elementwise": -2 * size})
-        return Chain(node, (node.all_input_nodes[0], node), frozenset(), size, cost)
+        nodes = (node.all_input_nodes[0], node)
+        return Chain(node, nodes, frozenset(), size, cost, "drawn")
 
     def _chain(self, node: fx.Node, cuts: dict[fx.Node, frozenset[fx.Node]]) -> Chain | None:
         """The chain of a tensor; None if recomputing it is not cheap."""
