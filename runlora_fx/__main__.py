@@ -1,6 +1,6 @@
-"""Command line: `python -m runlora_fx <command>`.
+"""Command line: `runlora <command>`, or `python -m runlora_fx <command>`.
 
-Example: `python -m runlora_fx demo --rank 8` runs ``cli/demo.py``.
+Example: `runlora demo --rank 8` runs ``cli/demo.py``.
 
 Invariant: an invalid option ends in a message and a nonzero exit status, not in a traceback.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from runlora_fx.cli import calibrate, demo
+from runlora_fx.cli import calibrate, demo, explain
 from runlora_fx.cli.demo_training import Settings
 
 
@@ -24,11 +24,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m runlora_fx",
+        prog="runlora",
         description="LoRA layers in their cheapest order, as a torch.compile backend.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, command in (("demo", demo), ("calibrate", calibrate)):
+    for name, command in (("demo", demo), ("calibrate", calibrate), ("explain", explain)):
         added = commands.add_parser(
             name,
             help=command.SUMMARY,
@@ -40,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.command == "calibrate":
             return calibrate.run(arguments)
+        if arguments.command == "explain":
+            return explain.run(arguments)
         settings = Settings.from_arguments(arguments)
     except ValueError as error:
         parser.error(str(error))

@@ -234,6 +234,14 @@ def joins_in_place() -> bool:
     return not (inductor_config.max_autotune or inductor_config.max_autotune_gemm)
 
 
+def inductor_decompositions() -> dict[Any, Callable[..., Any]]:
+    """By operator, how Inductor has AOTAutograd compose it of others."""
+    # Imported here because the import takes seconds.
+    from torch._inductor.decomposition import select_decomp_table
+
+    return select_decomp_table()
+
+
 def draws_again(*, in_fours: bool) -> bool:
     """True if Inductor draws the same random numbers again in another kernel.
 

@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
+from runlora_fx._torch_compat import inductor_decompositions, joins_in_place
 from runlora_fx.integrations.own_compile import own_backend
 from runlora_fx.joint_pass import run
 from runlora_fx.options import Options
@@ -27,7 +28,7 @@ def aot_backend(
     see: Callable[[fx.GraphModule], None] = lambda _: None,
     parameters: Sequence[int] = (),
     *,
-    joins_in_place: bool = False,
+    as_inductor: bool = False,
 ) -> Callable[..., Any]:
     """A backend that rewrites graphs and runs them operator by operator.
 
@@ -35,9 +36,10 @@ def aot_backend(
         options: The options of the pass.
         see: Called with every rewritten joint or inference graph.
         parameters: Positions of the inputs that are parameters; used by the option ``reuse``.
-        joins_in_place: True if the graphs are to be those that Inductor would compile: it joins
-            matrices without copies.
+        as_inductor: True if the graphs are to be those that Inductor would compile: it decomposes
+            operators such as dropout, and joins matrices without copies.
     """
+    in_place = as_inductor and joins_in_place()
 
     def rewrite(gm: fx.GraphModule) -> None:
         run(
@@ -45,7 +47,7 @@ def aot_backend(
             ATEN,
             options,
             may_guard=True,
-            joins_in_place=joins_in_place,
+            joins_in_place=in_place,
             parameters=parameters,
         )
         gm.recompile()
@@ -64,6 +66,7 @@ def aot_backend(
         bw_compiler=_uncompiled,
         inference_compiler=inference,
         partition_fn=partition,
+        decompositions=inductor_decompositions() if as_inductor else None,
         keep_inference_input_mutations=True,
     )
     return own_backend(cast(Callable[..., Any], backend))

@@ -50,7 +50,7 @@ def test_what_was_changed_is_reported(name: str) -> None:
     assert report.flops_before - report.flops_after == sum(
         site.flops_before - site.flops_after for site in report.sites
     )
-    assert all(site.after.startswith("Y = X (W") for site in report.sites)
+    assert all("X (W" in site.after for site in report.sites)
 
 
 def two_weights(x: Tensor, w: Tensor, v: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ class _Planner:
             and (self._changed or self._options.memory == "low")
         ):
             keep_before_overwriting(self._context.graph, self._context.effects())
-        recomputation, seconds = NOTHING, self._seconds(analysis, decisions)
+        recomputation, seconds = NOTHING, self._seconds(analysis, decisions, names)
         if analysis.phases.is_joint and self._options.memory != "fast":
             recomputation = self._or_else(
                 lambda: self._recompute(analysis, decisions, seconds),
@@ -316,16 +316,14 @@ class _Planner:
         return Recomputation(kinds["tensor"], kinds["drawn"], kinds["packed"], chains.fewer_bytes)
 
     def _seconds(
-        self, analysis: Analysis, decisions: Sequence[Decision]
+        self, analysis: Analysis, decisions: Sequence[Decision], names: Sequence[str]
     ) -> tuple[float, float] | None:
         """The predicted time of all products, before and after [s]; None if FLOPs rank plans."""
         if self._options.objective != "time":
             return None
         known: dict[int, tuple[float, float]] = {}  # equal problems have one decision
         before, after = 0.0, -self._seconds_stacked
-        for region, posed, decision in zip(
-            analysis.regions.regions, analysis.posed, decisions, strict=True
-        ):
+        for name, posed, decision in zip(names, analysis.posed, decisions, strict=True):
             if id(decision) not in known:
                 objective = self._objective(posed)
                 ways = (replace(decision, changed=False), decision)
@@ -333,7 +331,7 @@ class _Planner:
                 known[id(decision)] = came, runs
             came, runs = known[id(decision)]
             before += came
-            after += runs if _name(region) in self._changed else came
+            after += runs if name in self._changed else came
         return before, after
 
     def _of_root(self, analysis: Analysis, here: dict[str, int], root: fx.Node) -> set[str]:

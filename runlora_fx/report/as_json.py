@@ -8,14 +8,11 @@ Invariant: within one schema number, names and their meaning do not change; name
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from runlora_fx.report.sites import Site
-
-if TYPE_CHECKING:
-    from runlora_fx.report.data import Report
 
 #: The version of the names and their meaning.
 SCHEMA = 1
@@ -24,28 +21,22 @@ SCHEMA = 1
 _EXPRESSIONS, _FUNCTION = ("flops_before_expr", "flops_after_expr"), "find_break_even"
 
 
-def as_json(report: Report, indent: int | None = None) -> str:
+def as_json(verdict: str, report: Mapping[str, Any], indent: int | None = None) -> str:
     """A report as JSON.
 
     Args:
-        report: The report.
+        verdict: Its verdict.
+        report: Its fields by name.
         indent: The spaces of an indentation; all in one line if None.
     """
-    whole: dict[str, Any] = {
-        "schema": SCHEMA,
-        "verdict": report.verdict,
-        "graph": report.graph,
-        "from_cache": report.from_cache,
-        "planned_for": report.planned_for,
-        "flops_before": report.flops_before,
-        "flops_after": report.flops_after,
-        "seconds": _pair(report.seconds),
-        "stacked": report.stacked,
-        "recomputation": asdict(report.recomputation),
-        "sites": [_site(site) for site in report.sites],
-        "refusals": [asdict(refusal) for refusal in report.refusals],
+    whole = {
+        **report,
+        "seconds": _pair(report["seconds"]),
+        "recomputation": asdict(report["recomputation"]),
+        "sites": [_site(site) for site in report["sites"]],
+        "refusals": [asdict(refusal) for refusal in report["refusals"]],
     }
-    return json.dumps(whole, indent=indent)
+    return json.dumps({"schema": SCHEMA, "verdict": verdict, **whole}, indent=indent)
 
 
 def _pair(times: Sequence[float] | None) -> dict[str, float] | None:

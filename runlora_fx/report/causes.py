@@ -17,7 +17,15 @@ import torch
 from torch import fx
 
 from runlora_fx.passes.algebra.problem import Problem
-from runlora_fx.passes.levels.operators import CASTS, VIEWS, is_pointwise
+from runlora_fx.passes.levels.operators import (
+    CASTS,
+    COMPOSED_PRODUCTS,
+    PRODUCTS,
+    VIEWS,
+    is_pointwise,
+    names_of,
+    readers_of,
+)
 from runlora_fx.passes.levels.sizes import example_of
 from runlora_fx.passes.read.calls import name_of
 from runlora_fx.passes.read.regions import Region
@@ -37,6 +45,7 @@ CAST = Cause(
 #: The most nodes between an operand and the mask or cast that explains it.
 _MOST_NODES = 24
 
+_PRODUCTS = names_of(PRODUCTS | COMPOSED_PRODUCTS)
 _DROPOUTS = frozenset(["dropout", "native_dropout", "feature_dropout"])
 
 
@@ -82,10 +91,13 @@ def _is_mask(node: fx.Node) -> bool:
 
 
 def _changes_dtype(node: fx.Node) -> bool:
-    """True if a node converts one floating-point dtype to another."""
+    """True if a node converts what a product reads in another floating-point dtype."""
     made = example_of(node)
-    given = [example_of(n) for n in node.all_input_nodes]
-    if node.target not in CASTS or made is None or len(given) != 1 or given[0] is None:
+    given = node.all_input_nodes
+    if node.target not in CASTS or made is None or len(given) != 1:
         return False
-    floats = made.dtype.is_floating_point and given[0].dtype.is_floating_point
-    return floats and made.dtype != given[0].dtype
+    came = example_of(given[0])
+    if came is None or came.dtype == made.dtype:
+        return False
+    are_floats = came.dtype.is_floating_point and made.dtype.is_floating_point
+    return are_floats and any(name_of(r.target) in _PRODUCTS for r in readers_of(given[0]))

@@ -9,7 +9,7 @@ its sites.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from runlora_fx.passes.context import NOTHING, Recomputation
 from runlora_fx.report.as_json import as_json
@@ -82,7 +82,8 @@ class Report:
         Args:
             indent: The spaces of an indentation; all in one line if None.
         """
-        return as_json(self, indent)
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return as_json(self.verdict, values, indent)
 
     @property
     def verdict(self) -> str:

@@ -51,8 +51,9 @@ def recompute(nodes: Iterable[fx.Node], ours: Sequence[fx.Node] = ()) -> None:
     """
     again, written = set(nodes), set(ours)
     for node in ours:
-        made_of = [given for given in node.all_input_nodes if given.op == "call_function"]
-        if is_pointwise(node.target) and made_of and again.issuperset(made_of):
+        given = node.all_input_nodes
+        is_made_of_it = not again.isdisjoint(given) and is_pointwise(node.target)
+        if is_made_of_it and all(n in again or n.op != "call_function" for n in given):
             again.add(node)
     for node in reversed(ours):
         if node.users and again.issuperset(node.users) and name_of(node.target) not in _PRODUCTS:

@@ -1,0 +1,95 @@
+"""`runlora explain` as a user runs it: a model by its configuration or from a file, no weights."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig
+
+from runlora_fx.__main__ import main
+
+BUILD = """
+import torch
+from torch import nn
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.base_layer = nn.Linear(64, 64).requires_grad_(False)
+        self.lora_A = nn.Linear(64, 4, bias=False)
+        self.lora_B = nn.Linear(4, 64, bias=False)
+
+    def forward(self, x, scale=1.0):
+        return self.base_layer(x) + scale * self.lora_B(self.lora_A(x))
+
+def build():
+    return Layer(), (torch.empty(512, 64),), {"scale": 2.0}
+
+def wrong():
+    return Layer()
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "model.py"
+    path.write_text(BUILD)
+    return path
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    llama = LlamaConfig(
+        vocab_size=64,
+        hidden_size=4096,
+        intermediate_size=8192,
+        num_hidden_layers=1,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    )
+    llama.save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+def test_a_configuration_is_explained_without_weights(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--rank", "8", "--dropout", "0.05", "--batch", "2", "--device", "h100"]
+    assert main(["explain", str(config), "--tokens", "4096", *arguments]) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith("runlora: ") and " of 7 adapted layers rewritten" in first
+    assert any("lora_dropout=0" in line for line in lines)
+    assert not any("torch.autocast" in line for line in lines)
+    assert any(line.endswith("saved as bits.") for line in lines)
+    assert any(line.startswith("Planned for H100 SXM5 80 GB") for line in lines)
+
+
+def test_a_function_in_a_file_is_explained_as_json(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["explain", f"{file}:build", "--json", "--objective", "flops"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["verdict"].startswith("1 of 1 adapted layer rewritten")
+    assert report["flops_after"] < report["flops_before"]
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "words"),
+    (
+        ("nowhere.py:build", [], "there is no file nowhere.py"),
+        ("FILE:missing", [], "has no function 'missing'"),
+        ("FILE:wrong", [], "must return (model, arguments)"),
+        ("FILE", ["--memory", "high"], "balanced"),
+        ("FILE", ["--device", "h1000"], "h100"),
+        ("FILE", ["--rank", "0"], "--rank must be at least 1"),
+        ("FILE", ["--dropout", "1"], "--dropout must be in [0, 1)"),
+        ("/no/such/folder", [], "cannot load the configuration"),
+    ),
+)
+def test_mistakes_get_an_answer(
+    model: str, arguments: list[str], words: str, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(["explain", model.replace("FILE", str(file)), *arguments])
+    assert error.value.code == 2
+    assert words in capsys.readouterr().err
