@@ -8,7 +8,7 @@ Invariant: both parts run operator by operator, so that they can be debugged.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from functorch.compile import make_boxed_func
@@ -16,7 +16,6 @@ from torch import fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-from runlora_fx._torch_compat import inductor_decompositions, joins_in_place
 from runlora_fx.integrations.own_compile import own_backend
 from runlora_fx.joint_pass import run
 from runlora_fx.options import Options
@@ -28,7 +27,8 @@ def aot_backend(
     see: Callable[[fx.GraphModule], None] = lambda _: None,
     parameters: Sequence[int] = (),
     *,
-    as_inductor: bool = False,
+    joins_in_place: bool = False,
+    decompositions: Mapping[Any, Callable[..., Any]] | None = None,
 ) -> Callable[..., Any]:
     """A backend that rewrites graphs and runs them operator by operator.
 
@@ -36,10 +36,10 @@ def aot_backend(
         options: The options of the pass.
         see: Called with every rewritten joint or inference graph.
         parameters: Positions of the inputs that are parameters; used by the option ``reuse``.
-        as_inductor: True if the graphs are to be those that Inductor would compile: it decomposes
-            operators such as dropout, and joins matrices without copies.
+        joins_in_place: True if the graphs are to be those that Inductor would compile: it joins
+            matrices without copies.
+        decompositions: By operator, how it is composed of others before the pass sees it.
     """
-    in_place = as_inductor and joins_in_place()
 
     def rewrite(gm: fx.GraphModule) -> None:
         run(
@@ -47,7 +47,7 @@ def aot_backend(
             ATEN,
             options,
             may_guard=True,
-            joins_in_place=in_place,
+            joins_in_place=joins_in_place,
             parameters=parameters,
         )
         gm.recompile()
@@ -66,7 +66,7 @@ def aot_backend(
         bw_compiler=_uncompiled,
         inference_compiler=inference,
         partition_fn=partition,
-        decompositions=inductor_decompositions() if as_inductor else None,
+        decompositions=None if decompositions is None else dict(decompositions),
         keep_inference_input_mutations=True,
     )
     return own_backend(cast(Callable[..., Any], backend))

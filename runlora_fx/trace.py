@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from runlora_fx import history
-from runlora_fx._torch_compat import APART, without_a_trace
+from runlora_fx._torch_compat import APART, inductor_decompositions, joins_in_place, without_a_trace
 from runlora_fx.aot import aot_backend
 from runlora_fx.integrations.install import make_traceable
 from runlora_fx.integrations.own_compile import own_backend
@@ -110,7 +110,9 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
             of the model.
     """
     options, inputs = split_keywords(model, kwargs)
-    backend = aot_backend(options, as_inductor=True)
+    backend = aot_backend(
+        options, joins_in_place=joins_in_place(), decompositions=inductor_decompositions()
+    )
     make_traceable()
     with history.collecting() as reports, without_a_trace():
         # A new function for every call, because Dynamo keeps compiled code by backend.

@@ -26,6 +26,7 @@ from torch.profiler import profile
 
 import runlora_fx
 from runlora_fx.passes.emit.graph.kept import stop_keeping_what_escapes
+from runlora_fx.passes.search.allowance import SHARE
 from runlora_fx.runtime import kept_weights as reuse
 
 RTOL = 1e-5
@@ -107,7 +108,7 @@ def test_low_holds_less_with_dropout_and_pays_in_flops() -> None:
     inductor, balanced, low = (
         costs(0.1, INDUCTOR),
         costs(0.1, RUNLORA),
-        costs(0.1, RUNLORA, *LOW),
+        costs(0.1, RUNLORA, *LOW, ("objective", "flops")),
     )
     assert balanced[0] <= inductor[0]
     # Masks are drawn again, and what they mask is made again.
@@ -116,6 +117,18 @@ def test_low_holds_less_with_dropout_and_pays_in_flops() -> None:
     assert low[0] == inductor[0] - LAYERS * (masked + products) + seeds
     assert low[1] < inductor[1]
     assert low[2] == balanced[2] + LAYERS * 2 * TOKENS * WIDTH * RANK
+
+
+def test_low_takes_at_most_a_share_of_the_time_by_time() -> None:
+    """X A' of one layer takes 2 / 64 of its step's FLOPs. So it is recomputed in few layers."""
+    by_flops = costs(0.1, RUNLORA, *LOW, ("objective", "flops"))
+    by_time = costs(0.1, RUNLORA, *LOW)
+    products = TOKENS * RANK * 4
+    more, rest = divmod(by_time[0] - by_flops[0], products)
+    assert rest == 0
+    assert 0 < more <= LAYERS
+    balanced = costs(0.1, RUNLORA)[2]
+    assert by_time[2] <= (1 + SHARE) * balanced < by_flops[2]
 
 
 def test_fast_holds_merged_weights_within_the_budget_and_saves_their_flops() -> None:

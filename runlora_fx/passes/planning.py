@@ -11,10 +11,8 @@ Invariant: a region is either written and proven, or runs as it came.
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from math import inf
 from typing import TypeVar
 
 from torch import fx
@@ -23,17 +21,16 @@ from runlora_fx._torch_compat import repeats_random_operators
 from runlora_fx.cost_model.objective import Objective
 from runlora_fx.passes.algebra.plan import Plan, incoming_cost
 from runlora_fx.passes.algebra.posed import PosedProblem
-from runlora_fx.passes.context import NOTHING, Context, Outcome, Recomputation
+from runlora_fx.passes.context import NOTHING, Context, Outcome
 from runlora_fx.passes.emit.apply import NotAppliedError, apply
-from runlora_fx.passes.emit.graph.packed_masks import MaskPacker
-from runlora_fx.passes.emit.graph.recompute import keep_before_overwriting, recompute
+from runlora_fx.passes.emit.graph.recompute import keep_before_overwriting
 from runlora_fx.passes.emit.graph.transaction import Snapshot, note_failure, transaction
 from runlora_fx.passes.levels.sizes import forget_shapes
 from runlora_fx.passes.read.analysis import Analysis
 from runlora_fx.passes.read.regions import Region
-from runlora_fx.passes.recompute.chains import Chains
-from runlora_fx.passes.recompute.choose import choose
+from runlora_fx.passes.recompute.activations import recompute_activations
 from runlora_fx.passes.recompute.random_numbers import save_random_numbers
+from runlora_fx.passes.search.allowance import within_allowance
 from runlora_fx.passes.search.decide import Decision, price_of
 from runlora_fx.passes.search.dynamic import decide_all
 from runlora_fx.passes.search.memory_budget import spend
@@ -113,9 +110,10 @@ class _Planner:
         ):
             keep_before_overwriting(self._context.graph, self._context.effects())
         recomputation, seconds = NOTHING, self._seconds(analysis, decisions, names)
-        if analysis.phases.is_joint and self._options.memory != "fast":
+        if decisions and analysis.phases.is_joint and self._options.memory != "fast":
+            objective = self._main_objective(analysis, decisions)
             recomputation = self._or_else(
-                lambda: self._recompute(analysis, decisions, seconds),
+                lambda: recompute_activations(self._context, objective, seconds),
                 recomputation,
                 "recompute activations",
             )
@@ -161,12 +159,21 @@ class _Planner:
         posed, pricing = analysis.posed, self._pricing
         static = [None if p.is_symbolic else p.problem for p in posed]
         # Counting FLOPs needs no machine, and its plans are the same everywhere.
-        is_timed = self._options.objective == "time" and self._options.tune in ("shapes", "plans")
+        is_by_time = self._options.objective == "time"
+        is_timed = is_by_time and self._options.tune in ("shapes", "plans")
         measures = is_timed and may_measure()
         if measures:
             wanted = [problem for problem in static if problem is not None]
             self._or_else(lambda: pricing.measure(wanted), None, "measure products")
         decisions = self._planned(analysis)
+        if self._options.memory == "low" and is_by_time and None not in static:
+            objectives = [self._objective(p) for p in posed]
+            problems, offered_low = [p.problem for p in posed], decisions
+            decisions = self._or_else(
+                lambda: within_allowance(problems, objectives, offered_low),
+                offered_low,
+                "limit the time that less memory takes",
+            )
         if self._options.memory_budget:
             objectives = [self._objective(p) for p in posed]
             offered = [
@@ -281,39 +288,6 @@ class _Planner:
         return self._objective(analysis.posed[largest])
 
     # -- memory --------------------------------------------------------------------------------
-
-    def _recompute(
-        self,
-        analysis: Analysis,
-        decisions: Sequence[Decision],
-        seconds: tuple[float, float] | None,
-    ) -> Recomputation:
-        """Tag the activations that the backward recomputes.
-
-        Under ``balanced`` they take no more time together than the plans are predicted to save.
-        Under ``low`` each byte may take as long as in a plan, too. Under ``objective="flops"`` and
-        ``low``, pointwise operators cost nothing, so all chains are taken.
-        """
-        is_low, is_timed = self._options.memory == "low", self._options.objective == "time"
-        budget = max(seconds[0] - seconds[1], 0.0) if seconds else 0.0
-        if not decisions or not (budget or is_low):
-            return NOTHING
-        objective = self._main_objective(analysis, decisions)
-        per_byte = objective.seconds_per_saved_byte if is_timed else inf
-        chains = Chains(self._context)
-        chosen = choose(chains, objective.profile.of, budget, per_byte)
-        again = {node for chain in chosen for node in chain.nodes}
-        masks = [chain.made for chain in chosen if chain.kind == "packed"]
-        if masks:
-            with transaction(self._context.graph):
-                packer = MaskPacker(self._context.graph, chains.runs_backward)
-                again -= packer.pack(masks, again)
-        recompute(again)
-        if chosen and not self._context.draws_again:
-            # What is made again must not take a mask along that would come out otherwise.
-            save_random_numbers(self._context)
-        kinds = Counter(chain.kind for chain in chosen)
-        return Recomputation(kinds["tensor"], kinds["drawn"], kinds["packed"], chains.fewer_bytes)
 
     def _seconds(
         self, analysis: Analysis, decisions: Sequence[Decision], names: Sequence[str]
