@@ -65,7 +65,7 @@ def test_rewrite_graph_shows_the_merged_weight_in_both_graphs() -> None:
     forward, joint = flops_changes(printed)
     assert forward < 0
     assert joint < 0
-    assert printed.index("torch graph,") < printed.index("joint graph,")
+    assert printed.index("of the torch graph:") < printed.index("of the joint graph:")
     # The code of both: the adapter is added to the base weight by one product.
     assert "torch.addmm(base_weight, up_weight, down_weight, alpha = 2)" in printed
     assert "def forward(self, primals, tangents)" in printed
