@@ -364,6 +364,10 @@ def active_backend() -> Callable[..., Any] | None:
     return cast("Callable[..., Any] | None", backend)
 
 
+#: What ``torch.compile`` makes of a backend.
+_COMPILE_CALLS = (torch._TorchCompileWrapper, torch._TorchCompileInductorWrapper)
+
+
 def compiled_for() -> tuple[Any, Hashable, object] | None:
     """What Dynamo compiles for in this thread; None if it compiles nothing for ``torch.compile``.
 
@@ -407,10 +411,6 @@ def _call_of(backend: Any) -> Any | None:
             return backend
         backend = _wrapped_backend(backend)
     return None
-
-
-#: What ``torch.compile`` makes of a backend.
-_COMPILE_CALLS = (torch._TorchCompileWrapper, torch._TorchCompileInductorWrapper)
 
 
 def never_compile_alone(code: CodeType) -> None:

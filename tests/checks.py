@@ -188,6 +188,29 @@ def counting() -> Iterator[list[int]]:
         yield flops
 
 
+def assert_gradient_is_the_slope(run: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    """With the same seed, a step along a direction changes the output by its derivative.
+
+    Args:
+        run: Draws random numbers. Its result has the shape of x.
+        x: Where the gradient is checked; it requires one.
+    """
+    weights, direction = torch.randn(x.shape), torch.randn(x.shape)
+
+    def value(at: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        result: Tensor = (run(at.detach().requires_grad_()) * weights).double().sum()
+        return result
+
+    run(x)
+    torch.manual_seed(1)
+    (gradient,) = torch.autograd.grad((run(x) * weights).sum(), x)
+    step = 1e-2
+    found = ((value(x + step * direction) - value(x - step * direction)) / (2 * step)).item()
+    wanted = (gradient.double() * direction).sum().item()
+    assert abs(found - wanted) < 1e-3 * (gradient.norm() * direction.norm()).item()
+
+
 def saved_bytes(forward: Callable[[], Any], given: Sequence[Tensor]) -> int:
     """Bytes that `forward` saves for its backward, without parameters and inputs [B].
 

@@ -120,7 +120,7 @@ def test_low_holds_less_with_dropout_and_pays_in_flops() -> None:
 
 
 def test_low_takes_at_most_a_share_of_the_time_by_time() -> None:
-    """X A' of one layer takes 2 / 64 of its step's FLOPs. So it is recomputed in few layers."""
+    """X A' of all layers takes longer than the share. So some layers save it."""
     by_flops = costs(0.1, RUNLORA, *LOW, ("objective", "flops"))
     by_time = costs(0.1, RUNLORA, *LOW)
     products = TOKENS * RANK * 4

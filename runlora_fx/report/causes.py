@@ -51,7 +51,7 @@ _DROPOUTS = frozenset(["dropout", "native_dropout", "feature_dropout"])
 
 def causes_of(region: Region, problem: Problem) -> tuple[Cause, ...]:
     """What keeps the adapters of a region from being merged, as far as the graph shows it."""
-    if has_base(problem):
+    if _has_base(problem):
         return ()
     products = [made.node for made in region.incoming if not made.backward]
     operands = {node for product in products for node in product.all_input_nodes}
@@ -60,7 +60,7 @@ def causes_of(region: Region, problem: Problem) -> tuple[Cause, ...]:
     return tuple(cause for cause, is_sign in signs if any(map(is_sign, behind)))
 
 
-def has_base(problem: Problem) -> bool:
+def _has_base(problem: Problem) -> bool:
     """True if some sum has a product of two matrices beside one of three or more."""
     words = [{len(word.without_diagonals) for word in d.core.words} for d in problem.demands]
     return any(2 in lengths and max(lengths) > 2 for lengths in words)

@@ -67,7 +67,7 @@ def lines(
         change = _change(flops_before, flops_after)
         parts = [f"Matrix products of the {graph} graph: {total} ({change})\n"]
     parts += ["\n".join(_section(equal)) + "\n" for equal in kinds.values()]
-    parts += [f"left alone: {r.reason}: {names_of(r.nodes)}\n" for r in refusals]
+    parts += [f"left alone: {r.reason}: {_names(r.nodes)}\n" for r in refusals]
     return "\n".join([*parts, LEGEND] if sites else parts)
 
 
@@ -86,7 +86,7 @@ def stacked_text(stacks: Sequence[int]) -> str:
 def _section(sites: Sequence[Site]) -> Iterator[str]:
     """What was found and done at sites that are equal."""
     site = sites[0]
-    yield f"{len(sites)} x {names_of(name for equal in sites for name in equal.modules)}"
+    yield f"{len(sites)} x {_names(name for equal in sites for name in equal.modules)}"
     yield f"  {site.shapes}"
     came = "before" if site.changed else "runs as it came"
     yield f"  {came}: {_flop(site.flops_before)} = {site.flops_before_expr}"
@@ -106,7 +106,7 @@ def _section(sites: Sequence[Site]) -> Iterator[str]:
             yield f"    {form}: {_flop(candidate.flops)}"
 
 
-def names_of(names: Iterable[str]) -> str:
+def _names(names: Iterable[str]) -> str:
     """Module names in one line, those of equal layers gathered.
 
     Example:
