@@ -299,7 +299,8 @@ class _Planner:
         before, after = 0.0, -self._seconds_stacked
         for name, posed, decision in zip(names, analysis.posed, decisions, strict=True):
             if id(decision) not in known:
-                objective = self._objective(posed)
+                # Bytes that are saved have a price under "low". They take no time.
+                objective = replace(self._objective(posed), flops_per_saved_byte=0)
                 ways = (replace(decision, changed=False), decision)
                 came, runs = (float(price_of(way, posed.problem, objective)) for way in ways)
                 known[id(decision)] = came, runs

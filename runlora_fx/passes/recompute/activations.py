@@ -4,7 +4,8 @@ Goes in: a joint graph whose plans are written, and the time that they save. Com
 that are saved as bits, and a count of both.
 
 Invariant: under ``balanced`` a step is predicted to take no longer than the incoming graph's, and
-under ``low`` at most a share of it longer.
+under ``low`` at most a share of it longer. Only ``low`` recomputes products, and only with the time
+that plans save.
 """
 
 from __future__ import annotations
@@ -19,8 +20,13 @@ from runlora_fx.passes.emit.graph.recompute import recompute
 from runlora_fx.passes.emit.graph.transaction import transaction
 from runlora_fx.passes.recompute.chains import Chains
 from runlora_fx.passes.recompute.choose import choose
+from runlora_fx.passes.recompute.products import choose_products
 from runlora_fx.passes.recompute.random_numbers import save_random_numbers
 from runlora_fx.passes.search import allowance
+
+#: The most that recomputing a product may take for each byte that is not saved [FLOP/B]. In 16 bits
+#: it takes as many as its inner dimension has elements.
+_FLOPS_PER_BYTE = 8192
 
 
 def recompute_activations(
@@ -44,7 +50,12 @@ def recompute_activations(
     if not (budget or is_low):
         return NOTHING
     chains = Chains(context)
-    chosen = choose(chains, objective.profile.of, budget, per_byte, limit)
+    price = objective.profile.of
+    chosen = choose(chains, price, budget, per_byte, limit)
+    if is_low and budget:
+        left = budget - sum(price(chain.cost) for chain in chosen)
+        most = _FLOPS_PER_BYTE * objective.profile.seconds_per_flop
+        chosen += choose_products(chains, price, left, most)
     again = {node for chain in chosen for node in chain.nodes}
     masks = [chain.made for chain in chosen if chain.kind == "packed"]
     if masks:

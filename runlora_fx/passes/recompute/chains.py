@@ -82,13 +82,17 @@ class Chains:
         kept: The tensors that count as saved: those that the backward reads and that are no chains,
             and the sources of chains that were taken.
         fewer_bytes: How much less is saved by the chains that were taken [B].
+        forward: The operators of the forward, in graph order.
+        read: Those whose results the backward reads, in graph order.
+        again: The nodes that the backward runs for the chains that were taken.
+        hint: A dimension's size when the graph was traced.
     """
 
     def __init__(self, context: Context) -> None:
         """Find the tensors that the backward reads, in a graph whose plans are written."""
         graph = context.graph
         self._effects = context.effects()
-        self._hint = context.hint
+        self.hint = context.hint
         self._phases = Phases(graph, gradient_nodes(graph), self._effects)
         self._order = {node: i for i, node in enumerate(graph.nodes)}
         self._draws_again = context.draws_again
@@ -96,21 +100,22 @@ class Chains:
         self._packed: set[fx.Node] = set()
         self.kept: set[fx.Node] = set()
         self.fewer_bytes = 0
-        self._forward = [
+        self.again: set[fx.Node] = set()
+        self.forward = [
             node
             for node in graph.nodes
             if node.op == "call_function" and not self._phases.runs_backward(node)
         ]
-        read = [node for node in self._forward if any(map(self.runs_backward, node.users))]
+        self.read = [n for n in self.forward if any(map(self.runs_backward, n.users))]
         cuts = self._cuts()
-        self._written = [node for node in read if self._is_written(node)]
-        fused = set(read).difference(self._written)
+        self._written = [node for node in self.read if self.is_written(node)]
+        fused = set(self.read).difference(self._written)
         # What pointwise operators of the backward read and make: a chain may share that.
-        self._read = set[fx.Node]().union(*(cuts[node] for node in fused))
+        self._read_fused = set[fx.Node]().union(*(cuts[node] for node in fused))
         self._read_behind = set[fx.Node]().union(*(cuts[node] - {node} for node in fused))
         self._made = set[fx.Node]().union(*(_between(cuts[node], node) for node in fused))
-        self.kept |= self._read
-        self.kept.update(node for node in self._written if not self._is_cheap(node))
+        self.kept |= self._read_fused
+        self.kept.update(node for node in self._written if not self.is_cheap(node))
 
     def masks(self) -> list[Chain]:
         """The dropout masks that the backward can draw again from their seeds."""
@@ -132,11 +137,12 @@ class Chains:
 
     def gain(self, chain: Chain) -> int:
         """How many bytes fewer are saved if the chain is recomputed [B]."""
-        return chain.size - sum(self._bytes(s) for s in chain.sources if s not in self.kept)
+        return chain.size - sum(self.bytes_of(s) for s in chain.sources if s not in self.kept)
 
     def take(self, chain: Chain) -> None:
         """Count a chain as recomputed, and its sources as saved."""
         self.fewer_bytes += self.gain(chain)
+        self.again.update(chain.nodes)
         if chain.kind == "packed":
             self._packed.add(chain.made)
         elif chain.kind == "drawn":
@@ -144,33 +150,34 @@ class Chains:
             self._redrawn.add(chain.made)
         self.kept |= chain.sources
 
-    def _elements(self, node: fx.Node) -> int:
-        return 0 if example_of(node) is None else self._hint(numel(shape_of(node)))
+    def elements_of(self, node: fx.Node) -> int:
+        """The number of a tensor's elements; 0 if the node holds none."""
+        return 0 if example_of(node) is None else self.hint(numel(shape_of(node)))
 
-    def _bytes(self, node: fx.Node) -> int:
+    def bytes_of(self, node: fx.Node) -> int:
         """The size of a tensor [B]; 0 if the node holds none."""
         val = example_of(node)
-        return 0 if val is None else self._elements(node) * val.itemsize
+        return 0 if val is None else self.elements_of(node) * val.itemsize
 
     def runs_backward(self, node: fx.Node) -> bool:
         """True if the backward runs a node."""
         return node.op == "call_function" and self._phases.runs_backward(node)
 
-    def _is_written(self, node: fx.Node) -> bool:
+    def is_written(self, node: fx.Node) -> bool:
         """True if an operator of the backward, such as a product, reads a tensor from memory."""
         return any(self.runs_backward(r) and not _is_fused(r) for r in readers_of(node))
 
     def _cuts(self) -> dict[fx.Node, frozenset[fx.Node]]:
         """By node, the smallest tensors from which pointwise operators compute it."""
         cuts: dict[fx.Node, frozenset[fx.Node]] = {}
-        for node in self._forward:
+        for node in self.forward:
             cuts[node] = frozenset([node])
             if node in self._redrawn:
                 cuts[node] = frozenset()
-            elif node not in self.kept and self._is_cheap(node):
+            elif node not in self.kept and self.is_cheap(node):
                 below = _below(node, cuts)
                 # Of equal sizes the earlier tensor is taken: more may be computed from it.
-                if self._size(below) <= self._bytes(node):
+                if self._size(below) <= self.bytes_of(node):
                     cuts[node] = below
         return cuts
 
@@ -178,22 +185,30 @@ class Chains:
         """The bytes that must be saved in addition, to have some sources [B]."""
         if len(sources) > _MOST_SOURCES:
             return inf
-        return sum(self._bytes(s) for s in sources if s not in self.kept)
+        return sum(self.bytes_of(s) for s in sources if s not in self.kept)
 
-    def _is_cheap(self, node: fx.Node) -> bool:
-        """True if an operator costs no more than moving its bytes, and may run again."""
+    def may_run_again(self, node: fx.Node) -> bool:
+        """True if the user has not tagged an operator, and a second run would compute the same."""
         target = node.target
         if not isinstance(target, torch._ops.OpOverload) or node.meta.get("recompute") is not None:
             return False
         acts = self._effects.is_random(node) or self._effects.writes(node)
-        if acts or self._effects.is_overwritten(node):
-            return False
-        return is_pointwise(target) or target in CASTS or target in VIEWS
+        return not (acts or self._effects.is_overwritten(node))
+
+    def is_cheap(self, node: fx.Node) -> bool:
+        """True if an operator costs no more than moving its bytes, and may run again."""
+        target = node.target
+        is_fast = is_pointwise(target) or target in CASTS or target in VIEWS
+        return is_fast and self.may_run_again(node)
+
+    def is_packed(self, node: fx.Node) -> bool:
+        """True if a node is a mask that is saved as bits."""
+        return node in self._packed
 
     def _is_mask(self, node: fx.Node) -> bool:
         """True if a node compares random numbers with a constant, as dropout does."""
         given = node.all_input_nodes
-        if len(given) != 1 or given[0].target not in _RANDOM or not self._is_cheap(node):
+        if len(given) != 1 or given[0].target not in _RANDOM or not self.is_cheap(node):
             return False
         return given[0].meta.get("recompute") is None
 
@@ -204,13 +219,13 @@ class Chains:
     def _bits(self, node: fx.Node) -> Chain:
         # The mask is written and read as before, but in the forward. Its bits are written and read
         # besides. Packing and unpacking convert each element.
-        size, elements = self._bytes(node), self._elements(node)
+        size, elements = self.bytes_of(node), self.elements_of(node)
         cost = Cost({"elementwise": size / 4, "special": elements, "launches": 1})
         return Chain(node, (), frozenset(), size - size // 8, cost, "packed")
 
     def _mask(self, node: fx.Node) -> Chain:
         # Inductor draws it inside the kernel that uses it, so it is neither written nor read.
-        size, elements = self._bytes(node), self._elements(node)
+        size, elements = self.bytes_of(node), self.elements_of(node)
         cost = Cost({"random": elements, "elementwise": -2 * size})
         nodes = (node.all_input_nodes[0], node)
         return Chain(node, nodes, frozenset(), size, cost, "drawn")
@@ -218,22 +233,22 @@ class Chains:
     def _chain(self, node: fx.Node, cuts: dict[fx.Node, frozenset[fx.Node]]) -> Chain | None:
         """The chain of a tensor; None if recomputing it is not cheap."""
         sources = _below(node, cuts)
-        if not self._is_cheap(node) or len(sources) > _MOST_SOURCES:
+        if not self.is_cheap(node) or len(sources) > _MOST_SOURCES:
             return None
         nodes = _between(sources, node)
         if all(n.target in VIEWS for n in nodes):
             return None
         if any(n.meta.get("recompute") is not None for n in nodes):
             return None
-        size = self._bytes(node)
-        special = sum(self._elements(n) for n in nodes - self._made if n.target in SPECIAL)
+        size = self.bytes_of(node)
+        special = sum(self.elements_of(n) for n in nodes - self._made if n.target in SPECIAL)
         # A kernel that reads all of the sources anyway makes the tensor, too.
-        is_alone = not sources <= self._read
+        is_alone = not sources <= self._read_fused
         cost = Cost(
             {
-                "elementwise": size + sum(map(self._bytes, sources - self._read)),
+                "elementwise": size + sum(map(self.bytes_of, sources - self._read_fused)),
                 "special": special,
-                "random": sum(map(self._elements, nodes & self._redrawn)),
+                "random": sum(map(self.elements_of, nodes & self._redrawn)),
                 "launches": int(is_alone),
             }
         )
