@@ -1,10 +1,10 @@
-"""Compatibility: all code that depends on the version of torch, and all private names that we use.
+"""Compatibility: all code that depends on the version of torch, and the private names that we use.
 
 ``free_unbacked_symbols``, ``_TorchCompileInductorWrapper``, ``env.optimization_hint`` -> functions
 with names and docstrings of ours.
 
 Invariant: a new version of torch breaks this module, if any; ``tests/test_layering.py`` lists the
-four other modules that import private names.
+five other modules that import private names.
 """
 
 from __future__ import annotations
@@ -307,6 +307,20 @@ def inductor_compiler(mode: str | None, options: Mapping[str, Any]) -> Any:
         RuntimeError: If an option is unknown or its value is not valid.
     """
     return torch._TorchCompileInductorWrapper(mode, options, None)  # type: ignore[no-untyped-call]
+
+
+def inductor_options() -> Iterable[str]:
+    """The names of Inductor's options."""
+    return inductor_config.get_config_copy().keys()
+
+
+def compiled_modules() -> list[torch.nn.Module]:
+    """The modules among the arguments and variables of the function that Dynamo traces now."""
+    try:
+        values = InstructionTranslator.current_tx().output.root_tx.f_locals.values()
+    except AttributeError:  # nothing is being traced
+        return []
+    return [value for value in values if isinstance(value, torch.nn.Module)]
 
 
 def is_sym_int(node: fx.Node) -> bool:
