@@ -11,14 +11,25 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import cast
 
+import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.source import ConstantSource
 from torch._dynamo.utils import get_debug_dir
 from torch._functorch._aot_autograd.logging_utils import get_aot_graph_name
 from torch._inductor import config as inductor_config
 from torch._inductor.exc import InvalidCxxCompiler
 from torch._logging import _internal as torch_logging
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.node import _get_qualified_name
+from torch.utils._sympy.printers import PythonPrinter
+
+from runlora_fx._torch_compat import size_hint
 
 #: The name of our logger, and of the package: ``TORCH_LOGS`` takes names of modules.
 LOGGER = "runlora_fx"
@@ -30,7 +41,7 @@ _ARTIFACTS = {
     "runlora_graph": ("runlora: each graph before and after the rewrite", True),
 }
 
-_folders = itertools.count()
+_folders, _sizes = itertools.count(), itertools.count()
 
 
 def _register() -> None:
@@ -54,8 +65,10 @@ def is_graph_wanted() -> bool:
 
 
 def is_traced() -> bool:
-    """True if structured traces are collected (``TORCH_TRACE``)."""
-    return any(getattr(h, "root_dir", h) is not None for h in torch_logging.trace_log.handlers)
+    """True if structured traces are written to a folder (``TORCH_TRACE``)."""
+    handlers = torch_logging.trace_log.handlers
+    writing = [h for h in handlers if isinstance(h, torch_logging.LazyTraceHandler)]
+    return any(h.root_dir is not None for h in writing)
 
 
 def trace(name: str, encoding: str, payload: Callable[[], str]) -> None:
@@ -121,3 +134,42 @@ def source_of(graph: fx.Graph, meta: str = "") -> str:
 def lacks_compiler(error: BaseException) -> bool:
     """True if an error says that Inductor has no C++ compiler that works."""
     return isinstance(getattr(error, "inner_exception", error), InvalidCxxCompiler)
+
+
+# -- graphs with symbolic sizes that are built again --------------------------------------------
+
+
+def symbolic_mode() -> FakeTensorMode:
+    """A fake mode that takes symbolic sizes."""
+    return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+
+
+def keeping_symbols() -> AbstractContextManager[None]:
+    """A context in which operators on fake tensors fix no symbolic size, as while tracing."""
+    return cast(AbstractContextManager[None], enable_python_dispatcher())
+
+
+def symbolic_size(mode: FakeTensorMode, hint: int) -> torch.SymInt:
+    """A new symbolic size of a mode, and its value when it was traced."""
+    env = mode.shape_env
+    assert env is not None
+    source = ConstantSource(f"size_{next(_sizes)}")
+    symbol = env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC)
+    return cast(torch.SymInt, env.create_symintnode(symbol, hint=hint, source=source))
+
+
+def is_backed(size: torch.SymInt) -> bool:
+    """True if a size was known when the graph was traced."""
+    return bool(size.node.has_hint())
+
+
+def code_of_size(size: torch.SymInt, mode: FakeTensorMode | None) -> tuple[str, dict[str, int]]:
+    """A size as Python code, and the values that its symbols had when the graph was traced."""
+    expression = size.node.expr
+    hints = {str(symbol): size_hint(symbol, mode, 2) for symbol in expression.free_symbols}
+    return PythonPrinter().doprint(expression), hints
+
+
+def function_name(function: Callable[..., object]) -> str:
+    """The name by which a function can be found, with its module."""
+    return _get_qualified_name(function)

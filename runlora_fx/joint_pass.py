@@ -28,6 +28,7 @@ from runlora_fx.options import Options
 from runlora_fx.passes.levels.aten import ATEN
 from runlora_fx.passes.levels.level import Dialect
 from runlora_fx.passes.pipeline import rewrite_graph
+from runlora_fx.passes.reproducer import Reproducer, Run
 from runlora_fx.report.data import Refusal, Report
 
 _log = logging.getLogger("runlora_fx")
@@ -74,9 +75,11 @@ def run(
     except Exception as error:
         if options.strict:
             raise
+        given = Run(dialect, options, may_guard, joins_in_place, tuple(parameters))
         _log.warning(
-            "runlora failed and leaves this graph as it came; please report this "
+            "runlora failed and leaves this graph as it came; please report this%s "
             "(options={'runlora.strict': True} raises instead): %s: %s",
+            Reproducer(lambda: graph, given)(error),
             type(error).__name__,
             error,
             exc_info=_log.isEnabledFor(logging.DEBUG),

@@ -52,6 +52,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("passes.emit.copies", "passes.emit.copies.*"),
     ("passes.emit.graph", "passes.emit.graph.*"),
     ("passes.emit.apply",),
+    ("passes.graph_code",),
+    ("passes.reproducer",),
     ("passes.stack", "passes.stack.*"),
     ("passes.recompute", "passes.recompute.*"),
     ("passes.tune", "passes.tune.*"),
@@ -60,6 +62,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("history", "inactive", "logs"),
     # The pass, and the ways to it.
     ("passes.planning", "passes.pipeline"),
+    ("passes.rebuild",),
     ("joint_pass",),
     ("estimator",),
     ("integrations", "integrations.*"),
