@@ -309,20 +309,6 @@ def inductor_compiler(mode: str | None, options: Mapping[str, Any]) -> Any:
     return torch._TorchCompileInductorWrapper(mode, options, None)  # type: ignore[no-untyped-call]
 
 
-def inductor_options() -> Iterable[str]:
-    """The names of Inductor's options."""
-    return inductor_config.get_config_copy().keys()
-
-
-def compiled_modules() -> list[torch.nn.Module]:
-    """The modules among the arguments and variables of the function that Dynamo traces now."""
-    try:
-        values = InstructionTranslator.current_tx().output.root_tx.f_locals.values()
-    except AttributeError:  # nothing is being traced
-        return []
-    return [value for value in values if isinstance(value, torch.nn.Module)]
-
-
 def is_sym_int(node: fx.Node) -> bool:
     """True if a node holds a symbolic integer."""
     return isinstance(node.meta.get("val"), torch.SymInt)

@@ -1,24 +1,25 @@
-"""Compatibility: what torch's debugging tools offer: logs, traces, the debug folder.
+"""Compatibility: what torch offers for debugging: logs, traces, the debug folder, what is compiled.
 
 ``TORCH_LOGS``, ``TORCH_TRACE`` and ``TORCH_COMPILE_DEBUG`` -> functions with names of ours.
 
-Invariant: nothing here changes what is compiled. Private names of torch that serve debugging alone
-are in this module, and the others in ``_torch_compat.py``.
+Invariant: nothing here changes what is compiled. Private names of torch that serve logs, messages
+and reproducers alone are in this module, and the others in ``_torch_compat.py``.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import cast
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
+from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.utils import get_debug_dir
 from torch._functorch._aot_autograd.logging_utils import get_aot_graph_name
 from torch._inductor import config as inductor_config
@@ -129,6 +130,20 @@ def source_of(graph: fx.Graph, meta: str = "") -> str:
         additional_meta=[meta] if meta else None,
     )
     return code.src.lstrip("\n")
+
+
+def inductor_options() -> Iterable[str]:
+    """The names of Inductor's options."""
+    return inductor_config.get_config_copy().keys()
+
+
+def compiled_modules() -> list[nn.Module]:
+    """The modules among the arguments and variables of the function that Dynamo traces now."""
+    try:
+        values = InstructionTranslator.current_tx().output.root_tx.f_locals.values()
+    except AttributeError:  # nothing is being traced
+        return []
+    return [value for value in values if isinstance(value, nn.Module)]
 
 
 def lacks_compiler(error: BaseException) -> bool:

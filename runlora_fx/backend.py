@@ -15,13 +15,8 @@ from torch import fx
 from torch._inductor import config as inductor_config
 
 from runlora_fx import history
-from runlora_fx._torch_compat import (
-    JOINT_PASSES,
-    inductor_compiler,
-    inductor_options,
-    joint_passes,
-)
-from runlora_fx._torch_debug import lacks_compiler
+from runlora_fx._torch_compat import JOINT_PASSES, inductor_compiler, joint_passes
+from runlora_fx._torch_debug import inductor_options, lacks_compiler
 from runlora_fx.aot import aot_backend, parameter_inputs
 from runlora_fx.integrations.install import make_traceable
 from runlora_fx.integrations.own_compile import own_backend

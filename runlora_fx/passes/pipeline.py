@@ -68,20 +68,21 @@ def rewrite_graph(
         machine = machine_for(options.device, use_stored=options.tune != "off")
     run = Run(level, options, may_guard, joins_in_place, tuple(parameters))
     with collection_paused():
-        came = Snapshot(graph)
-        context = Context(
-            *(graph, level, options, machine, may_guard, joins_in_place, tuple(parameters)),
-            reproduced=Reproducer(came.copied, run),
-        )
         try:
             # Its objects are freed when this returns, before the collector runs again.
-            return _rewritten(context, came)
+            return _rewritten(graph, run, machine)
         finally:
             forget_shapes()
 
 
-def _rewritten(context: Context, came: Snapshot) -> Report:
-    """Run the pass on the graph of a context, and report on it."""
+def _rewritten(graph: fx.Graph, run: Run, machine: Machine) -> Report:
+    """Run the pass on a graph, and report on it."""
+    came = Snapshot(graph)
+    context = Context(
+        *(graph, run.level, run.options, machine),
+        *(run.may_guard, run.joins_in_place, run.parameters),
+        reproduced=Reproducer(came.copied, run),
+    )
     try:
         outcome: Outcome | None = None
         try:
