@@ -9,6 +9,7 @@ rewrite single graphs and explain what the backend does:
 
 __version__ = "0.1.0"
 
+from runlora_fx import _requirements as _requirements  # first: it names a torch that is too old
 from runlora_fx.estimator import ProfileEstimator
 from runlora_fx.history import last_report, report_of
 from runlora_fx.joint_pass import RunloraPass

@@ -1,10 +1,10 @@
-"""Compatibility: all code that depends on the version of torch, and all private names that we use.
+"""Compatibility: all code that depends on the version of torch, and the private names that we use.
 
 ``free_unbacked_symbols``, ``_TorchCompileInductorWrapper``, ``env.optimization_hint`` -> functions
 with names and docstrings of ours.
 
 Invariant: a new version of torch breaks this module, if any; ``tests/test_layering.py`` lists the
-four other modules that import private names.
+five other modules that import private names.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from torch._inductor import config as inductor_config
 
 from runlora_fx import history
 from runlora_fx._torch_compat import JOINT_PASSES, inductor_compiler, joint_passes
+from runlora_fx._torch_debug import inductor_options, lacks_compiler
 from runlora_fx.aot import aot_backend, parameter_inputs
 from runlora_fx.integrations.install import make_traceable
 from runlora_fx.integrations.own_compile import own_backend
@@ -27,6 +28,12 @@ _log = logging.getLogger("runlora_fx")
 
 #: Inductor's setting that switches its joint passes off; mode="lite" does so.
 _SWITCH = "use_joint_graph_passes"
+
+_NO_COMPILER = (
+    "Inductor finds no C++ compiler, which it needs to compile for the CPU. Install one (Debian, "
+    "Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install), or name "
+    "yours in the environment variable CXX, or use backend='runlora_eager', which needs none."
+)
 
 
 def runlora(
@@ -47,17 +54,22 @@ def runlora(
         options: Inductor's options, and ours as ``runlora.NAME`` (:class:`~runlora_fx.Options`).
 
     Raises:
-        ValueError: If a ``runlora.`` option is unknown or not valid.
-        RuntimeError: If an Inductor option is unknown or not valid.
+        ValueError: If an option is unknown, or one of ours is not valid.
+        RuntimeError: If an option of Inductor is not valid, or if there is no C++ compiler.
     """
-    ours, inductors = split_options(options)
+    ours, inductors = split_options(options, inductor_options() if options else ())
     inductor = inductor_compiler(mode, inductors)
     # The global config stays untouched. Passes that the user set there run before ours.
     before = [p for p in joint_passes(inductor) if not isinstance(p, RunloraPass)]
     own_pass = RunloraPass(ours, before, parameter_inputs(example_inputs))
     inductor.config[JOINT_PASSES] = own_pass
-    with history.as_one():
-        compiled = inductor(gm, example_inputs)
+    try:
+        with history.as_one():
+            compiled = inductor(gm, example_inputs)
+    except Exception as error:
+        if lacks_compiler(error):
+            raise RuntimeError(f"{_NO_COMPILER} Inductor says: {error}") from error
+        raise
     if not own_pass.ran:
         is_on = inductor.config.get(_SWITCH, getattr(inductor_config, _SWITCH))
         if not is_on:
@@ -70,6 +82,7 @@ def runlora_eager(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
     *,
+    mode: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
     """Run the rewritten graphs operator by operator: no compiler needed, easy to debug.
@@ -77,12 +90,18 @@ def runlora_eager(
     Args:
         gm: The graph that Dynamo traced.
         example_inputs: Its example inputs.
+        mode: None: there is nothing that a mode could choose.
         options: Our options as ``runlora.NAME``, and no others.
 
     Raises:
-        ValueError: If an option is unknown or not valid.
+        ValueError: If an option is unknown or not valid, or if there is a mode.
     """
-    ours, others = split_options(options)
+    if mode is not None:
+        raise ValueError(
+            f"backend='runlora_eager' takes no mode, not {mode!r}: it runs graphs operator by "
+            f"operator. Modes are Inductor's; backend='runlora' takes them"
+        )
+    ours, others = split_options(options, inductor_options() if options else ())
     if others:
         raise ValueError(
             f"backend='runlora_eager' takes runlora.* options only, not {sorted(others)}"

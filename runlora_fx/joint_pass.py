@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,18 @@ import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-from runlora_fx import __version__, history
+from runlora_fx import __version__, history, logs
 from runlora_fx._torch_compat import joins_in_place as inductor_joins_in_place
 from runlora_fx._torch_compat import never_overwrite
+from runlora_fx._torch_debug import compiled_modules
 from runlora_fx.cost_model.devices.elsewhere import machine_for
 from runlora_fx.cost_model.devices.machine import Machine
+from runlora_fx.inactive import inactive
 from runlora_fx.options import Options
 from runlora_fx.passes.levels.aten import ATEN
 from runlora_fx.passes.levels.level import Dialect
 from runlora_fx.passes.pipeline import rewrite_graph
+from runlora_fx.passes.reproducer import Reproducer, Run
 from runlora_fx.report.data import Refusal, Report
 
 _log = logging.getLogger("runlora_fx")
@@ -59,6 +62,7 @@ def run(
     Raises:
         Exception: Under ``strict``, whatever went wrong.
     """
+    came = logs.before(graph)
     try:
         report = rewrite_graph(
             graph,
@@ -72,17 +76,31 @@ def run(
     except Exception as error:
         if options.strict:
             raise
+        given = Run(dialect, options, may_guard, joins_in_place, tuple(parameters))
         _log.warning(
-            "runlora failed and leaves this graph as it came; please report this "
+            "runlora failed and leaves this graph as it came; please report this%s "
             "(options={'runlora.strict': True} raises instead): %s: %s",
+            Reproducer(lambda: graph, given)(error),
             type(error).__name__,
             error,
             exc_info=_log.isEnabledFor(logging.DEBUG),
         )
         refusal = Refusal(f"the pass failed: {type(error).__name__}: {error}", ("this graph",))
         report = Report(graph=dialect.graph, refusals=(refusal,))
+    if not report.sites:
+        report = replace(report, refusals=(*report.refusals, *_inactive()))
+    logs.show(report, came, graph)
     history.record(report)
     return report
+
+
+def _inactive() -> tuple[Refusal, ...]:
+    """What is said about adapters that take no part in the graph."""
+    try:
+        return tuple(inactive(compiled_modules()))
+    except Exception as error:  # of a module that is not PEFT's after all
+        _log.info("runlora could not look for adapters: %s: %s", type(error).__name__, error)
+        return ()
 
 
 def _is_seen(graph: fx.Graph) -> bool:

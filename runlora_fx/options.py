@@ -7,7 +7,8 @@ Invariant: an :class:`Options` object is valid.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any, Literal, TypeAlias, get_args
@@ -132,12 +133,39 @@ class Options:
         return replace(cls(), **given)
 
 
-def split_options(options: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
-    """Split the options of ``torch.compile`` into ours and the others.
+def split_options(
+    options: Mapping[str, Any] | None, compilers: Iterable[str] = ()
+) -> tuple[Options, dict[str, Any]]:
+    """Split the options of ``torch.compile`` into ours and those of the compiler.
+
+    Args:
+        options: Both kinds.
+        compilers: The names of the compiler's options.
 
     Raises:
-        ValueError: If a ``runlora.`` key is unknown or its value is not valid.
+        ValueError: If a name is neither ours nor the compiler's, or if a value of ours is not
+            valid.
     """
-    ours = {k.removeprefix(PREFIX): v for k, v in (options or {}).items() if k.startswith(PREFIX)}
-    others = {k: v for k, v in (options or {}).items() if not k.startswith(PREFIX)}
+    given = options or {}
+    ours = {k.removeprefix(PREFIX): v for k, v in given.items() if k.startswith(PREFIX)}
+    others = {k: v for k, v in given.items() if not k.startswith(PREFIX)}
+    known = list(compilers)
+    for key in others:
+        if key.replace("-", "_") not in known:
+            raise ValueError(_unknown(key, known))
     return Options.of(ours, PREFIX), others
+
+
+def _unknown(key: str, known: Sequence[str]) -> str:
+    """What to say of a name that is neither ours nor the compiler's."""
+    names = [field.name for field in fields(Options)]
+    # Written without the prefix, or with another sign behind it.
+    bare = re.sub(r"^runlora[^a-z]?", "", key, flags=re.IGNORECASE)
+    close = get_close_matches(bare, [*names, *(known if bare == key else ())], 1)
+    meant = PREFIX + close[0] if close and close[0] in names else "".join(close)
+    hint = f" Did you mean {meant}?" if meant else ""
+    ours = ", ".join(PREFIX + name for name in names)
+    return (
+        f"unknown option {key}.{hint} Options of runlora: {ours}; "
+        f"torch._inductor.list_options() lists those of Inductor"
+    )

@@ -36,7 +36,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("options",),
     ("keywords",),
     # The machine.
-    ("_torch_compat",),
+    ("_requirements",),
+    ("_torch_compat", "_torch_debug"),
     # Fused kernels for GPUs. Whoever uses them imports them where they are called.
     ("kernels", "kernels.*"),
     ("cost_model.devices", "cost_model.devices.*"),
@@ -51,14 +52,17 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("passes.emit.copies", "passes.emit.copies.*"),
     ("passes.emit.graph", "passes.emit.graph.*"),
     ("passes.emit.apply",),
+    ("passes.graph_code",),
+    ("passes.reproducer",),
     ("passes.stack", "passes.stack.*"),
     ("passes.recompute", "passes.recompute.*"),
     ("passes.tune", "passes.tune.*"),
     # What was done.
     ("report", "report.*"),
-    ("history",),
+    ("history", "inactive", "logs"),
     # The pass, and the ways to it.
     ("passes.planning", "passes.pipeline"),
+    ("passes.rebuild",),
     ("joint_pass",),
     ("estimator",),
     ("integrations", "integrations.*"),
@@ -83,7 +87,10 @@ WITHOUT_TORCH = (
 
 # The modules that may import private parts of torch, and the one private attribute that any may
 # use: `torch._ops` has the types of operators, which are public objects.
-PRIVATE_TORCH = {"_torch_compat", "aot", "backend", "joint_pass", "passes.read.example_values"}
+PRIVATE_TORCH = {
+    *("_torch_compat", "_torch_debug", "aot", "backend", "joint_pass"),
+    "passes.read.example_values",
+}
 PRIVATE_ATTRIBUTE = "torch._ops"
 
 

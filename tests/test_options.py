@@ -179,8 +179,8 @@ def test_our_options_stand_next_to_inductors(given: list[dict[str, Any]]) -> Non
     assert settings == {"max_autotune": True}
 
 
-@pytest.mark.parametrize("options", [{"nonsense": 1}, {"max_autotune": "yes"}], ids=str)
-def test_inductors_options_are_refused_in_its_own_words(options: dict[str, object]) -> None:
+def test_values_of_inductors_options_are_refused_in_its_own_words() -> None:
+    options = {"max_autotune": "yes"}
     with pytest.raises(RuntimeError) as inductors:
         _compile(INDUCTOR, options=options)
     with pytest.raises(BackendCompilerFailed) as ours:

@@ -243,13 +243,21 @@ def _latest(entries: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a file so that readers see the old content or the new one, never a part of it."""
+    write_text(path, json.dumps(content))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that readers see the old content or the new one, never a part of it.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
     with tempfile.NamedTemporaryFile(
         "w", dir=path.parent, prefix=path.stem, suffix=".tmp", delete=False, encoding="utf-8"
     ) as file:
         temporary = Path(file.name)
         try:
-            json.dump(content, file)
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
             file.close()  # some systems rename no open file

@@ -10,6 +10,7 @@ Invariant: a context does not change, except for its list of failures. Passes ch
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import astuple, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -107,6 +108,8 @@ class Context:
             larger one. Inductor does so, but not for products that it tunes.
         parameters: Positions of the inputs that are parameters, the same tensors in every call.
         failures: The parts that failed so far. Passes add to it.
+        reproduced: Writes a file that reproduces an error, and returns what a warning says of it:
+            ", with the file ..."; empty if there is none.
     """
 
     graph: fx.Graph
@@ -117,6 +120,7 @@ class Context:
     joins_in_place: bool = False
     parameters: tuple[int, ...] = ()
     failures: list[Failure] = field(default_factory=list)
+    reproduced: Callable[[Exception], str] = lambda _: ""
 
     # -- sizes ---------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from runlora_fx.passes.emit.graph.transaction import Snapshot, note_failure
 from runlora_fx.passes.levels.level import Dialect
 from runlora_fx.passes.levels.sizes import forget_shapes
 from runlora_fx.passes.planning import PlannedRegion, plan_linear_algebra
+from runlora_fx.passes.reproducer import Reproducer, Run
 from runlora_fx.report.data import Refusal, Report, Site
 from runlora_fx.report.describe import Known, describe
 from runlora_fx.report.origin import unmatched
@@ -65,18 +66,23 @@ def rewrite_graph(
     """
     if machine is None:
         machine = machine_for(options.device, use_stored=options.tune != "off")
-    context = Context(graph, level, options, machine, may_guard, joins_in_place, tuple(parameters))
+    run = Run(level, options, may_guard, joins_in_place, tuple(parameters))
     with collection_paused():
         try:
             # Its objects are freed when this returns, before the collector runs again.
-            return _rewritten(context)
+            return _rewritten(graph, run, machine)
         finally:
             forget_shapes()
 
 
-def _rewritten(context: Context) -> Report:
-    """Run the pass on the graph of a context, and report on it."""
-    came = Snapshot(context.graph)
+def _rewritten(graph: fx.Graph, run: Run, machine: Machine) -> Report:
+    """Run the pass on a graph, and report on it."""
+    came = Snapshot(graph)
+    context = Context(
+        *(graph, run.level, run.options, machine),
+        *(run.may_guard, run.joins_in_place, run.parameters),
+        reproduced=Reproducer(came.copied, run),
+    )
     try:
         outcome: Outcome | None = None
         try:
@@ -170,8 +176,9 @@ def _undescribed(context: Context, error: Exception) -> None:
     if context.options.strict:
         raise error
     _log.warning(
-        "runlora could not describe a part of what it did (please report this; "
-        "options={'runlora.strict': True} raises instead): %s: %s",
+        "runlora could not describe a part of what it did; please report this%s "
+        "(options={'runlora.strict': True} raises instead): %s: %s",
+        context.reproduced(error),
         type(error).__name__,
         error,
     )

@@ -197,7 +197,13 @@ class _Planner:
         except Exception as error:
             if self._options.strict:
                 raise
-            _log.warning("runlora could not %s: %s: %s", what, type(error).__name__, error)
+            _log.warning(
+                "runlora could not %s; please report this%s: %s: %s",
+                what,
+                self._context.reproduced(error),
+                type(error).__name__,
+                error,
+            )
             return otherwise
 
     def _planned(self, analysis: Analysis) -> list[Decision]:

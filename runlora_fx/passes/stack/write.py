@@ -18,7 +18,7 @@ from torch import fx
 from runlora_fx.passes.context import Context
 from runlora_fx.passes.emit.graph.recompute import keep, recompute
 from runlora_fx.passes.emit.nodes.example_results import ExampleResults
-from runlora_fx.passes.emit.nodes.inserter import Inserter
+from runlora_fx.passes.emit.nodes.inserter import Inserter, label_of
 from runlora_fx.passes.emit.proof.verify import VerificationError
 from runlora_fx.passes.stack.blocks import blocks_of
 from runlora_fx.passes.stack.find import Added, Joined, Shared
@@ -150,7 +150,7 @@ class StackWriter:
     # -- the graph -----------------------------------------------------------------------------
 
     def _begin(self, anchor: fx.Node, rule: str) -> None:
-        self._insert.rule = rule
+        self._insert.rule, self._insert.label = rule, label_of(rule)
         self._insert.move_to(anchor)
 
     def _prove(self, old: fx.Node, new: fx.Node, expected: object) -> None:

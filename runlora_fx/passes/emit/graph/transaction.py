@@ -80,6 +80,18 @@ class Snapshot:
         for was in self._records:
             now[was.node].name = was.name  # nodes that had taken the name are erased by now
 
+    def copied(self) -> fx.Graph:
+        """The graph of the snapshot as a new graph; the other one is left as it is now."""
+        graph = fx.Graph(owning_module=self._graph.owning_module)
+        copies: dict[fx.Node, fx.Node] = {}
+        for was in self._records:
+            args, kwargs = fx.node.map_arg((was.args, was.kwargs), copies.__getitem__)
+            node = was.node
+            copy = graph.create_node(node.op, node.target, args, kwargs, was.name)
+            copy.meta = was.meta
+            copies[node] = copy
+        return graph
+
     def _made_again(self, was: _Record, before: fx.Node | None) -> fx.Node:
         """Create an erased node again, without arguments."""
         at = self._graph.inserting_before(next(iter(self._graph.nodes)))
@@ -98,9 +110,10 @@ def _read(args: Any) -> list[fx.Node]:
 def note_failure(context: Context, names: Sequence[str], error: Exception) -> None:
     """Log that a part of a graph stays as it came, and add it to the failures of the context."""
     _log.warning(
-        "runlora leaves %s as it came; please report this "
+        "runlora leaves %s as it came; please report this%s "
         "(options={'runlora.strict': True} raises instead): %s: %s",
         ", ".join(names),
+        context.reproduced(error),
         type(error).__name__,
         error,
         exc_info=_log.isEnabledFor(logging.DEBUG),

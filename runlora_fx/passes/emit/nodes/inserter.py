@@ -17,6 +17,16 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from runlora_fx._torch_compat import COPIED_META, fake_mode_of
 from runlora_fx.passes.emit.nodes.example_results import ExampleResults
+from runlora_fx.passes.levels.operators import VIEWS
+
+#: The beginning of the names of all nodes that are written.
+PREFIX = "runlora_"
+
+#: The names of views, whatever they are written for, and of nodes that no rule names.
+_VIEW, _UNNAMED = f"{PREFIX}view", f"{PREFIX}value"
+
+#: By identity, because the hash of an operator is a call of Python code.
+_VIEWS = frozenset(map(id, VIEWS))
 
 #: The key of the metadata that names the step or law that a node was written for.
 RULE = "runlora"
@@ -31,12 +41,14 @@ class Inserter:
     Attributes:
         written: The nodes written so far, in order.
         rule: The rule that the nodes are written for: their ``meta["runlora"]``.
+        label: What the nodes are called; fx adds a number where a name is taken.
         mode: The fake mode of the example tensors; None if they are real.
     """
 
     def __init__(self, graph: fx.Graph, rule: str = "") -> None:
         """Write into a graph whose tensor nodes have example tensors in ``meta["val"]``."""
         self.rule = rule
+        self.label = label_of(rule)
         self._graph = graph
         self._anchor: fx.Node | None = None
         self._lent: dict[str, Any] = {}
@@ -85,8 +97,10 @@ class Inserter:
             args: Its arguments.
             kwargs: Its keyword arguments.
             value: The example value.
-            name: The name of a node of the same target. Given, fx does not look for a name.
+            name: The name of a node that was written for an equal step.
         """
+        if name is None:
+            name = _VIEW if id(target) in _VIEWS else self.label
         with self._graph.inserting_before(self.anchor):
             node = self._graph.create_node("call_function", target, args, kwargs, name)
         return self._described(node, value)
@@ -107,6 +121,16 @@ class Inserter:
             meta[RULE] = self.rule
         self.written.append(node)
         return node
+
+
+def label_of(rule: str) -> str:
+    """What nodes are called that are written for a rule: the step class before its colon.
+
+    Example:
+        ``"sum by expert: ..."`` becomes ``runlora_sum_by_expert``.
+    """
+    kind, colon, _ = rule.partition(":")
+    return f"{PREFIX}{kind.replace(' ', '_')}" if colon else _UNNAMED
 
 
 def hand_over(old: fx.Node, new: fx.Node) -> None:

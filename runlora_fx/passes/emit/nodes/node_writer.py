@@ -20,7 +20,7 @@ from torch import fx
 from runlora_fx._torch_compat import fake_like, is_sym_int
 from runlora_fx.passes.algebra.posed import Dim
 from runlora_fx.passes.emit.nodes.example_results import Layout
-from runlora_fx.passes.emit.nodes.inserter import Inserter
+from runlora_fx.passes.emit.nodes.inserter import Inserter, label_of
 from runlora_fx.passes.emit.nodes.rules import Rule, name_in, text_of
 from runlora_fx.passes.levels.level import Calls
 from runlora_fx.passes.levels.sizes import (
@@ -65,14 +65,15 @@ class NodeWriter:
     @contextmanager
     def making(self, rule: Rule) -> Iterator[None]:
         """A context in which nodes are written for one rule. Their metadata names it."""
-        outer = self._rule, self._insert.rule
+        outer = self._rule, self._insert.rule, self._insert.label
         root = self.anchor.name
         self._rule = rule
         self._insert.rule = text_of(rule, lambda name: name_in(self._reader.leaves, name, root))
+        self._insert.label = label_of(self._insert.rule)
         try:
             yield
         finally:
-            self._rule, self._insert.rule = outer
+            self._rule, self._insert.rule, self._insert.label = outer
 
     @property
     def written(self) -> list[fx.Node]:

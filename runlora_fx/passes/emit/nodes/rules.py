@@ -1,6 +1,6 @@
 """Rules: which step of a plan a node was written for, as a short text.
 
-    node.meta["runlora"] == "sum: primals_2 + 2 primals_4 primals_3"
+    node.meta["runlora"] == "merged weight: primals_2 + 2 primals_4 primals_3"
 
 A rule is stored as a tuple of texts and of leaf numbers. The text has names in the places of the
 numbers. So the rules of equal steps of two layers differ in these numbers alone.
@@ -10,9 +10,11 @@ Invariant: rules are for people to read. No pass depends on them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Literal, NamedTuple, TypeAlias
+
+from torch import fx
 
 from runlora_fx.passes.algebra.polynomials import Polynomial
 from runlora_fx.passes.algebra.problem import Value
@@ -77,14 +79,15 @@ def name_in(leaves: Leaves, name: Name, root: str) -> str:
     return root
 
 
-def rule_of(value: Value, step: Step) -> Rule:
+def rule_of(value: Value, step: Step, leaves: Leaves) -> Rule:
     """The rule of a step: its kind, and the formula by which it computes the value."""
     operands = step.operands
-    if isinstance(step, Sum):
-        return ("sum: ", *_joined(" + ", [_text(p) for p in operands]))
-    if isinstance(step, Accumulate):
-        product = step.left @ step.right
-        return ("sum: ", *_joined(" + ", [_text(step.addend), _text(product)]))
+    if isinstance(step, Sum | Accumulate):
+        addends = operands
+        if isinstance(step, Accumulate):
+            addends = (step.addend, step.left @ step.right)
+        kind = "merged weight: " if _is_merged_weight(value, leaves) else "sum: "
+        return (kind, *_joined(" + ", [_text(p) for p in addends]))
     texts = [_in_brackets(p) for p in operands]
     match step:
         case Unpack():
@@ -102,6 +105,26 @@ def rule_of(value: Value, step: Step) -> Rule:
     if any(p.is_diagonal for p in operands):
         return ("scaling: ", *_joined(" ", texts))
     return ("product: ", *_joined(" ", texts))
+
+
+def _is_merged_weight(value: Value, leaves: Leaves) -> bool:
+    """True for ``W + s B A``: a matrix plus products without it, all made of the graph's inputs."""
+    words = [word.factors for word in value.core.words]
+    alone = {factors[0].leaf for factors in words if len(factors) == 1}
+    multiplied = {factor.leaf for factors in words if len(factors) > 1 for factor in factors}
+    if value.backward or not alone or not multiplied or alone & multiplied:
+        return False
+    return all(_is_of_inputs(leaves.matrices[i].sources) for i in value.core.leaves)
+
+
+def _is_of_inputs(nodes: Sequence[fx.Node]) -> bool:
+    """True if nodes are inputs of the graph, or views and casts of single inputs."""
+    for node in nodes:
+        while node.op == "call_function" and len(node.all_input_nodes) == 1:
+            (node,) = node.all_input_nodes
+        if node.op not in ("placeholder", "get_attr"):
+            return False
+    return bool(nodes)
 
 
 def rule_of_root(root: Root) -> Rule:

@@ -239,7 +239,7 @@ class Emitter:
                 self._scope.writer.reshape(known.node, matrix_shape(*seen)), known.transposed
             )
         begin = len(self._scope.writer.written)
-        with self._scope.writer.making(rule_of(value, step)):
+        with self._scope.writer.making(rule_of(value, step, self._scope.leaves)):
             write = writing(self._task.implementations[value])
             node = write(self._emission, value, step, transposed)
         # All nodes of the value get the recompute tag. The partitioner saves the last untagged one.

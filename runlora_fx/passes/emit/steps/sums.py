@@ -92,7 +92,7 @@ class Sums:
         step = self._products.unshared_product(value)
         if step is None:
             return self._scope.scaled(self._values.matrix(value, turned), part.scalar)
-        with self._scope.writer.making(rule_of(value, step)):
+        with self._scope.writer.making(rule_of(value, step, self._scope.leaves)):
             a, b, by = self._products.operands(value, step, turned)
             return self._products.product(a, b, by * part.scalar)
 
@@ -102,7 +102,7 @@ class Sums:
         step = self._products.unshared_product(value)
         if step is None:
             return self._scope.added(total, self._matrix(part, flip, backward))
-        with self._scope.writer.making(rule_of(value, step)):
+        with self._scope.writer.making(rule_of(value, step, self._scope.leaves)):
             a, b, by = self._products.operands(value, step, turned)
         return self._products.accumulated(total, Operands(a, b, by * part.scalar))
 
