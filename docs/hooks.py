@@ -23,7 +23,7 @@ SHOWN = ("CHANGELOG.md", "benchmarks/*.py", "benchmarks/results/*.*", "examples/
 COPIED = (".svg", ".json")
 
 _LINK = re.compile(r"(\]\()([^)\s:#]+)(#[^)\s]*)?\)")
-_ROLE = re.compile(r":(?:class|func|mod|meth):<code>~?([\w.]+)</code>")
+_ROLE = re.compile(r":(class|func|mod|meth|attr):<code>~?([\w.]+)</code>")
 
 
 def address(path: str) -> str:
@@ -82,7 +82,9 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
     """Roles in docstrings, such as ``:class:``, become links to the API reference."""
 
     def link(found: re.Match[str]) -> str:
-        name = found[1]
-        return f'<a href="#{name}"><code>{name.rpartition(".")[2]}</code></a>'
+        name = found[2]
+        code = f"<code>{name.rpartition('.')[2]}</code>"
+        # Only whole names of the package are anchors.
+        return f'<a href="#{name}">{code}</a>' if name.startswith("runlora_fx.") else code
 
     return _ROLE.sub(link, html)
