@@ -44,7 +44,7 @@ def run_python(*arguments: str) -> str:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -73,7 +73,7 @@ def test_rewrite_graph_shows_the_merged_weight_in_both_graphs() -> None:
 
 def test_train_peft_learns_and_reports_every_adapted_layer() -> None:
     printed = run_python("examples/train_peft.py")
-    losses = [float(loss) for loss in re.findall(r"^loss ([\d.]+)$", printed, re.MULTILINE)]
+    losses = losses_of(printed)
     assert len(losses) == 3
     assert losses == sorted(losses, reverse=True)
     (change,) = flops_changes(printed)
@@ -82,8 +82,114 @@ def test_train_peft_learns_and_reports_every_adapted_layer() -> None:
     assert sum(int(count) for count in re.findall(r"^(\d+) x ", printed, re.MULTILINE)) == 7
 
 
+def losses_of(printed: str) -> list[float]:
+    return [float(loss) for loss in re.findall(r"^loss ([\d.]+)$", printed, re.MULTILINE)]
+
+
+def test_custom_module_trains_as_in_eager_mode() -> None:
+    printed = run_python("examples/custom_module.py")  # compares the losses itself
+    (change,) = flops_changes(printed)
+    assert change < 0
+    assert "M = W + 2 B A   (recomputed in the backward)" in printed
+
+
+def test_dora_learns_in_one_graph() -> None:
+    printed = run_python("examples/dora.py", "runlora_eager")
+    losses = losses_of(printed)
+    assert len(losses) == 3
+    assert losses == sorted(losses, reverse=True)
+    (change,) = flops_changes(printed)
+    assert change < 0
+    assert "Y = Z diag(g)" in printed
+
+
+def test_qlora_learns_on_four_bits() -> None:
+    pytest.importorskip("bitsandbytes")
+    printed = run_python("examples/qlora.py", "runlora_eager")
+    losses = losses_of(printed)
+    assert len(losses) == 3
+    assert losses == sorted(losses, reverse=True)
+    (change,) = flops_changes(printed)
+    assert change < 0
+    # Each of the two layers is a site with its sizes.
+    assert set(re.findall(r"i=\d+, o=\d+|o=\d+, r=8, i=\d+", printed)) >= {"i=128, o=256"}
+
+
+def test_relora_restarts_without_compiling_again() -> None:
+    printed = run_python("examples/relora.py", "runlora_eager")
+    losses = [float(x) for x in re.findall(r"^round \d: loss ([\d.]+)$", printed, re.MULTILINE)]
+    assert len(losses) == 3
+    assert losses == sorted(losses, reverse=True)
+    assert "graphs compiled: 1\n" in printed
+
+
+def test_several_adapters_compile_once_each() -> None:
+    printed = run_python("examples/several_adapters.py")
+    shown = re.findall(r"^(\w+): sum (\S+), graphs (\d)$", printed, re.MULTILINE)
+    assert [(name, graphs) for name, _, graphs in shown] == [
+        ("default", "1"),
+        ("second", "2"),
+        ("default", "2"),
+    ]
+    assert shown[0][1] == shown[2][1] != shown[1][1]
+    assert "three files of adapters, graphs compiled: 1\n" in printed
+
+
+def test_read_a_report_names_the_cause() -> None:
+    printed = run_python("examples/read_a_report.py")
+    first, second = re.findall(r"^base_model\.model\.(\d): .*: (.*)$", printed, re.MULTILINE)
+    assert (first, second) == (("0", "changed"), ("2", "left alone"))
+    assert "cause: dropout; remedy: set lora_dropout=0" in printed
+    assert "4*N*i*r + 6*N*o*r -> 2*N*i*o" in printed
+    assert "JSON: schema, verdict, " in printed
+
+
+def test_optimizer_chain_avoids_the_projector() -> None:
+    printed = run_python("examples/optimizer_chain.py")
+    before, after = (
+        int(re.search(rf"^{name}: +([\d,]+) FLOP", printed, re.MULTILINE)[1].replace(",", ""))
+        for name in ("as written", "compiled")
+    )
+    # The projector alone takes 2 m m r FLOP.
+    assert before > 2 * 512 * 512 * 8 > 4 * after
+
+
+def test_plan_for_a_device_needs_no_device() -> None:
+    printed = run_python("examples/plan_for_a_device.py")
+    for device in ("h100", "rtx4090"):
+        assert re.search(
+            rf"^{device}: [1-7] of 7 adapted layers rewritten: ", printed, re.MULTILINE
+        )
+
+
+def test_the_notebook_runs() -> None:
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    notebook = nbformat.read(ROOT / "examples" / "tour.ipynb", as_version=4)
+    assert not [c for c in notebook.cells if c.get("outputs")], "clear the outputs before a commit"
+    client = nbclient.NotebookClient(
+        notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}
+    )
+    client.execute(env={**os.environ, "PYTHONPATH": str(ROOT)})
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    printed = "".join(o.get("text", "") for cell in code for o in cell.outputs)
+    assert "Y = X (W' + 2 A' B')" in printed
+    # 32 tokens are few, 512 are many.
+    counts = dict(re.findall(r"^(\d+) [\d,]+ -> ([\d,]+)$", printed, re.MULTILINE))
+    before = dict(re.findall(r"^(\d+) ([\d,]+) -> ", printed, re.MULTILINE))
+    assert counts["32"] == before["32"]
+    assert counts["512"] != before["512"]
+    assert len(losses_of(printed)) == 3
+    assert printed.count("adapted layers rewritten") == 5
+
+
 def test_every_example_is_run() -> None:
-    assert [path.name for path in EXAMPLES] == ["rewrite_graph.py", "train_peft.py"]
+    """Each one is named in a test of this file."""
+    source = Path(__file__).read_text(encoding="utf-8")
+    named = set(re.findall(r'run_python\("examples/(\w+\.py)"', source))
+    assert {path.name for path in EXAMPLES} == named
+    assert [path.name for path in (ROOT / "examples").glob("*.ipynb")] == ["tour.ipynb"]
 
 
 # --- documents
