@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from functools import cache
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from runlora_fx.passes.levels.aten import ATEN
 from runlora_fx.passes.levels.level import Dialect
 from runlora_fx.passes.pipeline import rewrite_graph
 from runlora_fx.report.data import Refusal, Report
+from runlora_fx.report.price_causes import FAILED
 
 _log = logging.getLogger("runlora_fx")
 
@@ -59,6 +61,7 @@ def run(
     Raises:
         Exception: Under ``strict``, whatever went wrong.
     """
+    began = perf_counter()
     try:
         report = rewrite_graph(
             graph,
@@ -79,8 +82,10 @@ def run(
             error,
             exc_info=_log.isEnabledFor(logging.DEBUG),
         )
-        refusal = Refusal(f"the pass failed: {type(error).__name__}: {error}", ("this graph",))
+        why = f"the pass failed: {type(error).__name__}: {error}"
+        refusal = Refusal(why, ("this graph",), FAILED)
         report = Report(graph=dialect.graph, refusals=(refusal,))
+    report = replace(report, planning_seconds=perf_counter() - began)
     history.record(report)
     return report
 

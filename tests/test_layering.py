@@ -57,6 +57,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # What was done.
     ("report", "report.*"),
     ("history",),
+    ("stored_reports",),
     # The pass, and the ways to it.
     ("passes.planning", "passes.pipeline"),
     ("joint_pass",),
