@@ -2,23 +2,22 @@
 
     rich.print(runlora_fx.explain(model, x))    ->    the verdict, what to do, and a table
 
-Invariant: names are folded where they do not fit, and never cut. Nothing of the text is markup.
+Invariant: no name is cut. Where the table is too wide with them, names are listed below it. Nothing
+of the text is markup.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
 from runlora_fx.report.kinds import Row, rows_of
 from runlora_fx.report.sites import Refusal, Site
-from runlora_fx.report.text import COLUMNS, HEADS, cells, refusal_text
-
-#: The columns whose cells are aligned to the right.
-_NUMBERS = frozenset(["row", "layers", "time", "saved"])
+from runlora_fx.report.text import COLUMNS, HEADS, NUMBERS, cells, refusal_text
 
 
 def as_rich(
@@ -35,22 +34,37 @@ def as_rich(
     parts: list[RenderableType] = [Text(headline, style="bold")]
     parts += [Text(line) for line in summary]
     if sites:
-        parts += [_table(rows_of(sites)), Text(COLUMNS, style="dim")]
+        parts += [_Rows(tuple(rows_of(sites))), Text(COLUMNS, style="dim")]
         parts.append(Text("print(report) shows the formulas of each order.", style="dim"))
     parts += [Text(f"left alone: {refusal_text(refusal)}") for refusal in refusals]
     return Group(*parts)
 
 
-def _table(rows: Sequence[Row]) -> Table:
-    """A row for each kind of site; a line for each gathered name."""
-    table = Table(show_lines=False)
-    cells_of = {row.number: (*cells(row), "\n".join(row.names)) for row in rows}
-    shown = [i for i in range(len(HEADS)) if any(cell[i] for cell in cells_of.values())]
-    for i in shown:
-        justify = "right" if HEADS[i] in _NUMBERS else "left"
-        table.add_column(HEADS[i], justify=justify, overflow="fold")  # type: ignore[arg-type]
-    for row in rows:
-        style = "green" if row.site.changed else "yellow"
-        cell = cells_of[row.number]
-        table.add_row(*(Text(cell[i], style if HEADS[i] == "result" else "") for i in shown))
-    return table
+@dataclass(frozen=True)
+class _Rows:
+    """The rows as a table, with their names in it or below it."""
+
+    rows: tuple[Row, ...]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        whole = self._table(has_names=True)
+        if console.measure(whole, options=options.update(max_width=1 << 16)).maximum <= (
+            options.max_width
+        ):
+            yield whole
+            return
+        yield self._table(has_names=False)
+        for row in self.rows:
+            yield Text(f"row {row.number}: {', '.join(row.names)}", overflow="fold")
+
+    def _table(self, *, has_names: bool) -> Table:
+        table = Table()
+        found = [(*cells(row), "\n".join(row.names) if has_names else "") for row in self.rows]
+        shown = [i for i in range(len(HEADS)) if any(cell[i] for cell in found)]
+        for i in shown:
+            is_number = HEADS[i] in NUMBERS
+            table.add_column(HEADS[i], justify="right" if is_number else "left", no_wrap=is_number)
+        for row, cell in zip(self.rows, found, strict=True):
+            style = "green" if row.site.changed else "yellow"
+            table.add_row(*(Text(cell[i], style if HEADS[i] == "result" else "") for i in shown))
+        return table

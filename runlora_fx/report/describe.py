@@ -117,7 +117,7 @@ def _site(
     is_easy = decision.effort <= MOST_EFFORT
     find_break_even = partial(_break_even, posed, names, objective) if is_easy else str
     alone = LeftAlone(
-        *(posed, decision, objective, memory, _token_dims(posed, names), _rank(names)),
+        *(posed, decision, objective, memory, _token_dims(posed, names)),
         is_easy=is_easy,
         find_break_even=find_break_even,
     )
@@ -186,11 +186,6 @@ def _token_dims(posed: PosedProblem, names: Names) -> frozenset[int]:
     is_symbol = not isinstance(tokens, int)
     same = (i for i, size in enumerate(posed.dims) if is_symbol and size == tokens)
     return frozenset([index, *same])
-
-
-def _rank(names: Names) -> int | None:
-    """The dimension that is the rank of an adapter; None if there is none."""
-    return next((d for d, symbol in enumerate(names.symbols) if str(symbol) == "r"), None)
 
 
 def _break_even(posed: PosedProblem, names: Names, objective: Objective) -> str:

@@ -38,16 +38,6 @@ ALLOWANCE = Cause(
     "memory",
     "an order that saves less for the backward takes more time than runlora.memory='low' may add",
 )
-SAVES_LESS = Cause(
-    "memory",
-    "a quicker order saves more for the backward, and runlora.memory='low' prefers to save less",
-    "set runlora.memory='balanced' if the memory suffices",
-)
-SAVES_NO_MORE = Cause(
-    "memory",
-    "a cheaper order saves more for the backward, which runlora.memory='balanced' does not allow",
-    "set runlora.memory='fast' and a runlora.memory_budget if the memory suffices",
-)
 BUDGET_SPENT = Cause(
     "memory",
     "a cheaper order saves more for the backward than what is left of runlora.memory_budget",
@@ -65,6 +55,16 @@ NUMERICS = Cause(
 SHAPE = Cause("shape", "at these sizes no other order costs less")
 
 
+def _saves_more(memory: str) -> Cause:
+    """A cheaper order is not allowed to save what it saves."""
+    return Cause(
+        "memory",
+        f"a cheaper order saves more for the backward, which runlora.memory={memory!r} does not "
+        "allow",
+        "set runlora.memory='fast' and a runlora.memory_budget if the memory suffices",
+    )
+
+
 @dataclass(frozen=True)
 class LeftAlone:
     """A site that was left alone.
@@ -75,7 +75,6 @@ class LeftAlone:
         objective: How plans were ranked.
         memory: The option ``memory``.
         tokens: The dimensions that are the number of tokens; none if it has none.
-        rank: The dimension that is the rank; None if it has none.
         is_easy: True if searches at other sizes and under other options take little work.
         find_break_even: Computes the numbers of tokens for which merging pays.
     """
@@ -85,7 +84,6 @@ class LeftAlone:
     objective: Objective
     memory: str
     tokens: frozenset[int]
-    rank: int | None
     is_easy: bool
     find_break_even: Callable[[], str]
 
@@ -95,6 +93,8 @@ class LeftAlone:
             return (FAILED,)
         if self.decision.settled_by == "measurement":
             return (MEASURED,)
+        if self._is_over_allowance():
+            return (ALLOWANCE,)
         if any(self.objective.is_less(other.price, self._came.price) for other in self._others):
             return (self._not_taken(),)
         found = tuple(self._found())
@@ -122,21 +122,23 @@ class LeftAlone:
     def _not_taken(self) -> Cause:
         """Why a cheaper order was not taken."""
         if not any(replaces(self.objective, self._came, other) for other in self._others):
-            margin = f"the cheapest order saves less than runlora.margin ({self._margin})"
-            return Cause("margin", margin, "lower runlora.margin")
-        return ALLOWANCE if self.memory == "low" and not self.posed.is_symbolic else RANGE
+            margin = f"runlora.margin ({self.objective.margin:.1%})"
+            text = f"the cheapest order saves less than {margin}"
+            return Cause("margin", text, "lower runlora.margin")
+        return RANGE
 
-    @property
-    def _margin(self) -> str:
-        return f"{self.objective.margin:.1%}"
+    def _is_over_allowance(self) -> bool:
+        """True if a plan that saves less was chosen, and then took too much time."""
+        if self.memory != "low" or self.posed.is_symbolic:
+            return False
+        return decide(self.posed.problem, self.objective).changed
 
     def _found(self) -> Iterator[Cause]:
         """Why no order is cheaper, as far as comparisons tell."""
         problem = self.posed.problem
-        if self._is_quicker_by_saving_more():
-            yield SAVES_LESS
-        elif self.is_easy and self.memory != "low" and holding_more(problem, self.objective):
-            yield BUDGET_SPENT if self.memory == "fast" else SAVES_NO_MORE
+        unpriced = replace(self.objective, flops_per_saved_byte=0)
+        if self.is_easy and holding_more(problem, unpriced):
+            yield BUDGET_SPENT if self.memory == "fast" else _saves_more(self.memory)
         if self.decision.proof != "exact":
             yield LIMIT
         if self.is_easy and self.tokens and self._pays_with_more_tokens():
@@ -160,14 +162,6 @@ class LeftAlone:
             )
             yield Cause("shape", text, f"with a rank of {rank} or less another order pays")
 
-    def _is_quicker_by_saving_more(self) -> bool:
-        """True if, without a price for what is saved, some order is cheaper."""
-        if not self.objective.flops_per_saved_byte:
-            return False
-        free = replace(self.objective, flops_per_saved_byte=0)
-        came = free.total(incoming_operations(self.posed.problem))
-        return any(free.is_less(self._priced(plan, free).price, came) for plan in self._plans)
-
     def _pays_with_more_tokens(self) -> bool:
         """True if merging is the choice at some larger number of tokens."""
         varying = Varying.of(self.posed.problem, self.tokens, self.objective)
@@ -180,16 +174,27 @@ class LeftAlone:
 
     def _rank_that_pays(self) -> int | None:
         """The largest power of two, below a rank as large as the layer, at which a plan pays."""
-        dims = self.posed.problem.dims
-        if self.rank is None or dims[self.rank] < min(self._widths, default=dims[self.rank] + 1):
+        dims, rank = self.posed.problem.dims, self._rank
+        if rank is None or dims[rank] < min(self._widths(rank), default=dims[rank] + 1):
             return None
-        varying = Varying.of(self.posed.problem, frozenset([self.rank]), self.objective)
+        varying = Varying.of(self.posed.problem, frozenset([rank]), self.objective)
         known = PricedPlans(varying, (None, *self._plans))
-        smaller = (1 << k for k in reversed(range((dims[self.rank] - 1).bit_length())))
+        smaller = (1 << k for k in reversed(range((dims[rank] - 1).bit_length())))
         return next((size for size in smaller if known.choice(size)), None)
 
     @property
-    def _widths(self) -> list[int]:
+    def _rank(self) -> int | None:
+        """The dimension between the two matrices that an input is multiplied by."""
+        problem = self.posed.problem
+        words = (
+            word.without_diagonals
+            for demand in problem.demands
+            if not demand.backward
+            for word in demand.core.words
+        )
+        return next((problem.extent(factors[1])[1] for factors in words if len(factors) == 3), None)
+
+    def _widths(self, rank: int) -> list[int]:
         """The sizes of all dimensions but tokens and rank."""
         dims = enumerate(self.posed.problem.dims)
-        return [size for d, size in dims if d not in self.tokens and d != self.rank and size > 1]
+        return [size for d, size in dims if d not in self.tokens and d != rank and size > 1]

@@ -43,7 +43,7 @@ NOTHING_FOUND = "NO low-rank site found in this graph; it runs as it came."
 
 #: The heads of the table's columns; numbers are aligned to the right.
 HEADS = ("row", "layers", "sizes", "products", "time", "saved", "result", "order", "modules")
-_NUMBERS = frozenset(["row", "layers", "time", "saved"])
+NUMBERS = frozenset(["row", "layers", "time", "saved"])
 
 #: What the columns with percents say.
 COLUMNS = "time: predicted change; saved: change of the bytes that are saved for the backward."
@@ -148,7 +148,7 @@ def _table(rows: Sequence[Row]) -> Iterator[str]:
     widths = [max(len(cell[i]) for cell in table) for i in range(len(HEADS))]
     for cell in table:
         padded = (
-            cell[i].rjust(widths[i]) if HEADS[i] in _NUMBERS else cell[i].ljust(widths[i])
+            cell[i].rjust(widths[i]) if HEADS[i] in NUMBERS else cell[i].ljust(widths[i])
             for i in shown[:-1]
         )
         yield "  ".join([*padded, cell[-1]])
