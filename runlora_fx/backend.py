@@ -14,7 +14,7 @@ from typing import Any, cast
 from torch import fx
 from torch._inductor import config as inductor_config
 
-from runlora_fx import history
+from runlora_fx import history, stored_reports
 from runlora_fx._torch_compat import JOINT_PASSES, inductor_compiler, joint_passes
 from runlora_fx._torch_debug import inductor_options, lacks_compiler
 from runlora_fx.aot import aot_backend, parameter_inputs
@@ -22,7 +22,7 @@ from runlora_fx.integrations.install import make_traceable
 from runlora_fx.integrations.own_compile import own_backend
 from runlora_fx.joint_pass import RunloraPass
 from runlora_fx.options import split_options
-from runlora_fx.report.data import Report
+from runlora_fx.report.data import Report, combined
 
 _log = logging.getLogger("runlora_fx")
 
@@ -63,18 +63,23 @@ def runlora(
     before = [p for p in joint_passes(inductor) if not isinstance(p, RunloraPass)]
     own_pass = RunloraPass(ours, before, parameter_inputs(example_inputs))
     inductor.config[JOINT_PASSES] = own_pass
+    settings = {name: value for name, value in inductor.config.items() if name != JOINT_PASSES}
+    key = stored_reports.key_of(gm, example_inputs, own_pass.uuid(), settings)
     try:
-        with history.as_one():
+        with history.as_one() as parts:
             compiled = inductor(gm, example_inputs)
     except Exception as error:
         if lacks_compiler(error):
             raise RuntimeError(f"{_NO_COMPILER} Inductor says: {error}") from error
         raise
-    if not own_pass.ran:
-        is_on = inductor.config.get(_SWITCH, getattr(inductor_config, _SWITCH))
-        if not is_on:
-            _log.warning("runlora did nothing: Inductor's joint passes are off (%s)", _SWITCH)
-        history.record(Report(graph="cached" if is_on else "untouched", from_cache=is_on))
+    if own_pass.ran:
+        if parts:
+            stored_reports.write(key, combined(parts))
+    elif inductor.config.get(_SWITCH, getattr(inductor_config, _SWITCH)):
+        history.record(stored_reports.read(key))
+    else:
+        _log.warning("runlora did nothing: Inductor's joint passes are off (%s)", _SWITCH)
+        history.record(Report(graph="untouched"))
     return cast(Callable[..., Any], compiled)
 
 

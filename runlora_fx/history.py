@@ -111,12 +111,16 @@ def report_of(compiled: object) -> Report | None:
 
 
 @contextmanager
-def as_one() -> Iterator[None]:
-    """Join all reports that are made inside the block into one."""
+def as_one() -> Iterator[list[Report]]:
+    """Join all reports that are made inside the block into one.
+
+    Yields:
+        The reports that were made so far.
+    """
     outer, parts = _thread.pending, list[Report]()
     _thread.pending = parts
     try:
-        yield
+        yield parts
     finally:
         _thread.pending = outer
         if parts:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import astuple, replace
 from functools import cache
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from runlora_fx.passes.levels.level import Dialect
 from runlora_fx.passes.pipeline import rewrite_graph
 from runlora_fx.passes.reproducer import Reproducer, Run
 from runlora_fx.report.data import Refusal, Report
+from runlora_fx.report.price_causes import FAILED
 
 _log = logging.getLogger("runlora_fx")
 
@@ -62,7 +64,7 @@ def run(
     Raises:
         Exception: Under ``strict``, whatever went wrong.
     """
-    came = logs.before(graph)
+    began, came = perf_counter(), logs.before(graph)
     try:
         report = rewrite_graph(
             graph,
@@ -85,10 +87,12 @@ def run(
             error,
             exc_info=_log.isEnabledFor(logging.DEBUG),
         )
-        refusal = Refusal(f"the pass failed: {type(error).__name__}: {error}", ("this graph",))
+        why = f"the pass failed: {type(error).__name__}: {error}"
+        refusal = Refusal(why, ("this graph",), FAILED)
         report = Report(graph=dialect.graph, refusals=(refusal,))
     if not report.sites:
         report = replace(report, refusals=(*report.refusals, *_inactive()))
+    report = replace(report, planning_seconds=perf_counter() - began)
     logs.show(report, came, graph)
     history.record(report)
     return report

@@ -104,6 +104,7 @@ for tokens, backend, margin, setting in json.loads(sys.argv[1]):
         "from_cache": report is not None and report.from_cache,
         "changed": report is not None and any(site.changed for site in report.sites),
         "report": str(report),
+        "json": report.to_json(),
         "values": [value.double().norm().item() for value in values],
     }))
 """
@@ -129,6 +130,7 @@ class Outcome:
         from_cache: What `last_report()` says.
         changed: Whether a site was, by `last_report()`.
         report: The report as text.
+        json: The report as JSON.
         values: Norms of the output and of the gradients.
     """
 
@@ -137,6 +139,7 @@ class Outcome:
     from_cache: bool
     changed: bool
     report: str
+    json: str
     values: list[float]
 
     @property
@@ -226,6 +229,29 @@ def test_second_process_is_served_from_both_caches_and_says_so(runs: Runs) -> No
     assert second.from_cache
     assert "came from a cache" in second.report
     assert second.values == first.values
+
+
+@pytest.mark.parametrize(
+    "compilation",
+    (
+        OURS,
+        Compilation(margin=0.5),
+        Compilation(tokens=96),
+        Compilation(tokens=80, setting="same numbers"),
+        Compilation(setting="a user's pass"),
+    ),
+    ids=str,
+)
+def test_second_process_shows_the_report_of_the_first(compilation: Compilation, runs: Runs) -> None:
+    """The same verdict, table and JSON, and what the sites are; marked as from a cache."""
+    first, second = (run[compilation] for run in runs)
+    assert second.is_hit, second.counts
+    assert json.loads(second.json) == {**json.loads(first.json), "from_cache": True}
+    assert second.report.splitlines()[0] == first.report.splitlines()[0]
+    assert second.changed == first.changed
+    tables = [run.report[run.report.index("\nrow ") :] for run in (first, second)]
+    assert tables[0] == tables[1]
+    assert "came from a cache" not in first.report
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,8 @@ def test_train_peft_learns_and_reports_every_adapted_layer() -> None:
     (change,) = flops_changes(printed)
     assert change < 0
     # "all-linear" is q, k, v, o, gate, up and down in the one layer.
-    assert sum(int(count) for count in re.findall(r"^(\d+) x ", printed, re.MULTILINE)) == 7
+    layers = re.findall(r"^Order \w+: (\d+) layers? in rows? ", printed, re.MULTILINE)
+    assert sum(map(int, layers)) == 7
 
 
 def losses_of(printed: str) -> list[float]:

@@ -60,6 +60,9 @@ def test_a_rank_that_the_operator_does_not_take_is_a_reason() -> None:
     report = runlora_fx.last_report()
     assert report is not None
     assert "multiples of 8, not 4" in report.sites[0].reason
+    shape = next(cause for cause in report.sites[0].causes if cause.name == "shape")
+    assert "multiples of 8, not 4" in shape.text
+    assert "multiples" in shape.remedy
 
 
 def test_printed_reports_show_picks() -> None:

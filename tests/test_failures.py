@@ -393,6 +393,11 @@ def test_mistake_is_not_reported_as_a_change(
     assert not site.changed
     assert site.after == site.before
     assert not site.reason.startswith("changed")
+    (cause,) = site.causes
+    assert cause.name == "failure"
+    assert "runlora.strict=True" in cause.remedy
+    (refusal,) = _report().refusals
+    assert refusal.cause == cause
 
 
 def test_mistake_raises_under_strict(

@@ -60,6 +60,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # What was done.
     ("report", "report.*"),
     ("history", "inactive", "logs"),
+    ("stored_reports",),
     # The pass, and the ways to it.
     ("passes.planning", "passes.pipeline"),
     ("passes.rebuild",),

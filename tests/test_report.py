@@ -117,7 +117,7 @@ def test_two_base_weights_in_a_row_are_no_adapter() -> None:
     assert not set("AB") & set(site.before.replace("Y", ""))
 
 
-def test_equal_layers_are_one_section_with_their_numbers_gathered() -> None:
+def test_equal_layers_are_one_row_with_their_numbers_gathered() -> None:
     model, x = adapted(peft.LoraConfig(r=4, target_modules=["0", "2"])), torch.randn(TOKENS, IN)
     layers = nn.ModuleList([copy.deepcopy(model.base_model.model[0]) for _ in range(3)])
 
@@ -126,11 +126,13 @@ def test_equal_layers_are_one_section_with_their_numbers_gathered() -> None:
 
     with torch.no_grad():
         text = str(runlora_fx.explain(run, x, objective="flops", strict=True))
-    verdict, products, *_ = text.splitlines()
+    verdict, products, _, head, row, *_ = text.splitlines()
     assert verdict.startswith("runlora: 3 of 3 adapted layers rewritten")
     assert products.startswith("Matrix products of the inference graph: ")
-    assert "\n3 x " in text
+    assert head.split()[:3] == ["row", "layers", "sizes"]
+    assert row.split()[:2] == ["1", "3"]
     assert text.count("before: ") == text.count("after: ") == 1
+    assert "Order a: 3 layers in row 1\n" in text
     assert text.endswith("k the experts of the tokens.\n")
 
 
@@ -185,7 +187,7 @@ def test_a_report_says_what_keeps_an_adapter_from_being_merged(
     first, *lines = str(report).splitlines()
     assert first.startswith("runlora: ")
     assert report.verdict in first
-    advice = [line for line in lines if line.startswith("1 layer left alone: ")]
+    advice = [line for line in lines if line.startswith("1 layer left alone (")]
     assert len(advice) == len(causes)
     for line, cause in zip(advice, sites[0].causes, strict=True):
         assert cause.text in line and cause.remedy in line
@@ -227,4 +229,6 @@ def test_a_report_is_a_sequence_of_sites_and_json() -> None:
     assert site["causes"][0]["name"] == "dropout"
     assert site["flops_before_expr"] == str(report.sites[0].flops_before_expr)
     assert read["recomputation"]["packed"] == 0
+    assert read["planning_seconds"] > 0
+    assert read["steps_to_pay_back"] is None  # FLOPs ranked the plans
     assert "\n" in report.to_json(indent=1)

@@ -367,10 +367,10 @@ def test_the_plan_that_ran_fastest_is_emitted(
     # Known from now on, to another compilation as to another process.
     (times,) = store.load(key_of(CPU, "float32")).plans.values()
     assert len(times) == len(clock.plans())
-    said, count = str(report()), len(clock.flops)
+    said, count = report(), len(clock.flops)
     assert_same_outputs_and_grads(model, compile_tuned(model, "plans", backend), [x], RTOL)
     assert len(clock.flops) == count
-    assert str(report()) == said
+    assert report() == said
 
 
 @pytest.mark.usefixtures("without_graph_caches")
@@ -380,6 +380,7 @@ def test_a_tie_leaves_the_graph_as_it_came(monkeypatch: pytest.MonkeyPatch) -> N
     compiled = compile_tuned(model, "plans")
     assert_same_outputs_and_grads(model, compiled, [activation(MANY)], RTOL)
     assert reason().startswith("left alone: no plan was measured to be faster")
+    assert [cause.name for cause in report().sites[0].causes] == ["measured"]
     assert report().flops_after == report().flops_before
 
 

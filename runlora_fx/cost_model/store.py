@@ -147,7 +147,7 @@ def add(key: Key, newer: Record) -> Record:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock"), timeout=_LOCK_TIMEOUT_S):
             updated = load(key).updated(newer)
-            _write(path, {"format": _FORMAT, "key": key._asdict(), **_to_json(updated)})
+            write_json(path, {"format": _FORMAT, "key": key._asdict(), **_to_json(updated)})
             _drop_oldest(path.parent)
         return updated
     except (OSError, Timeout) as error:
@@ -162,7 +162,7 @@ def write(path: Path, records: Mapping[str, Record]) -> None:
         OSError: If the file cannot be written.
     """
     dtypes = {dtype: _to_json(record) for dtype, record in records.items()}
-    _write(path, {"format": _FORMAT, "dtypes": dtypes})
+    write_json(path, {"format": _FORMAT, "dtypes": dtypes})
 
 
 def read(path: str | Path) -> dict[str, Record]:
@@ -242,7 +242,8 @@ def _latest(entries: dict[Any, Any]) -> dict[Any, Any]:
     return dict(list(entries.items())[-_MAX_ENTRIES:])
 
 
-def _write(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON as :func:`write_text` does."""
     write_text(path, json.dumps(content))
 
 

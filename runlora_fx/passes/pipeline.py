@@ -26,9 +26,11 @@ from runlora_fx.passes.levels.level import Dialect
 from runlora_fx.passes.levels.sizes import forget_shapes
 from runlora_fx.passes.planning import PlannedRegion, plan_linear_algebra
 from runlora_fx.passes.reproducer import Reproducer, Run
+from runlora_fx.report.base import Bases
 from runlora_fx.report.data import Refusal, Report, Site
 from runlora_fx.report.describe import Known, describe
 from runlora_fx.report.origin import unmatched
+from runlora_fx.report.price_causes import FAILED
 
 _log = logging.getLogger("runlora_fx")
 
@@ -123,11 +125,12 @@ def _report(context: Context, came: Sequence[fx.Node], outcome: Outcome | None) 
     graph = "joint" if outcome is not None and outcome.is_joint else context.level.graph
     findings: Sequence[PlannedRegion] = () if outcome is None else outcome.findings
     failed = [
-        Refusal(f"could not be rewritten ({type(f.error).__name__}: {f.error})", f.nodes)
+        Refusal(f"could not be rewritten ({type(f.error).__name__}: {f.error})", f.nodes, FAILED)
         for f in context.failures
     ]
     known: Known = {}
-    described = [_described(context, finding, known) for finding in findings]
+    bases = _bases(context, findings)
+    described = [_described(context, finding, known, bases) for finding in findings]
     sites = tuple(site for site in described if isinstance(site, Site))
     missed: list[Refusal] = []
     if outcome is not None and _FAILED not in described:
@@ -153,11 +156,24 @@ def _report(context: Context, came: Sequence[fx.Node], outcome: Outcome | None) 
     )
 
 
-def _described(context: Context, finding: PlannedRegion, known: Known) -> Site | object | None:
+def _bases(context: Context, findings: Sequence[PlannedRegion]) -> Bases:
+    """The base products that run as they came; none if finding them fails."""
+    try:
+        return Bases((f.region, f.posed) for f in findings if not f.changed)
+    except Exception as error:
+        _undescribed(context, error)
+        return Bases(())
+
+
+def _described(
+    context: Context, finding: PlannedRegion, known: Known, bases: Bases
+) -> Site | object | None:
     """A planned region as a site; None if it is no site, ``_FAILED`` if describing it failed."""
     try:
         region, posed, decision = finding.region, finding.posed, finding.decision
-        return describe(region, posed, decision, finding.changed, finding.objective, known)
+        base = bases.of(region, posed.problem) if posed.problem.has_products_of_products else None
+        how = finding.changed, finding.objective, known, context.options.memory, base
+        return describe(region, posed, decision, *how)
     except Exception as error:
         _undescribed(context, error)
         return _FAILED

@@ -220,7 +220,8 @@ class _Planner:
             except Exception as error:  # one region's failure costs that region only
                 self._note(_name(region), error)
                 cost = incoming_cost(posed.problem)
-                decisions.append(Decision(None, False, cost, cost, "left alone: planning failed"))
+                reason = "left alone: planning failed"
+                decisions.append(Decision(None, False, cost, cost, reason, settled_by="failure"))
         return decisions
 
     def _decide(self, posed: Sequence[PosedProblem]) -> list[Decision]:

@@ -17,8 +17,9 @@ from runlora_fx.report.sites import Site
 #: The version of the names and their meaning.
 SCHEMA = 1
 
-#: The fields of a site that are sympy expressions, and one that is a function.
-_EXPRESSIONS, _FUNCTION = ("flops_before_expr", "flops_after_expr"), "find_break_even"
+#: The fields of a site that are sympy expressions, and those that are functions.
+EXPRESSIONS = ("flops_before_expr", "flops_after_expr")
+_FUNCTIONS = ("find_break_even", "find_causes")
 
 
 def as_json(verdict: str, report: Mapping[str, Any], indent: int | None = None) -> str:
@@ -45,8 +46,10 @@ def _pair(times: Sequence[float] | None) -> dict[str, float] | None:
 
 
 def _site(site: Site) -> dict[str, Any]:
-    names = [field.name for field in fields(site) if field.name != _FUNCTION]
+    names = [field.name for field in fields(site) if field.name not in _FUNCTIONS]
     values = {name: getattr(site, name) for name in names}
-    values |= {name: str(values[name]) for name in _EXPRESSIONS}
-    values |= {name: [asdict(one) for one in values[name]] for name in ("causes", "considered")}
+    values |= {name: str(values[name]) for name in EXPRESSIONS}
+    values["considered"] = [asdict(one) for one in site.considered]
+    values["causes"] = [asdict(cause) for cause in site.causes]
+    values |= {"seconds": _pair(site.seconds), "saved": _pair(site.saved)}
     return {**values, "break_even": site.break_even}

@@ -1,4 +1,4 @@
-"""Causes: why an adapter has nothing to be merged with, and what to do about it.
+"""Causes that the graph shows: why an adapter has nothing to be merged with, and what to do.
 
     dX = ..., Y' = D(X) A' B'        ->      Cause("dropout", ...)
 
@@ -51,22 +51,22 @@ _DROPOUTS = frozenset(["dropout", "native_dropout", "feature_dropout"])
 
 def causes_of(region: Region, problem: Problem) -> tuple[Cause, ...]:
     """What keeps the adapters of a region from being merged, as far as the graph shows it."""
-    if _has_base(problem):
+    if has_base(problem):
         return ()
     products = [made.node for made in region.incoming if not made.backward]
     operands = {node for product in products for node in product.all_input_nodes}
-    behind = {node for operand in operands for node in _behind(operand)}
+    behind_them = {node for operand in operands for node in behind(operand)}
     signs = ((DROPOUT, _is_mask), (CAST, _changes_dtype))
-    return tuple(cause for cause, is_sign in signs if any(map(is_sign, behind)))
+    return tuple(cause for cause, is_sign in signs if any(map(is_sign, behind_them)))
 
 
-def _has_base(problem: Problem) -> bool:
+def has_base(problem: Problem) -> bool:
     """True if some sum has a product of two matrices beside one of three or more."""
     words = [{len(word.without_diagonals) for word in d.core.words} for d in problem.demands]
     return any(2 in lengths and max(lengths) > 2 for lengths in words)
 
 
-def _behind(node: fx.Node) -> Iterator[fx.Node]:
+def behind(node: fx.Node) -> Iterator[fx.Node]:
     """A node, and what pointwise operators, casts and views make it of; the nearest first."""
     pending, seen = [node], set[fx.Node]()
     while pending and len(seen) < _MOST_NODES:

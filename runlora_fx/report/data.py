@@ -9,13 +9,17 @@ its sites.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
 
 from runlora_fx.passes.context import NOTHING, Recomputation
 from runlora_fx.report.as_json import as_json
 from runlora_fx.report.sites import Candidate, Refusal, Site
-from runlora_fx.report.summary import advised, verdict
-from runlora_fx.report.text import FROM_CACHE, lines, stacked_text
+from runlora_fx.report.summary import advised, pay_back, steps_to_pay_back, verdict
+from runlora_fx.report.text import NOTHING_FOUND, lines, stacked_text, total
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 __all__ = ["Candidate", "Refusal", "Report", "Site", "combined"]
 
@@ -37,6 +41,8 @@ class Report:
         seconds: The predicted time of all products, before and after [s]; None if plans were ranked
             by FLOPs.
         recomputation: What the backward recomputes besides what plans ask for.
+        planning_seconds: How long the pass took, measured [s]; None if it was not measured.
+        note: If the report of code from a cache is missing, why.
     """
 
     graph: str
@@ -49,20 +55,22 @@ class Report:
     stacked: tuple[int, ...] = ()
     seconds: tuple[float, float] | None = None
     recomputation: Recomputation = NOTHING
+    planning_seconds: float | None = field(default=None, compare=False)
+    note: str = ""
 
     def __str__(self) -> str:
-        """The verdict, what to do, a section for each kind of site, and what was left alone."""
-        if self.from_cache:
-            return FROM_CACHE
-        text = lines(self.graph, self.sites, self.refusals, self.flops_before, self.flops_after)
-        if self.sites:
-            advice = "".join(f"{line}\n" for line in advised(self.sites, self.recomputation))
-            text = f"runlora: {self.verdict}\n{advice}{text}"
-        if self.stacked:
-            text += f"{stacked_text(self.stacked)}\n"
-        if not self.planned_for:
-            return text
-        return f"{text}Planned for {self.planned_for}; nothing was measured on it.\n"
+        """The verdict, what to do, a table of all sites, their formulas, what was left alone."""
+        head = [self.headline, *self.summary]
+        if self.note:
+            return "\n".join([*head, ""])
+        return "\n".join([*head, *lines(self.sites, self.refusals), ""])
+
+    def __rich__(self) -> RenderableType:
+        """The verdict, what to do, and a table of all sites, for ``rich.print``."""
+        # Imported here because few reports are printed so.
+        from runlora_fx.report.console import as_rich
+
+        return as_rich(self.headline, self.summary, self.sites, self.refusals)
 
     def __len__(self) -> int:
         """How many sites there are."""
@@ -83,6 +91,7 @@ class Report:
             indent: The spaces of an indentation; all in one line if None.
         """
         values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values["steps_to_pay_back"] = self.steps_to_pay_back
         return as_json(self.verdict, values, indent)
 
     @property
@@ -90,10 +99,43 @@ class Report:
         """What was gained, in one line."""
         return verdict(self.sites, self.seconds, self.recomputation)
 
+    @property
+    def headline(self) -> str:
+        """The first line."""
+        if self.note:
+            return f"runlora: the compiled code came from a cache, and {self.note}."
+        return f"runlora: {self.verdict if self.sites else NOTHING_FOUND}"
+
+    @property
+    def summary(self) -> tuple[str, ...]:
+        """What to do, what else was done, and when planning pays back: a sentence each."""
+        if self.note:
+            return ()
+        said = [*advised(self.sites, self.recomputation)] if self.sites else []
+        said += [stacked_text(self.stacked)] if self.stacked else []
+        if self.sites:
+            said.append(pay_back(self.planning_seconds, self.seconds, was_cached=self.from_cache))
+        if self.from_cache:
+            said.append("The compiled code came from a cache; this is the report stored with it.")
+        if self.planned_for:
+            said.append(f"Planned for {self.planned_for}; nothing was measured on it.")
+        if self.sites:
+            said.append(total(self.graph, self.flops_before, self.flops_after))
+        return tuple(filter(None, said))
+
+    @property
+    def steps_to_pay_back(self) -> int | None:
+        """After how many steps planning pays back: measured time over predicted gain.
+
+        None if the time was not measured or no gain is predicted.
+        """
+        return steps_to_pay_back(self.planning_seconds, self.seconds)
+
 
 def combined(reports: Iterable[Report]) -> Report:
     """One report for several graphs; FLOPs are added."""
     parts = list(reports)
+    is_empty = not any(part.sites or part.refusals for part in parts)
     return Report(
         graph=" + ".join(dict.fromkeys(part.graph for part in parts)) or "no",
         sites=tuple(site for part in parts for site in part.sites),
@@ -105,6 +147,8 @@ def combined(reports: Iterable[Report]) -> Report:
         stacked=tuple(count for part in parts for count in part.stacked),
         seconds=_added([part.seconds for part in parts]),
         recomputation=sum((part.recomputation for part in parts), NOTHING),
+        planning_seconds=_sum([part.planning_seconds for part in parts]),
+        note="; ".join(dict.fromkeys(p.note for p in parts if p.note)) if is_empty else "",
     )
 
 
@@ -114,3 +158,9 @@ def _added(times: Sequence[tuple[float, float] | None]) -> tuple[float, float] |
     if not known or len(known) < len(times):
         return None
     return sum(before for before, _ in known), sum(after for _, after in known)
+
+
+def _sum(times: Sequence[float | None]) -> float | None:
+    """Times that were measured, added; None if one was not."""
+    known = [time for time in times if time is not None]
+    return sum(known) if known and len(known) == len(times) else None

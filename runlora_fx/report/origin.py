@@ -15,7 +15,7 @@ from itertools import takewhile
 from torch import fx
 
 from runlora_fx.passes.read.regions import Region
-from runlora_fx.report.data import Refusal, Site
+from runlora_fx.report.sites import Cause, Refusal, Site
 
 #: Names of modules inside of an adapted layer.
 _ADAPTER_PARTS = re.compile(r"^(lora_.*|base_layer)$")
@@ -62,7 +62,10 @@ def unmatched(nodes: Iterable[fx.Node], sites: Iterable[Site]) -> Iterator[Refus
             f"(the layer runs {', '.join(sorted(targets))})"
         )
         by_reason.setdefault(reason, []).append(name)
-    return (Refusal(reason, tuple(names)) for reason, names in by_reason.items())
+    return (
+        Refusal(reason, tuple(names), Cause("operators", reason))
+        for reason, names in by_reason.items()
+    )
 
 
 @lru_cache(maxsize=1 << 14)

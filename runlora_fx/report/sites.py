@@ -29,17 +29,22 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Cause:
-    """What keeps an adapter from being merged with its layer.
+    """What keeps a layer from being rewritten.
 
     Attributes:
-        name: One word: ``"dropout"``, ``"cast"``.
-        text: What stands between, as a clause.
-        remedy: What to do about it, as a clause.
+        name: One word, such as ``"dropout"`` (:mod:`~runlora_fx.report.causes` has them all).
+        text: What stands in the way, as a clause.
+        remedy: What to do about it, as a clause; empty if nothing helps.
     """
 
     name: str
     text: str
-    remedy: str
+    remedy: str = ""
+
+    @property
+    def sentence(self) -> str:
+        """What stands in the way and what to do about it, without a full stop."""
+        return f"{self.text}; {self.remedy}" if self.remedy else self.text
 
 
 @dataclass(frozen=True)
@@ -59,8 +64,15 @@ class Site:
         reason: Why it was changed or left alone.
         considered: The cheapest plan for every first step, cheapest first.
         is_exact: True if all plans were compared, so that no cheaper one exists.
-        causes: If it was left alone, what keeps its adapters from being merged.
         find_break_even: Computes :attr:`break_even`.
+        find_causes: Computes :attr:`causes`.
+        base: The product of the layer's weight in the forward, ``Y0 = X0 W'``, if it is no part of
+            the algebra above. It runs as it came, and its result is added to the adapter's.
+        base_flops: What that product computes, counted [FLOP].
+        seconds: The predicted time of its products, before and after [s]; None if plans were ranked
+            by FLOPs.
+        saved: What its values make the forward save for the backward, before and after, counted
+            [B].
     """
 
     modules: tuple[str, ...]
@@ -75,8 +87,12 @@ class Site:
     reason: str
     considered: tuple[Candidate, ...] = ()
     is_exact: bool = True
-    causes: tuple[Cause, ...] = ()
     find_break_even: Callable[[], str] = field(default=str, repr=False, compare=False)
+    find_causes: Callable[[], tuple[Cause, ...]] = field(default=tuple, repr=False, compare=False)
+    base: str = ""
+    base_flops: int = 0
+    seconds: tuple[float, float] | None = None
+    saved: tuple[int, int] = (0, 0)
 
     @cached_property
     def break_even(self) -> str:
@@ -86,6 +102,14 @@ class Site:
         """
         return self.find_break_even()
 
+    @cached_property
+    def causes(self) -> tuple[Cause, ...]:
+        """If it was left alone, what keeps it from being rewritten, and what to do.
+
+        Computed when it is first asked for: some causes take searches under other options.
+        """
+        return self.find_causes()
+
 
 @dataclass(frozen=True)
 class Refusal:
@@ -94,7 +118,9 @@ class Refusal:
     Attributes:
         reason: Why.
         nodes: Where: module or node names.
+        cause: The same as data, with what to do about it.
     """
 
     reason: str
     nodes: tuple[str, ...]
+    cause: Cause | None = None

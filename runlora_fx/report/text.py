@@ -1,74 +1,116 @@
-"""The report as text: the totals, a section for each kind of site, and what was left alone.
+"""The report as text: a table of the sites, the formulas of each order, and what was left alone.
 
 Example, for the key and value projections of three layers::
 
     Matrix products of the joint graph: 906.2 MFLOP -> 824.2 MFLOP (-9.0%)
 
-    6 x model.layers.{0-2}.k_proj, model.layers.{0-2}.v_proj
-      N=1024, i=384, o=128, r=32
-      before: 302 MFLOP = 4*N*i*o + 6*N*i*r + 6*N*o*r
-        Z = X A'
-        Y = X W' + Z B'
-        ...
-      after: 274.7 MFLOP = 4*N*i*o + 4*N*i*r + 4*N*o*r + 4*i*o*r
-        ...
-      changed: 9.0% fewer FLOPs
+    row  layers  sizes                       products                 ...  order  modules
+      1       6  N=1024, i=384, o=128, r=32  302 MFLOP -> 274.7 MFLOP ...  a      model.layers...
 
-Invariant: everything that was changed has a section. The text says nothing beyond the data.
+    Order a: 6 layers in row 1
+      before: 4*N*i*o + 6*N*i*r + 6*N*o*r FLOP
+        Z = X A'
+        ...
+
+Invariant: everything that was changed has a row, every module has its name in one, and no formula
+is printed twice. The text says nothing beyond the data.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from textwrap import shorten
+from typing import TypeVar
 
+from runlora_fx.report.formulas import in_common
+from runlora_fx.report.gathered import gathered
+from runlora_fx.report.kinds import Row, rows_of
 from runlora_fx.report.sites import Refusal, Site
+from runlora_fx.report.units import change, count, with_unit
 
-#: The whole text where compiled code came from a cache.
-FROM_CACHE = "runlora: compiled code came from a cache; it was planned when first compiled.\n"
+_K = TypeVar("_K", bound=Hashable)
 
 #: What the letters of a plan stand for.
 LEGEND = """\
 X input, Y output, W weight, A and B adapter, b bias, g vector, s scaling, L other matrices;
-M computed from weights alone, Z other intermediate results; dX gradient of X, X' X transposed.
+M computed from weights alone, Z other intermediate results; dX gradient of X, X' X transposed;
+X0 and Y0 input and result of the base product, where the adapter reads another input.
 N tokens, i inputs, o outputs, r rank, E experts, k the experts of the tokens.
 """
 
-#: How many alternatives a section shows, and how many names a line.
-_ALTERNATIVES, _NAMES = 4, 4
+#: The first line where nothing was found.
+NOTHING_FOUND = "NO low-rank site found in this graph; it runs as it came."
 
-#: The longest text of an alternative [characters].
-_WIDTH = 80
+#: The heads of the table's columns; numbers are aligned to the right.
+HEADS = ("row", "layers", "sizes", "products", "time", "saved", "result", "order", "modules")
+NUMBERS = frozenset(["row", "layers", "time", "saved"])
+
+#: What the columns with percents say.
+COLUMNS = "time: predicted change; saved: change of the bytes that are saved for the backward."
+
+#: Causes that a break-even says nothing about, or is said by.
+_WITHOUT_BREAK_EVEN = frozenset(["dropout", "cast", "tokens"])
+
+#: How many alternatives a section shows, and the longest text of one [characters].
+_ALTERNATIVES, _WIDTH = 4, 80
 
 
-def lines(
-    graph: str,
-    sites: Sequence[Site],
-    refusals: Sequence[Refusal],
-    flops_before: int,
-    flops_after: int,
-) -> str:
-    """The text of a report.
+def cells(row: Row) -> tuple[str, ...]:
+    """The cells of a row of the table, but for the names of its modules."""
+    site = row.site
+    products = with_unit(site.flops_before, "FLOP")
+    if site.changed:
+        products += f" -> {with_unit(site.flops_after, 'FLOP')}"
+    changes = [
+        change(*pair) if site.changed and pair is not None else ""
+        for pair in (site.seconds, site.saved)
+    ]
+    return (
+        str(row.number),
+        str(row.layers),
+        site.shapes,
+        products,
+        *changes,
+        row.result,
+        row.order,
+    )
+
+
+def total(graph: str, flops_before: int, flops_after: int) -> str:
+    """The FLOPs of all matrix products, in a line."""
+    pair = (with_unit(flops, "FLOP") for flops in (flops_before, flops_after))
+    changed = change(flops_before, flops_after) or "nothing to do"
+    return f"Matrix products of the {graph} graph: {' -> '.join(pair)} ({changed})"
+
+
+def lines(sites: Sequence[Site], refusals: Sequence[Refusal]) -> Iterator[str]:
+    """The lines of a report, after its summary.
 
     Args:
-        graph: The kind of graph.
         sites: What was found, in graph order.
         refusals: What was left alone although it looks like LoRA.
-        flops_before: FLOPs of all matrix products that came [FLOP].
-        flops_after: FLOPs of all matrix products that will run [FLOP].
     """
-    kinds: dict[tuple[str, ...], list[Site]] = {}
-    for site in sites:
-        kinds.setdefault((site.before, site.after, site.shapes, site.reason), []).append(site)
-    parts = ["runlora: NO low-rank site found in this graph; it runs as it came.\n"]
-    if sites:
-        total = f"{_flop(flops_before)} -> {_flop(flops_after)}"
-        change = _change(flops_before, flops_after)
-        parts = [f"Matrix products of the {graph} graph: {total} ({change})\n"]
-    parts += ["\n".join(_section(equal)) + "\n" for equal in kinds.values()]
-    parts += [f"left alone: {r.reason}: {_names(r.nodes)}\n" for r in refusals]
-    return "\n".join([*parts, LEGEND] if sites else parts)
+    rows = rows_of(sites)
+    if rows:
+        yield ""
+        yield from _table(rows)
+        for order in dict.fromkeys(row.order for row in rows):
+            yield ""
+            yield from _section(order, [row for row in rows if row.order == order])
+    for refusal in refusals:
+        yield ""
+        yield f"left alone: {refusal_text(refusal)}"
+    if rows:
+        yield ""
+        yield COLUMNS
+        yield from LEGEND.splitlines()
+
+
+def refusal_text(refusal: Refusal) -> str:
+    """Why something was left alone, what to do, and where it is."""
+    remedy = refusal.cause.remedy if refusal.cause is not None else ""
+    why = f"{refusal.reason}; {remedy}" if remedy else refusal.reason
+    return f"{why}: {', '.join(gathered(refusal.nodes))}"
 
 
 def stacked_text(stacks: Sequence[int]) -> str:
@@ -83,63 +125,75 @@ def stacked_text(stacks: Sequence[int]) -> str:
     )
 
 
-def _section(sites: Sequence[Site]) -> Iterator[str]:
-    """What was found and done at sites that are equal."""
-    site = sites[0]
-    yield f"{len(sites)} x {_names(name for equal in sites for name in equal.modules)}"
-    yield f"  {site.shapes}"
-    came = "before" if site.changed else "runs as it came"
-    yield f"  {came}: {_flop(site.flops_before)} = {site.flops_before_expr}"
-    yield from (f"    {line}" for line in site.before.splitlines())
-    if site.changed:
-        yield f"  after: {_flop(site.flops_after)} = {site.flops_after_expr}"
-        yield from (f"    {line}" for line in site.after.splitlines())
-    yield f"  {site.reason}"
-    for cause in site.causes:
-        yield f"  why: {cause.text}; {cause.remedy}"
-    if site.break_even and not site.causes:
-        yield f"  merging the adapter pays: {site.break_even}"
-    if site.considered:
-        yield "  considered, by first step:"
-        for candidate in site.considered[:_ALTERNATIVES]:
-            form = shorten(candidate.form, _WIDTH, placeholder=" ...")
-            yield f"    {form}: {_flop(candidate.flops)}"
+def details(rows: Sequence[Row]) -> Iterator[str]:
+    """What was decided about rows of one order, and what else was considered."""
+    for reason, of in _by(rows, lambda row: row.site.reason):
+        yield f"{_rows(of)}: {reason}"
+    for text, of in _by(rows, _break_even):
+        if text:
+            yield f"{_rows(of)}: merging the adapter pays {text}"
+    for forms, of in _by(rows, lambda row: tuple(c.form for c in row.site.considered)):
+        for i, form in enumerate(forms[:_ALTERNATIVES]):
+            if i == 0:
+                yield f"{_rows(of)}: considered, by first step"
+            flops = (with_unit(row.site.considered[i].flops, "FLOP") for row in of)
+            short = shorten(form, _WIDTH, placeholder=" ...")
+            yield f"  {short}: {', '.join(flops)}"
 
 
-def _names(names: Iterable[str]) -> str:
-    """Module names in one line, those of equal layers gathered.
-
-    Example:
-        ``layers.0.q, layers.1.q, layers.3.q`` becomes ``layers.{0-1,3}.q``.
-    """
-    numbers: dict[tuple[str, str], list[int]] = {}
-    for name in names:
-        head, number, tail = [*re.split(r"(\d+)", name, maxsplit=1), "", ""][:3]
-        numbers.setdefault((head, tail), []).extend([int(number)] if number else [])
-    found = [f"{head}{_runs(which)}{tail}" for (head, tail), which in numbers.items()]
-    more = f" and {len(found) - _NAMES} more" if len(found) > _NAMES else ""
-    return ", ".join(found[:_NAMES]) + more
+def _table(rows: Sequence[Row]) -> Iterator[str]:
+    """The table: columns of equal width, but for the last."""
+    table = [HEADS, *((*cells(row), ", ".join(row.names)) for row in rows)]
+    shown = [i for i, head in enumerate(HEADS) if any(cell[i] for cell in table[1:])]
+    widths = [max(len(cell[i]) for cell in table) for i in range(len(HEADS))]
+    for cell in table:
+        padded = (
+            cell[i].rjust(widths[i]) if HEADS[i] in NUMBERS else cell[i].ljust(widths[i])
+            for i in shown[:-1]
+        )
+        yield "  ".join([*padded, cell[-1]])
 
 
-def _runs(numbers: Iterable[int]) -> str:
-    """Whole numbers as runs: ``""`` for none, ``2``, ``{0-3,5}``."""
-    runs: list[list[int]] = []
-    for number in sorted(set(numbers)):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    text = ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
-    return text if text.isdigit() or not text else f"{{{text}}}"
+def _section(order: str, rows: Sequence[Row]) -> Iterator[str]:
+    """The formulas of an order, and what was decided about its rows."""
+    site = rows[0].site
+    yield f"Order {order}: {count(sum(row.layers for row in rows), 'layer')} in {_rows(rows)}"
+    if site.base:
+        flops = ", ".join(dict.fromkeys(with_unit(row.site.base_flops, "FLOP") for row in rows))
+        yield f"  base product, runs as it came and is added to Y: {flops}"
+        yield f"    {site.base}"
+    if not site.changed:
+        yield from _formulas("runs as it came", f"{site.flops_before_expr} FLOP", site.before)
+    else:
+        before, after, both = in_common(site.before, site.after)
+        yield from _formulas("before and after", "", "\n".join(both))
+        yield from _formulas("before", f"{site.flops_before_expr} FLOP", "\n".join(before))
+        yield from _formulas("after", f"{site.flops_after_expr} FLOP", "\n".join(after))
+    yield from (f"  {line}" for line in details(rows))
 
 
-def _flop(x: float) -> str:
-    for unit in ("", "k", "M", "G", "T"):
-        if abs(x) < 1000:
-            return f"{x:.4g} {unit}FLOP"
-        x /= 1000
-    return f"{x:.4g} PFLOP"
+def _formulas(when: str, flops: str, formulas: str) -> Iterator[str]:
+    """Formulas below a line that says when they hold, and what they take."""
+    if formulas or flops:
+        yield f"  {when}: {flops}".rstrip()
+        yield from (f"    {line}" for line in formulas.splitlines())
 
 
-def _change(before: int, after: int) -> str:
-    return f"{(after - before) / before:+.1%}" if before else "nothing to do"
+def _break_even(row: Row) -> str:
+    """For which sizes merging pays, if that is not said as a remedy."""
+    names = {cause.name for cause in row.site.causes}
+    return "" if names & _WITHOUT_BREAK_EVEN else row.site.break_even
+
+
+def _by(rows: Sequence[Row], key: Callable[[Row], _K]) -> Iterator[tuple[_K, list[Row]]]:
+    """Rows by what a function says of them."""
+    found: dict[_K, list[Row]] = {}
+    for row in rows:
+        found.setdefault(key(row), []).append(row)
+    return iter(found.items())
+
+
+def _rows(rows: Iterable[Row]) -> str:
+    """``row 2``, or ``rows 1, 2 and 5``."""
+    *numbers, last = (str(row.number) for row in rows)
+    return f"rows {', '.join(numbers)} and {last}" if numbers else f"row {last}"

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 from runlora_fx.cost_model.cost import Amount, Cost
 from runlora_fx.cost_model.objective import Objective, Price
@@ -28,6 +28,9 @@ _WIDTHS = (16,)
 
 #: Amounts that differ by less than this share are reported as equal.
 _TIE = 1e-9
+
+#: What settled a decision: predicted prices, measured times, or an error.
+SettledBy: TypeAlias = Literal["prediction", "measurement", "failure"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Decision:
         alternatives: For each possible first step of the first demand, the cheapest plan.
         proof: ``"exact"`` if the plan is the cheapest; ``"best found"`` otherwise.
         effort: The number of ways that the search tried; equal on every machine.
+        settled_by: What settled it.
     """
 
     plan: Plan | None
@@ -62,6 +66,7 @@ class Decision:
     alternatives: tuple[Alternative, ...] = ()
     proof: Proof = "exact"
     effort: int = 0
+    settled_by: SettledBy = "prediction"
 
 
 class Priced(NamedTuple):

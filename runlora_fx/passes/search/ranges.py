@@ -113,6 +113,19 @@ def break_even(varying: Varying, name: str) -> str:
     return ", ".join(f"in {' and '.join(where)} {when}" for when, where in said.items())
 
 
+def merges_above(varying: Varying, size: int) -> bool:
+    """True if at some larger size a plan merges the adapter, and at this size none does."""
+    known = candidates(varying)
+    merging = {
+        i
+        for i, plan in enumerate(known.plans)
+        if plan is not None and any(_merges(varying.problem, plan, b) for b in (False, True))
+    }
+    if known.choice(size) in merging:
+        return False
+    return any(known.choice(larger) in merging for larger in COMPARED if larger > size)
+
+
 class _Table:
     """The savings of the plans of one problem at all sizes, as shares of the whole graph.
 

@@ -143,10 +143,17 @@ def _tried(
     objective = pricing.objective(problem.dtype)
     if plan is None or not saves(before, after, max(_NOISE, objective.margin)):
         reason = f"left alone: no plan was measured to be faster ({measured})"
-        return replace(decision, changed=False, after=decision.before, reason=reason)
+        return replace(
+            decision,
+            changed=False,
+            after=decision.before,
+            reason=reason,
+            settled_by="measurement",
+        )
     judged = judge(problem, objective, plan, decision.alternatives)
     reason = f"changed: {saved:.1%} less time measured ({measured})"
-    return replace(judged, changed=True, after=plan.cost(problem), reason=reason)
+    after_cost = plan.cost(problem)
+    return replace(judged, changed=True, after=after_cost, reason=reason, settled_by="measurement")
 
 
 def _times(
