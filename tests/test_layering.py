@@ -67,6 +67,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("without_data",),
     ("trace",),
     ("",),  # the package itself
+    # The command line. A command imports what it needs when it runs.
     ("cli", "cli.*"),
     ("__main__",),
 )
@@ -83,7 +84,10 @@ WITHOUT_TORCH = (
 
 # The modules that may import private parts of torch, and the one private attribute that any may
 # use: `torch._ops` has the types of operators, which are public objects.
-PRIVATE_TORCH = {"_torch_compat", "aot", "backend", "joint_pass", "passes.read.example_values"}
+PRIVATE_TORCH = {
+    *("_torch_compat", "aot", "backend", "joint_pass", "passes.read.example_values"),
+    "cli.doctor.inductor",
+}
 PRIVATE_ATTRIBUTE = "torch._ops"
 
 
