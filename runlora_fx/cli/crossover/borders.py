@@ -46,39 +46,57 @@ class Border:
 
 
 def borders(field: Field, known: Sequence[Contender], rank: int) -> list[Border]:
-    """The borders between plans that are neighbours in a field."""
+    """Where each winner begins to cost less than the graph as it came, and than its neighbour.
+
+    A border between neighbours is left out if it does not lie between their cells.
+    """
     by_letter = {contender.letter: contender for contender in known}
-    seen: dict[tuple[str, str], tuple[int, int]] = {}
-    for at, row in zip(field.ranks, winners(field, known), strict=True):
-        for column, pair in enumerate(pairwise(row)):
-            # The one nearest to the rank that was asked for: there, operands lie as they do there.
-            if pair[0] != pair[1] and (
-                pair not in seen or abs(at - rank) < abs(seen[pair][1] - rank)
-            ):
-                seen[pair] = (field.tokens[column + 1], at)
-    found = []
-    for (below, above), (tokens, at) in sorted(seen.items()):
-        problem = field.layer.problem(tokens, at)
-        border = _border(field, problem, by_letter[below], by_letter[above], rank)
-        if border is not None:
-            found.append(border)
+    found: dict[tuple[str, str], Border] = {}
+    for pair, (column, at) in _nearest(field, known, rank).items():
+        tokens = field.tokens[column]
+        contenders = [by_letter[letter] for letter in pair]
+        border = _border(field, field.layer.problem(tokens, at), contenders, rank)
+        there = _border(field, field.layer.problem(tokens, at), contenders, at)
+        if border is None or there is None:
+            continue
+        is_between = field.tokens[column - 1] <= there.at_rank <= tokens
+        if is_between or by_letter[pair[0]].plan is None:
+            found[pair] = border
+    return [found[pair] for pair in sorted(found)]
+
+
+def _nearest(
+    field: Field, known: Sequence[Contender], rank: int
+) -> dict[tuple[str, str], tuple[int, int]]:
+    """By pair of plans, the column of the second and a rank, the nearest to the one asked for.
+
+    There, operands lie as they do at the rank that was asked for.
+    """
+    came = next(contender.letter for contender in known if contender.plan is None)
+    found: dict[tuple[str, str], tuple[int, int]] = {}
+    rows = zip(field.ranks, winners(field, known), strict=True)
+    for at, row in sorted(rows, key=lambda one: abs(one[0] - rank)):
+        for column, (below, above) in enumerate(pairwise(row), start=1):
+            if below != above:
+                found.setdefault((below, above), (column, at))
+                if above != came:
+                    found.setdefault((came, above), (column, at))
     return found
 
 
-def _border(
-    field: Field, problem: Problem, below: Contender, above: Contender, rank: int
-) -> Border | None:
+def _border(field: Field, problem: Problem, of: Sequence[Contender], rank: int) -> Border | None:
     """The border between two plans; None if their costs do not cross, as at a tie."""
+    below, above = of
     tokens, inputs, outputs, width = Names(problem).symbols
     layer = {inputs: field.layer.inputs, outputs: field.layer.outputs}
     is_by_time = field.basis.objective.name == "time"
     if is_by_time:
         dims = (tokens, *map(sympy.Integer, layer.values()), width)
         smooth = Varying.of(problem, frozenset(), field.basis.objective).objective
-        first, second = (smooth.total(_operations(one, problem, dims)) for one in (below, above))
+        first, second = (smooth.total(_operations(one, problem, dims)) for one in of)
     else:
         dims = (tokens, inputs, outputs, width)
-        first, second = (total_cost(_operations(c, problem, dims)).flops for c in (below, above))
+        first, second = (total_cost(_operations(one, problem, dims)).flops for one in of)
     difference = sympy.expand(sympy.sympify(first) - sympy.sympify(second))
     slope, rest = difference.coeff(tokens, 1), difference.coeff(tokens, 0)
     if slope == 0 or sympy.expand(difference - slope * tokens - rest) != 0:

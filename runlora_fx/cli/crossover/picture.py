@@ -49,8 +49,8 @@ def picture(field: Field, known: Sequence[Contender], rank: int) -> Text:
     text = Text(f"{field.basis.title}\n", style="bold")
     text.append(f"{field.basis.source}\n", style="not bold")
     rows = list(zip(field.ranks, winners(field, known), strict=True))
-    for rank, letters in reversed(rows):
-        text.append(f"{rank:>6} ", style="not bold")
+    for row_rank, letters in reversed(rows):
+        text.append(f"{row_rank:>6} ", style="not bold")
         for letter in letters:
             text.append(letter.ljust(_CELL), style=f"not bold black on {colour(letter)}")
         text.append("\n")
@@ -80,7 +80,7 @@ def plans_table(known: Sequence[Contender], problem: Problem) -> Table:
 def borders_table(found: Mapping[str, Sequence[Border]], rank: int) -> Table:
     """The borders between plans, by what the plans are compared by."""
     table = Table(title="Break-even", title_justify="left")
-    for column in ("compared by", "plans", "more tokens pay from N =", f"at rank {rank}"):
+    for column in ("compared by", "plans", "the second costs less from N =", f"at rank {rank}"):
         table.add_column(column, overflow="fold")
     for title, borders in found.items():
         for border in borders:
