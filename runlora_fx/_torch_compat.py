@@ -4,7 +4,7 @@
 with names and docstrings of ours.
 
 Invariant: a new version of torch breaks this module, if any; ``tests/test_layering.py`` lists the
-four other modules that import private names.
+five other modules that import private names.
 """
 
 from __future__ import annotations

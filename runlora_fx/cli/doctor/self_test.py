@@ -45,6 +45,7 @@ def check(backend: str) -> Iterator[Finding]:
     started = time.monotonic()
     name, remedy = f"backend={backend!r}", "please report this, with the output of --json"
     layer, reference = _Lora(), _Lora()
+    torch.compiler.reset()  # code that was compiled before is not planned again
     try:
         with _without_caches():
             compiled = torch.compile(
