@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 import typer
 
 from runlora_fx import __version__
+from runlora_fx.cli.console import status
 from runlora_fx.cost_model.objective import ObjectiveName
 from runlora_fx.cost_model.published import PUBLISHED
 from runlora_fx.options import MemoryName
@@ -42,6 +43,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
+
+#: What a terminal shows while torch is imported.
+_STARTING = "Starting ..."
 
 _DEVICE = (
     f"plan for one of {', '.join(PUBLISHED)}, or for the profile in a file that `runlora "
@@ -119,7 +123,8 @@ def explain(
     ] = None,
 ) -> None:
     """See ``cli/explain.py``."""
-    from runlora_fx.cli.explain import Question, run
+    with status(_STARTING):
+        from runlora_fx.cli.explain import Question, run
 
     with _refused():
         question = Question(
@@ -149,15 +154,15 @@ def crossover(
     json: Json = False,
 ) -> None:
     """See ``cli/crossover/``."""
-    from runlora_fx.cli.crossover.command import run
-    from runlora_fx.cli.crossover.fields import Layer
+    with status(_STARTING):
+        from runlora_fx.cli.crossover.command import run
+        from runlora_fx.cli.crossover.fields import Layer
 
     with _refused():
         layer = Layer(inputs, outputs, dtype)
-        status = run(
-            layer, rank, device, tokens_max, memory, measure=measure, save=save, as_json=json
+        raise typer.Exit(
+            run(layer, rank, device, tokens_max, memory, measure=measure, save=save, as_json=json)
         )
-        raise typer.Exit(status)
 
 
 @app.command(help="Predict what typical recipes gain on this machine or on a named device.")
@@ -170,7 +175,8 @@ def gain(
     json: Json = False,
 ) -> None:
     """See ``cli/gain.py``."""
-    from runlora_fx.cli.gain import run
+    with status(_STARTING):
+        from runlora_fx.cli.gain import run
 
     with _refused():
         raise typer.Exit(run(device, layer, as_json=json))
@@ -208,7 +214,8 @@ def calibrate(
     ] = None,
 ) -> None:
     """See ``cli/calibrate.py``."""
-    from runlora_fx.cli.calibrate import run
+    with status(_STARTING):
+        from runlora_fx.cli.calibrate import run
 
     if more and not dtype:
         raise typer.BadParameter(f"write --dtype before {more[0].value}")
@@ -235,12 +242,12 @@ def demo(
     steps: Annotated[int, typer.Option(help="optimizer steps of each variant")] = 30,
 ) -> None:
     """See ``cli/demo.py``."""
-    from runlora_fx.cli.demo_training import Settings
+    with status(_STARTING):
+        from runlora_fx.cli.demo import run
+        from runlora_fx.cli.demo_training import Settings
 
     with _refused():
         settings = Settings(model, rank, batch, seq, dtype, dropout, steps)
-    from runlora_fx.cli.demo import run
-
     raise typer.Exit(run(settings))
 
 

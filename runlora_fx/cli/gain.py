@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import fx
 
 from runlora_fx.aot import Parts
-from runlora_fx.cli.console import progress, quietly, results
+from runlora_fx.cli.console import progress, quietly, results, status
 from runlora_fx.cli.without_weights import META
 from runlora_fx.cost_model.devices.machine import Machine
 from runlora_fx.cost_model.devices.registry import entry_of, fastest
@@ -72,7 +72,7 @@ def run(device: str, layer: str | None, *, as_json: bool) -> int:
     """
     options = Options(device=device)
     try:
-        with quietly():
+        with status("Importing PEFT and Transformers ..."), quietly():
             from runlora_fx.cli import layers
     except ImportError as error:
         message = "gain needs PEFT and Transformers: pip install 'runlora-fx[demo]'"
