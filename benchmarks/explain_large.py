@@ -60,6 +60,8 @@ def model_of(width: int, inner: int, layers: int, heads: int) -> tuple[Any, torc
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from runlora_fx.cli.without_weights import on_meta
+
     config = LlamaConfig(
         vocab_size=128256,
         hidden_size=width,
@@ -70,15 +72,10 @@ def model_of(width: int, inner: int, layers: int, heads: int) -> tuple[Any, torc
         use_cache=False,
     )
     lora = LoraConfig(r=16, target_modules="all-linear")
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("meta"):
-            base = LlamaForCausalLM(config)
-            model = get_peft_model(base, lora, autocast_adapter_dtype=False)
-            tokens = torch.empty(4, 2048, dtype=torch.long)
-    finally:
-        torch.set_default_dtype(before)
+    with on_meta(torch.bfloat16):
+        base = LlamaForCausalLM(config)
+        model = get_peft_model(base, lora, autocast_adapter_dtype=False)
+        tokens = torch.empty(4, 2048, dtype=torch.long)
     return model.train(), tokens
 
 

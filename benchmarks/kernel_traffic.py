@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from layers import SHAPES, Recipe, Shape
 from traffic import CASES, GB, counted
 
+from runlora_fx.cli.layers import SHAPES, Recipe, Shape
 from runlora_fx.kernels.counts import (
     gradient_products_bytes,
     product_bytes,

@@ -36,12 +36,12 @@ from typing import Any
 
 import peft
 import torch
-from layers import SHAPES, Recipe, model_of
 from on_gpu_kernels import measured
 from on_gpu_tables import markdown
 from torch import Tensor, nn
 
 import runlora_fx
+from runlora_fx.cli.layers import SHAPES, Recipe, model_of
 from runlora_fx.cost_model.devices.machine import key_of
 from runlora_fx.cost_model.devices.peak import peak_bytes, peak_source
 from runlora_fx.cost_model.devices.registry import entry_of, fastest

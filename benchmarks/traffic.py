@@ -34,7 +34,6 @@ import peft
 import torch
 import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
-from layers import SHAPES, Recipe, model_of
 from plots import draw
 from rich.progress import track
 from torch import fx
@@ -46,6 +45,7 @@ from torch._inductor.scheduler import BaseSchedulerNode
 from torch._inductor.utils import sympy_product
 
 from runlora_fx.backend import runlora
+from runlora_fx.cli.layers import SHAPES, Recipe, model_of
 from runlora_fx.cost_model.published import PUBLISHED, PublishedDevice
 from runlora_fx.integrations.own_compile import own_backend
 from runlora_fx.without_data import without_data

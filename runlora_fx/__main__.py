@@ -7,11 +7,15 @@ Invariant: an invalid option ends in a message and a nonzero exit status, not in
 
 from __future__ import annotations
 
-import argparse
+import sys
 from collections.abc import Sequence
 
-from runlora_fx.cli import calibrate, demo, explain
-from runlora_fx.cli.demo_training import Settings
+import typer
+
+from runlora_fx.cli.app import app, choices_of
+
+#: The base class of all errors of usage. typer exports this one subclass.
+_UsageError: type[BaseException] = typer.BadParameter.__mro__[1]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,30 +26,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status.
+
+    Raises:
+        SystemExit: With status 2 if an argument is not valid. The message names the valid ones.
     """
-    parser = argparse.ArgumentParser(
-        prog="runlora",
-        description="LoRA layers in their cheapest order, as a torch.compile backend.",
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, command in (("demo", demo), ("calibrate", calibrate), ("explain", explain)):
-        added = commands.add_parser(
-            name,
-            help=command.SUMMARY,
-            description=command.SUMMARY,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        )
-        command.add_arguments(added)
-    arguments = parser.parse_args(argv)
+    command = typer.main.get_command(app)
+    given = None if argv is None else list(argv)
     try:
-        if arguments.command == "calibrate":
-            return calibrate.run(arguments)
-        if arguments.command == "explain":
-            return explain.run(arguments)
-        settings = Settings.from_arguments(arguments)
-    except ValueError as error:
-        parser.error(str(error))
-    return demo.run(settings)
+        status = command.main(given, prog_name="runlora", standalone_mode=False)
+    except _UsageError as error:
+        error.show()  # type: ignore[attr-defined]
+        if choices := choices_of(error):
+            print(choices, file=sys.stderr)
+        raise SystemExit(2) from None
+    except typer.Abort:
+        return 130
+    return status if isinstance(status, int) else 0
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any, cast
 from torch import fx
 from torch._inductor import config as inductor_config
 
+from runlora_fx import _requirements as _requirements  # first: it names a torch that is too old
 from runlora_fx import history, stored_reports
 from runlora_fx._torch_compat import JOINT_PASSES, inductor_compiler, joint_passes
 from runlora_fx._torch_debug import inductor_options, lacks_compiler

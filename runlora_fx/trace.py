@@ -7,8 +7,7 @@ Invariant: the arguments are not changed, and nothing of ours stays in Dynamo's 
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import fx
 
 from runlora_fx import history
 from runlora_fx._torch_compat import APART, inductor_decompositions, joins_in_place, without_a_trace
-from runlora_fx.aot import aot_backend
+from runlora_fx.aot import Parts, aot_backend, copied
 from runlora_fx.integrations.install import make_traceable
 from runlora_fx.integrations.own_compile import own_backend
 from runlora_fx.joint_pass import run
@@ -50,7 +49,7 @@ def rewrite(
         ValueError: If an option is not valid, or if there are neither metadata nor example inputs.
     """
     chosen = Options.of(options)
-    result = _copy(gm)
+    result = copied(gm)
     annotate(result, example_inputs)
     run(result.graph, level_of(result.graph), chosen)
     result.graph.lint()
@@ -79,7 +78,7 @@ def joint_graph(
         RuntimeError: If the model does not trace into one graph.
     """
     seen: list[fx.GraphModule] = []
-    backend = aot_backend(Options.of(options), lambda gm: seen.append(_copy(gm)))
+    backend = aot_backend(Options.of(options), lambda gm: seen.append(copied(gm)))
     make_traceable()
     with without_a_trace():
         torch.compile(model, backend=backend, fullgraph=True, **APART)(*example_inputs)
@@ -110,26 +109,37 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
             of the model.
     """
     options, inputs = split_keywords(model, kwargs)
+    report = explained(model, args, inputs, options)
+    history.record(report)
+    return report
+
+
+def explained(
+    model: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    options: Options,
+    compare: Callable[[Parts, Parts], None] | None = None,
+) -> Report:
+    """The report of what the backend would do with the graphs of a model.
+
+    Args:
+        model: A module or function.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        options: The options of the pass.
+        compare: As for :func:`~runlora_fx.aot.aot_backend`.
+    """
     backend = aot_backend(
-        options, joins_in_place=joins_in_place(), decompositions=inductor_decompositions()
+        options,
+        joins_in_place=joins_in_place(),
+        decompositions=inductor_decompositions(),
+        compare=compare,
     )
     make_traceable()
     with history.collecting() as reports, without_a_trace():
         # A new function for every call, because Dynamo keeps compiled code by backend.
         look = torch.compile(model, backend=own_backend(lambda *graph: backend(*graph)), **APART)
-        with without_data(model, args, inputs) as (positional, named):
+        with without_data(model, args, kwargs) as (positional, named):
             look(*positional, **named)
-    report = combined(reports)
-    history.record(report)
-    return report
-
-
-def _copy(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy that has its own graph and shares the parameters."""
-    graph = fx.Graph()
-    copied = graph.graph_copy(gm.graph, {}, return_output_node=True)
-    assert isinstance(copied, tuple)
-    value, output = copied
-    graph.output(value).meta = copy.copy(output.meta)
-    graph._codegen = copy.copy(gm.graph._codegen)
-    return fx.GraphModule(gm, graph)
+    return combined(reports)

@@ -1,12 +1,15 @@
 """`runlora explain` as a user runs it: a model by its configuration or from a file, no weights."""
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
 from transformers import LlamaConfig
 
 from runlora_fx.__main__ import main
+from runlora_fx.cli import explain as command
+from runlora_fx.report.data import Report
 
 BUILD = """
 import torch
@@ -93,3 +96,39 @@ def test_mistakes_get_an_answer(
         main(["explain", model.replace("FILE", str(file)), *arguments])
     assert error.value.code == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(Report, "to_html"), reason="reports are no web pages yet")
+def test_a_web_page_is_written_as_well(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "report.html"
+    arguments = ["--html", str(page), "--objective", "flops"]
+    assert main(["explain", f"{file}:build", *arguments]) == 0
+    assert capsys.readouterr().out.startswith("runlora: 1 of 1 adapted layer rewritten")
+    assert "<html" in page.read_text(encoding="utf-8").lower()
+
+
+def test_a_page_for_a_folder_that_is_not_there_is_refused_at_once(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["explain", f"{file}:build", "--html", "/no/such/folder/x.html"])
+    assert "there is no folder /no/such/folder" in capsys.readouterr().err
+
+
+def test_a_hub_that_cannot_be_reached_is_not_asked_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*args: object, **kwargs: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket, "create_connection", refused)
+    monkeypatch.setattr(command, "getproxies", dict)
+    with pytest.raises(SystemExit) as stopped:
+        main(["explain", "someone/a-model-that-is-not-cached"])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert "cannot load the configuration of 'someone/a-model-that-is-not-cached'" in error
+    assert "Traceback" not in error
+    assert len(error.splitlines()) <= 6

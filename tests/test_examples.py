@@ -234,29 +234,27 @@ def test_the_table_of_backends_is_complete() -> None:
 
 
 def test_help_lists_the_commands() -> None:
-    assert re.search(r"^\s+demo\s+\S", run_python("-m", "runlora_fx", "--help"), re.MULTILINE)
+    assert re.search(r"^\W+demo\s+\S", run_python("-m", "runlora_fx", "--help"), re.MULTILINE)
 
 
 def test_help_of_the_demo_lists_its_options(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["demo", "--help"])
-    assert stopped.value.code == 0
-    listed = re.findall(r"^\s+(--\w+)", capsys.readouterr().out, re.MULTILINE)
+    assert main(["demo", "--help"]) == 0
+    listed = re.findall(r"^\W+(--\w+)", capsys.readouterr().out, re.MULTILINE)
     assert set(DEMO_OPTIONS) <= set(listed)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "arguments are required: command"),
-        (["train"], "invalid choice: 'train'"),
-        (["demo", "--ranks", "8"], "unrecognized arguments: --ranks 8"),
-        (["demo", "--rank", "eight"], "argument --rank: invalid int value: 'eight'"),
+        ([], "Missing command"),
+        (["train"], "No such command 'train'"),
+        (["demo", "--ranks", "8"], "No such option: --ranks"),
+        (["demo", "--rank", "eight"], "Invalid value for '--rank'"),
         (["demo", "--rank", "0"], "rank must be at least 1, got 0"),
         (["demo", "--batch", "-1"], "batch must be at least 1, got -1"),
         (["demo", "--seq", "0"], "seq must be at least 1, got 0"),
         (["demo", "--dropout", "1.5"], "dropout must be in [0, 1), got 1.5"),
-        (["demo", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+        (["demo", "--dtype", "int8"], "'int8' is not one of 'float32', 'bfloat16'"),
         (["demo", "--steps", "2"], "steps must be more than 2, got 2"),
     ],
     ids=lambda value: " ".join(value) or "nothing" if isinstance(value, list) else "",

@@ -72,6 +72,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("without_data",),
     ("trace",),
     ("",),  # the package itself
+    # The command line. A command imports what it needs when it runs.
     ("cli", "cli.*"),
     ("__main__",),
 )
@@ -90,7 +91,7 @@ WITHOUT_TORCH = (
 # use: `torch._ops` has the types of operators, which are public objects.
 PRIVATE_TORCH = {
     *("_torch_compat", "_torch_debug", "aot", "backend", "joint_pass"),
-    "passes.read.example_values",
+    *("passes.read.example_values", "cli.doctor.inductor"),
 }
 PRIVATE_ATTRIBUTE = "torch._ops"
 

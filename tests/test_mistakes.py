@@ -242,9 +242,9 @@ def test_no_compiler() -> None:
     assert _documented(words)
 
 
-@pytest.mark.parametrize("what", ("runlora_fx", "runlora_fx.backend"))
-def test_a_torch_that_is_too_old(what: str) -> None:
-    done = python("-c", f"import torch; torch.__version__ = '2.10.1+cpu'; import {what}")
+@pytest.mark.parametrize("use", ("from runlora_fx import explain", "import runlora_fx.backend"))
+def test_a_torch_that_is_too_old(use: str) -> None:
+    done = python("-c", f"import torch; torch.__version__ = '2.10.1+cpu'; {use}")
     assert done.returncode != 0
     words = "runlora-fx needs torch 2.11 or newer; torch 2.10.1+cpu is installed"
     assert done.stderr.splitlines()[-1] == (

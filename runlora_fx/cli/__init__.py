@@ -1,4 +1,8 @@
-"""Command line: ``python -m runlora_fx calibrate`` and ``python -m runlora_fx demo``.
+"""Command line: ``runlora explain``, ``crossover``, ``gain``, ``calibrate``, ``demo``, ``doctor``.
 
-Invariant: only ``__main__.py`` imports the commands.
+``app.py`` has the commands and their options, ``console.py`` says where output goes. Every command
+has a module or a folder of its own, which is imported when the command runs.
+
+Invariant: only ``__main__.py`` imports the commands; benchmarks may use ``layers.py`` and
+``without_weights.py``.
 """

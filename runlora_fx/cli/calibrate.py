@@ -11,7 +11,6 @@ Invariant: a stored profile was fitted to at least half of the products, and to 
 
 from __future__ import annotations
 
-import argparse
 import logging
 import math
 import time
@@ -22,9 +21,9 @@ from statistics import median
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
+from runlora_fx.cli.console import progress, results
 from runlora_fx.cost_model import store
 from runlora_fx.cost_model.cost import TERMS
 from runlora_fx.cost_model.devices.elsewhere import export
@@ -41,8 +40,6 @@ from runlora_fx.cost_model.devices.registry import entry_of, fastest
 from runlora_fx.cost_model.ops import Add, GemmShape, Operation
 from runlora_fx.cost_model.profile import MachineProfile
 from runlora_fx.cost_model.store import Record
-
-SUMMARY = "Measure this machine, so that plans are chosen by its own times."
 
 #: Sizes of the LoRA layers to fit to, and of others to check the fit on: tokens, width, rank.
 _FITTED = ((16, 128, 1024), (256, 1024, 3072), (8, 64))
@@ -71,40 +68,17 @@ _DRAWN = 1 << 22
 _log = logging.getLogger("runlora_fx")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command."""
-    parser.add_argument(
-        "--device",
-        default=fastest().type,
-        help="the device to measure, such as cpu or cuda:0",
-    )
-    parser.add_argument(
-        "--dtype",
-        nargs="+",
-        default=["float32", "bfloat16"],
-        choices=["float64", "float32", "bfloat16", "float16"],
-        help="the dtypes to measure",
-    )
-    parser.add_argument(
-        "--matmul-precision",
-        default="highest",
-        choices=["highest", "high", "medium"],
-        help="setting of torch.set_float32_matmul_precision that the profile is for",
-    )
-    parser.add_argument(
-        "--seconds", type=float, default=45.0, help="the time after which measuring stops"
-    )
-    parser.add_argument(
-        "--export",
-        type=Path,
-        metavar="FILE",
-        help="write the profile into a file as well: with the option `runlora.device` another "
-        "machine plans by it",
-    )
-
-
-def run(arguments: argparse.Namespace) -> int:
+def run(
+    device: str, dtypes: Sequence[str], precision: str, seconds: float, export_to: Path | None
+) -> int:
     """Measure, store, and show how well the profile predicts products that it was not fitted to.
+
+    Args:
+        device: The device to measure; the fastest if empty.
+        dtypes: The dtypes to measure.
+        precision: The setting of ``torch.set_float32_matmul_precision`` that the profile is for.
+        seconds: The time after which measuring stops [s].
+        export_to: A file for another machine to plan by; none if None.
 
     Returns:
         The exit status: 0, or 1 if the time was too short or the profile could not be stored.
@@ -112,28 +86,29 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError: If the device or the time is not valid.
     """
-    if not arguments.seconds > 0:  # also true of NaN
-        raise ValueError(f"--seconds must be positive, not {arguments.seconds}")
+    if not seconds > 0:  # also true of NaN
+        raise ValueError(f"--seconds must be positive, not {seconds}")
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(arguments.matmul_precision)
+    torch.set_float32_matmul_precision(precision)
     try:
-        return _run(arguments, _device(arguments.device))
+        return _run(_device(device or fastest().type), dtypes, seconds / len(dtypes), export_to)
     finally:
         torch.set_float32_matmul_precision(before)
 
 
-def _run(arguments: argparse.Namespace, device: torch.device) -> int:
+def _run(
+    device: torch.device, dtypes: Sequence[str], share_s: float, export_to: Path | None
+) -> int:
     """Measure, store and show, under the settings of the process."""
-    console = Console(highlight=False)
-    share = arguments.seconds / len(arguments.dtype)
-    with undisturbed(device), Progress(console=console, transient=True) as progress:
-        results = [
+    console = results()
+    with undisturbed(device), progress() as bar:
+        measured = [
             _calibrate(
-                device, dtype, share, lambda items, what: progress.track(items, description=what)
+                device, dtype, share_s, lambda items, what: bar.track(items, description=what)
             )
-            for dtype in arguments.dtype
+            for dtype in dtypes
         ]
-    for dtype, checked in zip(arguments.dtype, results, strict=True):
+    for dtype, checked in zip(dtypes, measured, strict=True):
         if checked is None:
             console.print(
                 f"{dtype}: nothing stored, the time was too short. Try a larger --seconds."
@@ -143,12 +118,12 @@ def _run(arguments: argparse.Namespace, device: torch.device) -> int:
             checked.clear()
         else:
             _show(console, device, dtype, checked)
-    if any(results):
+    if any(measured):
         console.print(f"Stored in {store.folder()}.", soft_wrap=True)
-    if any(results) and arguments.export:
-        dtypes = ", ".join(export(device, arguments.export))
-        console.print(f"Exported {dtypes} to {arguments.export}.", soft_wrap=True)
-    return 0 if all(results) else 1
+    if any(measured) and export_to:
+        exported = ", ".join(export(device, export_to))
+        console.print(f"Exported {exported} to {export_to}.", soft_wrap=True)
+    return 0 if all(measured) else 1
 
 
 def _device(name: str) -> torch.device:

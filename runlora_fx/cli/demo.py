@@ -7,43 +7,18 @@ Invariant: the exit status is 0 only if the losses of all compiled variants agre
 
 from __future__ import annotations
 
-import argparse
 import warnings
 
 import torch
-from rich.console import Console
 
 from runlora_fx import history
 from runlora_fx.cli import demo_output as output
+from runlora_fx.cli.console import results
 from runlora_fx.cli.demo_training import BACKENDS, Settings, model_and_tokens, train, variant_of
 from runlora_fx.report.data import combined
 
-SUMMARY = "Fine-tune a small LoRA model three ways and compare losses, time, memory and plans."
-
 # Relative. Orders of evaluation round differently, and training amplifies it.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add one option for each of the settings, with their defaults."""
-    default = Settings()
-    parser.add_argument(
-        "--model",
-        default=default.model,
-        help="path or hub name of a causal language model (None: a small random Llama)",
-    )
-    parser.add_argument(
-        "--dtype", choices=TOLERANCE, default=default.dtype, help="dtype of the weights"
-    )
-    for name, meaning in (
-        ("rank", "rank of the adapters"),
-        ("batch", "sequences in a batch"),
-        ("seq", "tokens in a sequence"),
-        ("dropout", "dropout of the adapters"),
-        ("steps", "optimizer steps of each variant"),
-    ):
-        value = getattr(default, name)
-        parser.add_argument(f"--{name}", type=type(value), default=value, help=meaning)
 
 
 def run(settings: Settings) -> int:
@@ -60,14 +35,14 @@ def run(settings: Settings) -> int:
     warnings.filterwarnings("ignore", "dynamo_pgo force disabled")
     # Without caches, so that every graph is planned and there is a plan to show.
     torch.compiler.config.force_disable_caches = True
-    console = Console(highlight=False)
+    console = results()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     model, tokens = model_and_tokens(settings)
     console.print(output.headline(model, settings, device), soft_wrap=True)
     variants = [variant_of(name, model.to(device)) for name in BACKENDS]
     with history.collecting() as reports:
-        train(variants, tokens, settings, device, console)
+        train(variants, tokens, settings, device)
 
     # Inductor draws other dropout masks than eager mode, which is then no reference.
     reference = variants[0] if settings.dropout == 0 else variants[1]

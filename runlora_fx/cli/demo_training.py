@@ -8,7 +8,6 @@ steps in turn in one process, so that other work on the machine affects all of t
 
 from __future__ import annotations
 
-import argparse
 import copy
 import time
 from collections.abc import Iterator
@@ -17,11 +16,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from runlora_fx.cli.console import progress
 from runlora_fx.cli.demo_data import batches, corpus
 from runlora_fx.cost_model.devices.peak import peak_bytes
 from runlora_fx.cost_model.devices.registry import entry_of
@@ -62,11 +60,6 @@ class Settings:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.steps <= UNTIMED_STEPS:
             raise ValueError(f"steps must be more than {UNTIMED_STEPS}, got {self.steps}")
-
-    @classmethod
-    def from_arguments(cls, arguments: argparse.Namespace) -> Settings:
-        """The settings that a parsed command line asks for."""
-        return cls(**{name: getattr(arguments, name) for name in cls.__dataclass_fields__})
 
 
 @dataclass
@@ -150,22 +143,21 @@ def train(
     tokens: Tensor,
     settings: Settings,
     device: torch.device,
-    console: Console,
 ) -> None:
     """Take all steps of all variants, in turn, and fill in what they measured."""
     data = batches(tokens, settings.batch, settings.seq, seed=1)
-    with Progress(console=console) as progress:
-        task = progress.add_task("", total=settings.steps * len(variants))
+    with progress() as bar:
+        task = bar.add_task("", total=settings.steps * len(variants))
         for step in range(settings.steps):
             batch = next(data).to(device)
             # Each step begins with another variant, so that none always follows the same one.
             for offset in range(len(variants)):
                 variant = variants[(step + offset) % len(variants)]
                 doing = "training" if step else f"first step, {variant.name}"
-                progress.update(task, description=doing, refresh=True)
+                bar.update(task, description=doing, refresh=True)
                 torch.manual_seed(step)
                 _step(variant, batch, step, settings.dtype)
-                progress.advance(task)
+                bar.advance(task)
 
 
 def _step(variant: Variant, batch: Tensor, step: int, dtype: str) -> None:

@@ -12,23 +12,26 @@ Invariant: no weight is loaded or made, and nothing is measured.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import socket
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
-from rich.console import Console
 
-from runlora_fx.cost_model.published import PUBLISHED
+from runlora_fx.cli.console import quietly, status
+from runlora_fx.cli.without_weights import META, on_meta
 from runlora_fx.options import Options
+from runlora_fx.report.data import Report
 from runlora_fx.trace import explain
 
-SUMMARY = "Show what the backend would do with a model of any size, without weights."
-
-_DTYPES = ("float32", "bfloat16", "float16")
+#: How long to wait for the hub's first answer [s].
+_HUB_TIMEOUT_S = 3.0
 
 
 class Example(NamedTuple):
@@ -39,30 +42,55 @@ class Example(NamedTuple):
     kwargs: Mapping[str, Any] = {}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the model, its adapters and batch, and the options of the backend."""
-    parser.add_argument(
-        "model", help="folder or hub name of a language model's configuration, or FILE.py:FUNCTION"
-    )
-    parser.add_argument("--rank", type=int, default=16, help="rank of the adapters")
-    parser.add_argument("--dropout", type=float, default=0.0, help="dropout of the adapters")
-    parser.add_argument("--batch", type=int, default=4, help="sequences in a batch")
-    parser.add_argument("--tokens", type=int, default=2048, help="tokens in a sequence")
-    parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="of the weights")
-    parser.add_argument(
-        "--device", default="", help=f"plan for one of {', '.join(PUBLISHED)}, or a profile's file"
-    )
-    parser.add_argument("--memory", default="balanced", help="policy for what is saved")
-    parser.add_argument("--objective", default="time", help="what plans are ranked by")
-    parser.add_argument("--inference", action="store_true", help="no gradients")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+@dataclass(frozen=True)
+class Question:
+    """What is to be explained.
+
+    Attributes:
+        model: Folder or hub name of a configuration, or ``FILE.py:FUNCTION``.
+        rank: Of the adapters.
+        dropout: Of the adapters.
+        batch: Sequences in a batch.
+        tokens: Of each sequence.
+        dtype: Of the weights, as torch names it.
+        device: The option ``runlora.device``.
+        memory: The option ``runlora.memory``.
+        objective: The option ``runlora.objective``.
+        is_inference: True for no gradients.
+    """
+
+    model: str
+    rank: int = 16
+    dropout: float = 0.0
+    batch: int = 4
+    tokens: int = 2048
+    dtype: str = "bfloat16"
+    device: str = ""
+    memory: str = "balanced"
+    objective: str = "time"
+    is_inference: bool = False
+
+    def __post_init__(self) -> None:
+        Options.of(self.options)
+        for name in ("rank", "batch", "tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"--dropout must be in [0, 1), got {self.dropout}")
+
+    @property
+    def options(self) -> dict[str, str]:
+        """The options of the backend."""
+        return {name: getattr(self, name) for name in ("device", "memory", "objective")}
 
 
-def run(given: argparse.Namespace) -> int:
+def run(question: Question, *, as_json: bool, html: Path | None = None) -> int:
     """Explain a model, and print the report.
 
     Args:
-        given: The arguments.
+        question: The model and the options.
+        as_json: True to print JSON.
+        html: The file to write the report to as a web page; none if None.
 
     Returns:
         The exit status: 0.
@@ -70,23 +98,32 @@ def run(given: argparse.Namespace) -> int:
     Raises:
         ValueError: If an argument is not valid. The message says which are.
     """
-    names = ("device", "memory", "objective")
-    options = {name: getattr(given, name) for name in names}
-    Options.of(options)  # rejects them before anything takes time
-    for name in ("rank", "batch", "tokens"):
-        if getattr(given, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(given, name)}")
-    if not 0 <= given.dropout < 1:
-        raise ValueError(f"--dropout must be in [0, 1), got {given.dropout}")
-    # Progress goes to the terminal alone, so that a report can be piped.
-    with Console(stderr=True).status("Tracing and planning ..."):
-        file, _, function = given.model.partition(":")
+    if html is not None and not html.absolute().parent.is_dir():
+        raise ValueError(f"--html {html}: there is no folder {html.absolute().parent}")
+    with status("Tracing and planning ..."), warnings.catch_warnings():
+        # Dynamo reads every attribute of a model, including deprecated ones.
+        warnings.simplefilter("ignore", FutureWarning)
+        file, _, function = question.model.partition(":")
         is_file = file.endswith(".py")
-        made = _from_file(Path(file), function) if is_file else _language_model(given)
-        with torch.set_grad_enabled(not given.inference):
-            report = explain(made.model, *made.args, **made.kwargs, **options)
-    print(report.to_json(indent=1) if given.json else report)
+        made = _from_file(Path(file), function) if is_file else _language_model(question)
+        with torch.set_grad_enabled(not question.is_inference):
+            report = explain(made.model, *made.args, **made.kwargs, **question.options)
+    print(report.to_json(indent=1) if as_json else report)
+    if html is not None:
+        html.write_text(_page(report), encoding="utf-8")
     return 0
+
+
+def _page(report: Report) -> str:
+    """A report as a web page.
+
+    Raises:
+        ValueError: If this version of the package makes none.
+    """
+    to_html: Callable[[], str] | None = getattr(report, "to_html", None)
+    if to_html is None:
+        raise ValueError("--html is not supported: this version has no Report.to_html")
+    return to_html()
 
 
 def _from_file(file: Path, function: str) -> Example:
@@ -104,7 +141,7 @@ def _from_file(file: Path, function: str) -> Example:
     build = getattr(module, function or "build", None)
     if not callable(build):
         raise ValueError(f"{file} has no function {function or 'build'!r}; name one as {file}:NAME")
-    with torch.device("meta"):
+    with META:
         made = build()
     parts = made if isinstance(made, tuple) else (made,)
     is_one = (
@@ -121,7 +158,7 @@ def _from_file(file: Path, function: str) -> Example:
     return Example(*parts)
 
 
-def _language_model(given: argparse.Namespace) -> Example:
+def _language_model(question: Question) -> Example:
     """A causal language model with adapters and a batch of tokens, on the meta device.
 
     Raises:
@@ -129,34 +166,61 @@ def _language_model(given: argparse.Namespace) -> Example:
         SystemExit: If PEFT or Transformers is missing.
     """
     try:
-        import peft
-        import transformers
+        with quietly():
+            import peft
+            import transformers
     except ImportError as error:
         message = "explain needs PEFT and Transformers: pip install 'runlora-fx[demo]'"
         raise SystemExit(f"{message} ({error})") from None
-    try:
-        config = transformers.AutoConfig.from_pretrained(given.model)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load the configuration of {given.model!r}: {error}") from None
+    config = _configuration(question.model)
     config.use_cache = False
     lora = peft.LoraConfig(
-        r=given.rank, lora_dropout=given.dropout, target_modules="all-linear", task_type="CAUSAL_LM"
+        r=question.rank,
+        lora_dropout=question.dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
     )
-    with torch.device("meta"), _default_dtype(getattr(torch, given.dtype)):
+    with on_meta(getattr(torch, question.dtype)):
         base = transformers.AutoModelForCausalLM.from_config(config)
         model = peft.get_peft_model(base, lora, autocast_adapter_dtype=False)
-        tokens = torch.empty(given.batch, given.tokens, dtype=torch.long)
-    model.train(not given.inference)
-    labels = {} if given.inference else {"labels": tokens}
+        tokens = torch.empty(question.batch, question.tokens, dtype=torch.long)
+    model.train(not question.is_inference)
+    labels = {} if question.is_inference else {"labels": tokens}
     return Example(model, (), {"input_ids": tokens, **labels})
 
 
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """A context with another default dtype."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+def _configuration(name: str) -> Any:
+    """The configuration of a language model.
+
+    Raises:
+        ValueError: If it cannot be loaded.
+    """
+    import transformers
+
     try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+        is_folder = Path(name).is_dir()
+        return transformers.AutoConfig.from_pretrained(
+            name, local_files_only=is_folder or not _reaches_hub()
+        )
+    except (OSError, ValueError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"cannot load the configuration of {name!r}. Give a folder with a config.json, the "
+            f"name of a model on the Hugging Face hub (which needs a network), or "
+            f"FILE.py:FUNCTION. Transformers says: {first}"
+        ) from None
+
+
+def _reaches_hub() -> bool:
+    """True if the hub answers. Without this question, its client tries for half a minute."""
+    from huggingface_hub import constants
+
+    if getproxies():  # the client may get through where we do not
+        return True
+    url = urlsplit(constants.ENDPOINT)
+    port = url.port or (80 if url.scheme == "http" else 443)
+    try:
+        socket.create_connection((url.hostname or "", port), timeout=_HUB_TIMEOUT_S).close()
+    except OSError:
+        return False
+    return True

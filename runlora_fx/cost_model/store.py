@@ -137,6 +137,19 @@ def load(key: Key) -> Record:
         return Record()
 
 
+def fault_of(path: Path) -> str:
+    """Why :func:`load` would not read a file of the folder; empty if it would."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != _FORMAT:
+            return "made by another version"
+        Key(**content["key"])
+        _from_json(content)
+    except _UNREADABLE as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
 def add(key: Key, newer: Record) -> Record:
     """Merge a record into the stored one of a key, and return the merged record.
 

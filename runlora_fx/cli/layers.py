@@ -1,6 +1,6 @@
-"""Layers of real models with LoRA on all of their projections, for the benchmarks.
+"""Layers of real models with LoRA on all of their projections, for `runlora gain` and benchmarks.
 
-    model_of(Recipe(dropout=0.05), SHAPES["Llama-3-8B"].scaled(4), torch.device("meta"))
+    model_of(Recipe(dropout=0.05), SHAPES["Llama-3-8B"].scaled(4), META, is_adapted=True)
 
 Invariant: data is random. Nothing is loaded, and nothing is fetched.
 """
@@ -22,6 +22,8 @@ from transformers.models.mixtral.modeling_mixtral import (
 )
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RotaryEmbedding
 from transformers.models.vit.modeling_vit import ViTLayer
+
+from runlora_fx.cli.without_weights import on_meta
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ SHAPES = {
     "Qwen2.5-7B": Shape(3584, 18944, 28, 4),
     "ViT-L": Shape(1024, 4096, 16, 16),
     "Mixtral-8x7B": Shape(4096, 14336, 32, 8, experts=8),
+    "SmolLM2-135M": Shape(576, 1536, 9, 3),
 }
 
 
@@ -138,6 +141,10 @@ class Quantised(nn.Module):
 
     GROUP = 64
 
+    packed: Tensor
+    scale: Tensor
+    zero: Tensor
+
     def __init__(self, linear: nn.Linear) -> None:
         """Take the shape of a layer; the numbers are random."""
         super().__init__()
@@ -167,29 +174,24 @@ def quantise(model: nn.Module) -> None:
 
 def model_of(recipe: Recipe, shape: Shape, device: torch.device, *, is_adapted: bool) -> nn.Module:
     """A layer in bfloat16, in training mode; on the meta device it has no data."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with device:
-            layer = Layer(recipe.shape, shape, recipe.checkpointed).requires_grad_(False)
-            if is_adapted:
-                targets: dict[str, Any] = {"target_modules": "all-linear"}
-                if shape.experts:
-                    targets = {
-                        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
-                        "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
-                    }
-                config = LoraConfig(
-                    r=recipe.rank,
-                    lora_alpha=2 * recipe.rank,
-                    lora_dropout=recipe.dropout,
-                    use_dora=recipe.dora,
-                    **targets,
-                )
-                # PEFT leaves adapters in the weights' dtype or casts them to float32.
-                layer = get_peft_model(layer, config, autocast_adapter_dtype=recipe.autocast)  # type: ignore[arg-type, assignment]
-            if recipe.quantised:
-                quantise(layer)
-    finally:
-        torch.set_default_dtype(before)
+    with on_meta(torch.bfloat16, device):
+        layer = Layer(recipe.shape, shape, recipe.checkpointed).requires_grad_(False)
+        if is_adapted:
+            targets: dict[str, Any] = {"target_modules": "all-linear"}
+            if shape.experts:
+                targets = {
+                    "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+                    "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+                }
+            config = LoraConfig(
+                r=recipe.rank,
+                lora_alpha=2 * recipe.rank,
+                lora_dropout=recipe.dropout,
+                use_dora=recipe.dora,
+                **targets,
+            )
+            # PEFT leaves adapters in the weights' dtype or casts them to float32.
+            layer = get_peft_model(layer, config, autocast_adapter_dtype=recipe.autocast)
+        if recipe.quantised:
+            quantise(layer)
     return layer.train()
