@@ -26,6 +26,7 @@ from runlora_fx.passes.levels.operators import (
     VIEWS,
     is_pointwise,
 )
+from runlora_fx.runtime import kept_weights as reuse  # noqa: F401  (registers the operator)
 
 _aten = torch.ops.aten
 _MERGED = torch.ops.runlora.merged_weight.default

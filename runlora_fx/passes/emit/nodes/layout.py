@@ -38,6 +38,7 @@ from runlora_fx.passes.levels.sizes import (
     strides_of,
 )
 from runlora_fx.passes.read.calls import name_of
+from runlora_fx.runtime import kept_weights as reuse  # noqa: F401  (registers the operator)
 
 #: How a reader depends on the layout of its operand. "ignores": its result is the same, strides
 #: included. "follows": only the strides of its result change. "relies": it may fail or be wrong.
