@@ -36,8 +36,8 @@ SCREENS = {
     "explain": "explain llama-3-8b-2-layers --device h100 --dropout 0.05",
     "crossover": "crossover --in 4096 --out 4096 --rank 16 --device h100",
     "gain": "gain --device h100",
-    "calibrate": "calibrate --seconds 60 --dtype float32",
-    "demo": "demo --rank 64 --batch 2 --seq 128 --steps 6",
+    "calibrate": "calibrate --seconds 240 --dtype float32",
+    "demo": "demo --help",
     "doctor": "doctor",
 }
 

@@ -15,14 +15,14 @@ from torch import Tensor, fx, nn
 
 import runlora_fx
 from runlora_fx.cost_model.store import FOLDER_VARIABLE
-from runlora_fx.passes import planning
+from runlora_fx.passes import planning, rebuild
 
 STAGE = "runlora_fx.passes.planning.decide_all"
 
 # The mistake of the test, made again in a process that runs the file.
 WITH_THE_MISTAKE = """
 import runpy, sys
-from runlora_fx.passes import planning
+from runlora_fx.passes import planning, rebuild
 def fail(*_, **__):
     raise RuntimeError("out of luck")
 planning.decide_all = fail
@@ -182,3 +182,24 @@ def test_strict_raises_and_writes_no_file(_folder: Path, monkeypatch: pytest.Mon
     with pytest.raises(RuntimeError, match="out of luck"):
         runlora_fx.rewrite(gm, [torch.randn(96, 24)], strict=True)
     assert not _folder.exists()
+
+
+def test_the_device_of_the_graph_is_not_needed() -> None:
+    """A file that comes from a machine with a GPU runs on one without."""
+    fakes, made = rebuild.Fakes(), rebuild.Builder()
+    sizes = {"x": (4096, 512), "w": (512, 512), "a": (512, 8), "b": (8, 512)}
+    x, w, a, b = (made.add("placeholder", name, name=name) for name in sizes)
+    mm, add = torch.ops.aten.mm.default, torch.ops.aten.add.Tensor
+    low = made.add("call_function", mm, (x, a), name="low")
+    parts = [made.add("call_function", mm, pair, name="part") for pair in ((x, w), (low, b))]
+    made.add("output", "output", (made.add("call_function", add, (*parts,), name="y"),), name="out")
+    report = rebuild.rewrite_again(
+        made.module(),
+        [fakes.tensor(size, (size[1], 1), torch.bfloat16, "cuda:0") for size in sizes.values()],
+        is_aten=True,
+        may_guard=True,
+        joins_in_place=False,
+        parameters=(),
+        options={"objective": "flops"},
+    )
+    assert [site.changed for site in report.sites] == [True]
