@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 
 from runlora_fx.passes.context import NOTHING, Recomputation
 from runlora_fx.report.as_json import as_json
+from runlora_fx.report.figures import Rates
 from runlora_fx.report.sites import Candidate, Refusal, Site
 from runlora_fx.report.summary import advised, verdict
 from runlora_fx.report.text import FROM_CACHE, lines, stacked_text
@@ -37,6 +38,7 @@ class Report:
         seconds: The predicted time of all products, before and after [s]; None if plans were ranked
             by FLOPs.
         recomputation: What the backward recomputes besides what plans ask for.
+        rates: By dtype, the rates that plans were ranked by; empty if FLOPs ranked them.
     """
 
     graph: str
@@ -49,6 +51,7 @@ class Report:
     stacked: tuple[int, ...] = ()
     seconds: tuple[float, float] | None = None
     recomputation: Recomputation = NOTHING
+    rates: tuple[Rates, ...] = ()
 
     def __str__(self) -> str:
         """The verdict, what to do, a section for each kind of site, and what was left alone."""
@@ -85,6 +88,16 @@ class Report:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return as_json(self.verdict, values, indent)
 
+    def to_html(self) -> str:
+        """The report as a web page in one file: tables, drawings of the plans, and plots.
+
+        The page loads nothing from elsewhere. Write it with ``Path(...).write_text(html,
+        encoding="utf-8")``.
+        """
+        from runlora_fx.report.html.page import as_html  # few reports become a page
+
+        return as_html(self, tuple(advised(self.sites, self.recomputation)))
+
     @property
     def verdict(self) -> str:
         """What was gained, in one line."""
@@ -105,6 +118,7 @@ def combined(reports: Iterable[Report]) -> Report:
         stacked=tuple(count for part in parts for count in part.stacked),
         seconds=_added([part.seconds for part in parts]),
         recomputation=sum((part.recomputation for part in parts), NOTHING),
+        rates=tuple(dict.fromkeys(rates for part in parts for rates in part.rates)),
     )
 
 

@@ -32,6 +32,7 @@ from runlora_fx.report.causes import causes_of
 from runlora_fx.report.data import Candidate, Site
 from runlora_fx.report.notation import Names, algebra, first_step
 from runlora_fx.report.origin import modules_of
+from runlora_fx.report.plotting import figures_of
 
 _log = logging.getLogger("runlora_fx")
 
@@ -121,6 +122,7 @@ def _site(
         changed=changed,
         is_exact=decision.proof == "exact",
         find_break_even=partial(_break_even, posed, names, objective) if is_easy else str,
+        figures=figures_of(posed, names, scalars, decision, changed, objective),
         reason=reason,
         considered=tuple(
             Candidate(first_step(problem, names, problem.demands[0], a.step), int(a.cost.flops))

@@ -13,6 +13,8 @@ from functools import cached_property
 
 import sympy
 
+from runlora_fx.report.figures import Figures
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -61,6 +63,7 @@ class Site:
         is_exact: True if all plans were compared, so that no cheaper one exists.
         causes: If it was left alone, what keeps its adapters from being merged.
         find_break_even: Computes :attr:`break_even`.
+        figures: What drawings and plots are made of; None if there is nothing to draw.
     """
 
     modules: tuple[str, ...]
@@ -77,6 +80,7 @@ class Site:
     is_exact: bool = True
     causes: tuple[Cause, ...] = ()
     find_break_even: Callable[[], str] = field(default=str, repr=False, compare=False)
+    figures: Figures | None = field(default=None, repr=False, compare=False)
 
     @cached_property
     def break_even(self) -> str:
