@@ -217,6 +217,34 @@ def test_edges_join_what_a_step_reads() -> None:
     assert (True, False) not in phases
 
 
+class Scaled(Adapted):
+    """DoRA: ``(X W' + X A' B') diag(g)``, written with the layer's own output twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.rand(OUT))
+
+    def forward(self, x: Tensor) -> Tensor:
+        base = self.base_layer(x)
+        made: Tensor = self.lora_B(self.lora_A(x))
+        return base + (self.gain - 1) * base + self.gain * made
+
+
+def test_what_is_given_in_a_drawing_is_a_leaf() -> None:
+    """A value without a step of its own is drawn as one, of the leaves that it is made of."""
+    torch.manual_seed(0)
+    x = torch.randn(TOKENS, IN, requires_grad=True)
+    sites = runlora_fx.explain(Scaled(), x, objective="flops", strict=True).sites
+    drawings = [d for s in sites if s.figures for d in (s.figures.before, s.figures.after) if d]
+    given = {box.text for drawing in drawings for box in drawing.boxes if box.kind == "input"}
+    assert {"X", "W", "A", "B", "g"} <= given
+    assert not [name for name in given if " " in name]
+    for drawing in drawings:
+        made = {edge.target for edge in drawing.edges}
+        is_given = [box.kind == "input" for box in drawing.boxes]
+        assert made == {i for i, one in enumerate(is_given) if not one}
+
+
 def test_drawings_are_on_the_page() -> None:
     text = page_of("time")
     for figures in (site.figures for site in report()):

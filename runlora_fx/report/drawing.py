@@ -14,7 +14,7 @@ from dataclasses import replace
 from runlora_fx.cost_model.objective import Objective
 from runlora_fx.cost_model.ops import GroupedMatMul, MatMul, Merge, Operation
 from runlora_fx.passes.algebra.plan import Plan, step_operations, total_cost
-from runlora_fx.passes.algebra.polynomials import IDENTITY, Polynomial, Scalar
+from runlora_fx.passes.algebra.polynomials import IDENTITY, Polynomial, Scalar, leaf
 from runlora_fx.passes.algebra.problem import Problem, Value, is_broadcast
 from runlora_fx.passes.algebra.steps import Accumulate, Keep, Product, Step, Sum
 from runlora_fx.report.figures import Box, Drawing, Edge, Kind
@@ -102,7 +102,7 @@ class _Drawer:
             if value.backward and forward in self._plan.steps:
                 place = self._place(forward)
             else:
-                place = self._given(value)
+                place = self._unknown(value)
         elif step is None or value.core.leaf is not None:
             place = self._given(value)
         else:
@@ -111,13 +111,23 @@ class _Drawer:
         return place
 
     def _given(self, value: Value) -> int:
-        """Draw a matrix that no step makes; a leaf may have a step that unpacks it."""
-        core, leaf = value.core, value.core.leaf
-        name = self._names.polynomial(core) if leaf is None else self._names.leaves[leaf.leaf]
-        sizes = "" if core == IDENTITY else self._sizes(core, turned=False)
+        """Draw a leaf. A packed one has a step that unpacks it."""
+        assert value.core.leaf is not None
+        name = self._names.leaves[value.core.leaf.leaf]
+        box = Box(name, "", "input", self._sizes(value.core, turned=False), value.backward)
         step = self._plan.steps.get(value)
-        box = Box(name, "", "input", sizes, value.backward)
         return self._add(box if step is None else self._priced(box, value, step), ())
+
+    def _unknown(self, value: Value) -> int:
+        """Draw a value without a step of its own: in the graph, the step made a part of it."""
+        core = value.core
+        if core == IDENTITY:
+            return self._add(Box("I", "", "input", "", value.backward), ())
+        leaves = (Value(leaf(i), value.backward) for i in sorted(core.leaves))
+        operands = tuple(map(self._place, leaves))
+        sizes = self._sizes(core, turned=False)
+        box = Box("", self._names.polynomial(core), "other", sizes, value.backward)
+        return self._add(box, operands)
 
     def _made(self, value: Value, step: Step) -> int:
         """Draw a step, after what it reads."""

@@ -13,7 +13,6 @@ from functools import cache
 from typing import Protocol
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from runlora_fx import __version__
 from runlora_fx.passes.context import Recomputation
@@ -142,16 +141,10 @@ def _environment() -> Environment:
         quantity=numbers.quantity,
         change=numbers.change,
         gathered=gathered,
-        breakable=_breakable,
         plot_width=plots.WIDTH,
         plot_height=plots.HEIGHT,
     )
     return made
-
-
-def _breakable(name: str) -> Markup:
-    """A dotted name that may be broken after each dot, escaped."""
-    return Markup(".<wbr>").join(name.split("."))
 
 
 def _letters(kinds: Sequence[Kind]) -> dict[str, str]:

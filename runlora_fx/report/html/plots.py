@@ -146,9 +146,8 @@ def break_even_plot(figures: Figures) -> BreakEven | None:
             *(Guide(x.at(n), f"equal at {round(n)}", is_crossing=True) for n in cross),
         ),
     )
-    panels: tuple[Panel, ...] = (replace(panel, x_label="tokens N"),)
-    if len(known) > 1:
-        panels = (panel, _change(x, samples, pair, tokens, panel.guides))
+    lower = _change(x, samples, pair, tokens, panel.guides) if len(known) > 1 else None
+    panels = (replace(panel, x_label="tokens N"),) if lower is None else (panel, lower)
     names = tuple(curve.name for curve in figures.curves)
     return BreakEven(panels, names, tokens, tuple(map(round, cross)), figures.is_timed)
 
@@ -159,8 +158,8 @@ def _change(
     pair: tuple[Callable[[float], float], Callable[[float], float]],
     tokens: int,
     guides: tuple[Guide, ...],
-) -> Panel:
-    """The change from one plan to another."""
+) -> Panel | None:
+    """The change from one plan to another; None if it is above 100% everywhere."""
 
     def change(n: float) -> float:
         return pair[1](n) / pair[0](n) - 1
@@ -169,6 +168,8 @@ def _change(
     y = ShareAxis.around(max(least, 0.01), _LOWER[3], _LOWER[1])
     points = [(n, change(n)) for n in samples]
     line = path([(x.at(n), y.at(c)) if abs(c) <= y.most else None for n, c in points])
+    if not line:
+        return None
     plain = tuple(Guide(g.at, "", g.is_crossing) for g in guides)
     return Panel(_LOWER, x.ticks, y.ticks, "change", "tokens N", (Line("after", line),), plain)
 
