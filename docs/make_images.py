@@ -22,7 +22,7 @@ from playwright.sync_api import sync_playwright
 
 import runlora_fx
 
-WIDTH, HEIGHT, COLOURS = 1280, 960, 64
+WIDTH, HEIGHT = 1280, 960
 
 #: The browsers that are looked for before playwright's own.
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -69,8 +69,9 @@ def draw(page: Path, folder: Path) -> None:
                 path=folder / f"report-kind-{scheme}.png"
             )
         browser.close()
-    for file in folder.glob("report-*.png"):  # few colours, and so a small file
-        Image.open(file).convert("RGB").quantize(COLOURS).save(file, optimize=True)
+    for file in folder.glob("report-*.png"):  # a palette makes small files
+        image = Image.open(file).convert("RGB")
+        image.quantize(256, Image.Quantize.MAXCOVERAGE).save(file, optimize=True)
 
 
 def main() -> None:

@@ -138,7 +138,7 @@ def test_a_site_without_figures_is_shown_as_text() -> None:
     text = page_of("without figures")
     assert "<svg" not in text.partition("<main>")[2]
     assert text.count("No drawing: ") == sum(1 + kind.site.changed for kind in kinds("time"))
-    assert text.count("No roofline: it could not be made") == len(kinds("time"))
+    assert text.count("No roofline: the report has no data for it") == len(kinds("time"))
 
 
 def kinds(objective: str) -> list[Any]:

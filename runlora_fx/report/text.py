@@ -19,10 +19,10 @@ Invariant: everything that was changed has a section. The text says nothing beyo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from textwrap import shorten
 
-from runlora_fx.report.gathered import gathered
 from runlora_fx.report.sites import Refusal, Site
 
 #: The whole text where compiled code came from a cache.
@@ -107,10 +107,30 @@ def _section(sites: Sequence[Site]) -> Iterator[str]:
 
 
 def _names(names: Iterable[str]) -> str:
-    """Module names in one line, those of equal layers gathered."""
-    found = gathered(names)
+    """Module names in one line, those of equal layers gathered.
+
+    Example:
+        ``layers.0.q, layers.1.q, layers.3.q`` becomes ``layers.{0-1,3}.q``.
+    """
+    numbers: dict[tuple[str, str], list[int]] = {}
+    for name in names:
+        head, number, tail = [*re.split(r"(\d+)", name, maxsplit=1), "", ""][:3]
+        numbers.setdefault((head, tail), []).extend([int(number)] if number else [])
+    found = [f"{head}{_runs(which)}{tail}" for (head, tail), which in numbers.items()]
     more = f" and {len(found) - _NAMES} more" if len(found) > _NAMES else ""
     return ", ".join(found[:_NAMES]) + more
+
+
+def _runs(numbers: Iterable[int]) -> str:
+    """Whole numbers as runs: ``""`` for none, ``2``, ``{0-3,5}``."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    text = ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+    return text if text.isdigit() or not text else f"{{{text}}}"
 
 
 def _flop(x: float) -> str:

@@ -29,7 +29,7 @@ from runlora_fx.report.html.sketch import Sketch, sketched
 from runlora_fx.report.sites import Site
 
 #: Why a figure is missing.
-_FAILED = "it could not be made; the log says why"
+_FAILED = "the report has no data for it, because it was stored without or making it failed"
 _LARGE = "the plan has too many steps to draw; the text has all of them"
 
 
