@@ -29,8 +29,10 @@ from runlora_fx.passes.reproducer import Reproducer, Run
 from runlora_fx.report.base import Bases
 from runlora_fx.report.data import Refusal, Report, Site
 from runlora_fx.report.describe import Known, describe
+from runlora_fx.report.figures import Rates
 from runlora_fx.report.origin import unmatched
 from runlora_fx.report.price_causes import FAILED
+from runlora_fx.report.rates import rates_of
 
 _log = logging.getLogger("runlora_fx")
 
@@ -153,7 +155,18 @@ def _report(context: Context, came: Sequence[fx.Node], outcome: Outcome | None) 
         seconds=outcome.seconds,
         stacked=outcome.stacked,
         recomputation=outcome.recomputation,
+        rates=_rates(context, findings),
     )
+
+
+def _rates(context: Context, findings: Sequence[PlannedRegion]) -> tuple[Rates, ...]:
+    """The rates that plans were ranked by; none if FLOPs ranked them, or if reading them fails."""
+    timed = (f for f in findings if f.objective.name == "time")
+    try:
+        return rates_of(context, {f.posed.problem.dtype: f.objective.profile for f in timed})
+    except Exception as error:
+        _undescribed(context, error)
+        return ()
 
 
 def _bases(context: Context, findings: Sequence[PlannedRegion]) -> Bases:

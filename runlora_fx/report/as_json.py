@@ -17,9 +17,9 @@ from runlora_fx.report.sites import Site
 #: The version of the names and their meaning.
 SCHEMA = 1
 
-#: The fields of a site that are sympy expressions, and those that are functions.
+#: The fields of a site that are sympy expressions, and those that are no data for programs.
 EXPRESSIONS = ("flops_before_expr", "flops_after_expr")
-_FUNCTIONS = ("find_break_even", "find_causes")
+_LEFT_OUT = ("find_break_even", "find_causes", "figures")
 
 
 def as_json(verdict: str, report: Mapping[str, Any], indent: int | None = None) -> str:
@@ -36,6 +36,7 @@ def as_json(verdict: str, report: Mapping[str, Any], indent: int | None = None) 
         "recomputation": asdict(report["recomputation"]),
         "sites": [_site(site) for site in report["sites"]],
         "refusals": [asdict(refusal) for refusal in report["refusals"]],
+        "rates": [asdict(rates) for rates in report["rates"]],
     }
     return json.dumps({"schema": SCHEMA, "verdict": verdict, **whole}, indent=indent)
 
@@ -46,7 +47,7 @@ def _pair(times: Sequence[float] | None) -> dict[str, float] | None:
 
 
 def _site(site: Site) -> dict[str, Any]:
-    names = [field.name for field in fields(site) if field.name not in _FUNCTIONS]
+    names = [field.name for field in fields(site) if field.name not in _LEFT_OUT]
     values = {name: getattr(site, name) for name in names}
     values |= {name: str(values[name]) for name in EXPRESSIONS}
     values["considered"] = [asdict(one) for one in site.considered]

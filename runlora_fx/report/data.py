@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from runlora_fx.passes.context import NOTHING, Recomputation
 from runlora_fx.report.as_json import as_json
+from runlora_fx.report.figures import Rates
 from runlora_fx.report.sites import Candidate, Refusal, Site
 from runlora_fx.report.summary import advised, pay_back, steps_to_pay_back, verdict
 from runlora_fx.report.text import NOTHING_FOUND, lines, stacked_text, total
@@ -43,6 +44,7 @@ class Report:
         recomputation: What the backward recomputes besides what plans ask for.
         planning_seconds: How long the pass took, measured [s]; None if it was not measured.
         note: If the report of code from a cache is missing, why.
+        rates: By dtype, the rates that plans were ranked by; empty if FLOPs ranked them.
     """
 
     graph: str
@@ -57,6 +59,7 @@ class Report:
     recomputation: Recomputation = NOTHING
     planning_seconds: float | None = field(default=None, compare=False)
     note: str = ""
+    rates: tuple[Rates, ...] = ()
 
     def __str__(self) -> str:
         """The verdict, what to do, a table of all sites, their formulas, what was left alone."""
@@ -93,6 +96,16 @@ class Report:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         values["steps_to_pay_back"] = self.steps_to_pay_back
         return as_json(self.verdict, values, indent)
+
+    def to_html(self) -> str:
+        """The report as a web page in one file: tables, drawings of the plans, and plots.
+
+        The page loads nothing from elsewhere. Write it with ``Path(...).write_text(html,
+        encoding="utf-8")``.
+        """
+        from runlora_fx.report.html.page import as_html  # few reports become a page
+
+        return as_html(self, tuple(advised(self.sites, self.recomputation)))
 
     @property
     def verdict(self) -> str:
@@ -149,6 +162,7 @@ def combined(reports: Iterable[Report]) -> Report:
         recomputation=sum((part.recomputation for part in parts), NOTHING),
         planning_seconds=_sum([part.planning_seconds for part in parts]),
         note="; ".join(dict.fromkeys(p.note for p in parts if p.note)) if is_empty else "",
+        rates=tuple(dict.fromkeys(rates for part in parts for rates in part.rates)),
     )
 
 

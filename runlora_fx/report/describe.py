@@ -33,6 +33,7 @@ from runlora_fx.report.causes import causes_of
 from runlora_fx.report.data import Candidate, Site
 from runlora_fx.report.notation import Names, algebra, first_step
 from runlora_fx.report.origin import modules_of
+from runlora_fx.report.plotting import figures_of
 from runlora_fx.report.price_causes import LeftAlone
 from runlora_fx.report.sites import Cause
 
@@ -143,6 +144,7 @@ def _site(
         find_causes=tuple if changed else cache(partial(_causes, alone)),
         seconds=_seconds(problem, plan, objective),
         saved=(int(decision.before.saved), int(runs.saved)),
+        figures=figures_of(posed, names, scalars, decision, changed, objective),
         reason=reason,
         considered=tuple(
             Candidate(first_step(problem, names, problem.demands[0], a.step), int(a.cost.flops))

@@ -205,7 +205,7 @@ class Names:
 
 def first_step(problem: Problem, names: Names, value: Value, step: Step) -> str:
     """The step that makes a value, its operands in normal form: ``X (W' + s A' B')``."""
-    alone = _Printer(replace(problem, demands=()), names, {}, {value: step})
+    alone = Printer(replace(problem, demands=()), names, {}, {value: step})
     return alone.made(value, names.demand(value)[1])
 
 
@@ -220,7 +220,7 @@ def algebra(
         scalars: By demand, its scalar in the graph.
         plan: A step for every value.
     """
-    return _Printer(problem, names, scalars, plan.steps).lines()
+    return Printer(problem, names, scalars, plan.steps).lines()
 
 
 def by_expert(step: Step, operands: list[str]) -> str:
@@ -262,8 +262,12 @@ def _is_sum(text: str) -> bool:
     return " + " in text or " - " in text
 
 
-class _Printer:
-    """Prints a plan: a line for every demand and for every value that is used more than once."""
+class Printer:
+    """Prints a plan: a line for every demand and for every value that is used more than once.
+
+    Attributes:
+        results: By demand that has a line, its name.
+    """
 
     def __init__(
         self,
@@ -272,6 +276,7 @@ class _Printer:
         scalars: Mapping[Polynomial, Scalar],
         plan: Mapping[Value, Step],
     ) -> None:
+        self.results: dict[Polynomial, str] = {}
         self._problem = problem
         self._names = names
         self._scalars = scalars
@@ -288,6 +293,7 @@ class _Printer:
         self._uses = Counter(core for core, _ in readers)
 
     def lines(self) -> str:
+        """All lines. Names are given while they are written."""
         for value in self._problem.demands:
             if value.core not in self._labels:
                 self._demand(value)
@@ -303,11 +309,16 @@ class _Printer:
         if not right:
             right = self.made(value, turned)
             is_sum = isinstance(self._step(value), Sum | Accumulate)
-        name = self._new_name(name)
+        name = self.results[value.core] = self._new_name(name)
         self._labels.setdefault(value.core, (name, turned))
         self._lines.append(
             f"{name} = {front}({right})" if front and is_sum else f"{name} = {front}{right}"
         )
+
+    def line(self, value: Value) -> tuple[str, str, bool]:
+        """The name of a value that has a line; what makes it; True if both are of its transpose."""
+        name, turned = self._labels.get(value.core, ("", value.core.shown[0].transposed))
+        return name, self.made(value, turned), turned
 
     def _step(self, value: Value) -> Step | None:
         step = self._plan.get(value) or self._plan.get(Value(value.core, False))

@@ -13,6 +13,8 @@ from functools import cached_property
 
 import sympy
 
+from runlora_fx.report.figures import Figures
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -73,6 +75,7 @@ class Site:
             by FLOPs.
         saved: What its values make the forward save for the backward, before and after, counted
             [B].
+        figures: What drawings and plots are made of; None if there is nothing to draw.
     """
 
     modules: tuple[str, ...]
@@ -93,6 +96,7 @@ class Site:
     base_flops: int = 0
     seconds: tuple[float, float] | None = None
     saved: tuple[int, int] = (0, 0)
+    figures: Figures | None = field(default=None, repr=False, compare=False)
 
     @cached_property
     def break_even(self) -> str:
