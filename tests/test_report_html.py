@@ -418,6 +418,14 @@ def test_a_page_is_as_wide_as_its_window(show: Show, name: str, width: int) -> N
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
+@pytest.mark.parametrize("name", ("time", "many", "flops"))
+def test_a_printed_page_is_as_wide_as_its_paper(show: Show, name: str) -> None:
+    page = show(name, width=720)
+    page.emulate_media(media="print")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 720
+
+
 def rows(page: Any) -> Any:
     return page.locator("#kinds tbody tr:not([hidden])")
 
