@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import runlora_fx
 from runlora_fx.report.data import Report, combined
-from runlora_fx.report.formulas import in_common
+from runlora_fx.report.formulas import changes
 from runlora_fx.report.gathered import gathered
 from runlora_fx.report.kinds import rows_of
 from runlora_fx.report.units import count, duration, with_unit
@@ -145,14 +145,26 @@ def test_no_formula_is_printed_twice(breaks: bool) -> None:
     assert "layers.{0-2}.dropped" in text
 
 
-def test_what_two_plans_have_in_common_stands_for_the_same_value() -> None:
+def test_what_is_as_before_stands_for_the_same_value() -> None:
     before = "Z = X A'\nY = X W' + Z B'\ndB = dY' Z\ndX = dY W"
     after = "Y = X (W' + A' B')\nZ = dY' X\ndB = dY' Z\ndX = dY W"
-    first, second, both = in_common(before, after)
-    assert both == ["dX = dY W"]  # Z is another value there, so dB is too
-    assert [*first, *both] == before.splitlines()
-    assert [*second, *both] == after.splitlines()
-    assert in_common(before, before) == ([], [], before.splitlines())
+    new, kept = changes(before, after)
+    assert kept == ["dX"]  # Z is another value there, so dB is too
+    assert new == after.splitlines()[:-1]
+    assert changes(before, before) == ([], ["Z", "Y", "dB", "dX"])
+
+
+def test_layers_that_came_alike_share_formulas_whatever_was_done_with_them() -> None:
+    layers = nn.ModuleList([Layer(), Layer()])
+
+    def run(x: Tensor, y: Tensor) -> Tensor:
+        return layers[0](x).sum() + layers[1](y).sum()
+
+    text = str(runlora_fx.explain(run, data(256), data(8), objective="flops", strict=True))
+    assert "Order a: 2 layers in rows 1 and 2\n  as it came: " in text
+    assert text.count("Y = X W' + Z B'") == 1
+    assert "  after, row 1: " in text
+    assert "left alone: tokens" in text
 
 
 def test_the_base_product_is_shown_beside_an_adapter_with_dropout(report: Report) -> None:

@@ -1,33 +1,34 @@
-"""Formulas: what two plans have in common, line by line.
+"""Formulas: what a plan computes in another way than the graph that came, line by line.
 
-    Z = X A'            Z = X A'                     both: Z = X A'
-    Y = X W' + Z B'     Y = X (W' + A' B')     ->    before: Y = X W' + Z B'
-    dA = Z2' X          dA = B' Z                    after: Y = X (W' + A' B')
+    Z = X A'            Y = X (W' + A' B')
+    Y = X W' + Z B'     dX = dY W              ->    Y = X (W' + A' B'), and dX as before
+    dX = dY W
 
-Invariant: lines that both plans have stand for the same value in both.
+Invariant: what is said to be as before stands for the same value in both.
 """
 
 from __future__ import annotations
 
 import re
 
-#: The letters that stand for intermediate results: in each plan they are given anew.
+#: The letters that stand for intermediate results: each plan gives them anew.
 _OWN = re.compile(r"\b[MZ]\d*\b")
 
 
-def in_common(before: str, after: str) -> tuple[list[str], list[str], list[str]]:
-    """The lines of the first plan alone, of the second alone, and of both.
+def changes(before: str, after: str) -> tuple[list[str], list[str]]:
+    """The lines of a plan that the graph as it came does not have, and the names of the others.
 
     Args:
-        before: A plan, a value a line; a line reads values of earlier lines.
-        after: Another plan for the same values.
+        before: How the graph computed its values, a value a line; lines read earlier lines.
+        after: The plan.
     """
-    first, second = before.splitlines(), after.splitlines()
-    both: list[str] = []
-    known: set[str] = set()
-    for line in first:
+    came = set(before.splitlines())
+    new: list[str] = []
+    kept: list[str] = []
+    for line in after.splitlines():
         name, _, right = line.partition(" = ")
-        if line in second and set(_OWN.findall(right)) <= known:
-            both.append(line)
-            known.add(name)
-    return [x for x in first if x not in both], [x for x in second if x not in both], both
+        if line in came and set(_OWN.findall(right)) <= set(kept):
+            kept.append(name)
+        else:
+            new.append(line)
+    return new, kept

@@ -2,8 +2,8 @@
 
     32 layers x 7 projections    ->    five rows of a table, and two orders of evaluation
 
-Sites of one *row* have equal sizes and were treated alike. Rows of one *order* are computed by the
-same formulas, with other sizes or numbers. So no formula is printed twice, after graph breaks
+Sites of one *row* have equal sizes and were treated alike. Rows of one *order* came with the same
+formulas, for other sizes or with other results. So no formula is printed twice, after graph breaks
 either.
 
 Invariant: every site is in one row, and every row in one order.
@@ -25,7 +25,7 @@ class Row:
 
     Attributes:
         number: The number of the row, from 1.
-        order: The letter of the order that computes it.
+        order: The letter of the order that it came in.
         sites: The sites; all that a row shows is equal in them, but for their modules.
     """
 
@@ -61,8 +61,9 @@ def rows_of(sites: Sequence[Site]) -> list[Row]:
     """The sites by row, those of one order together."""
     orders: dict[object, dict[object, list[Site]]] = {}
     for site in sites:
-        order = orders.setdefault((site.before, site.after, site.base), {})
-        order.setdefault((site.shapes, site.changed, site.reason, site.causes), []).append(site)
+        order = orders.setdefault((site.before, site.base, site.flops_before_expr), {})
+        alike = (site.shapes, site.after, site.changed, site.reason, site.causes)
+        order.setdefault(alike, []).append(site)
     rows: list[Row] = []
     for i, order in enumerate(orders.values()):
         for equal in order.values():

@@ -22,7 +22,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from textwrap import shorten
 from typing import TypeVar
 
-from runlora_fx.report.formulas import in_common
+from runlora_fx.report.formulas import changes
 from runlora_fx.report.gathered import gathered
 from runlora_fx.report.kinds import Row, rows_of
 from runlora_fx.report.sites import Refusal, Site
@@ -61,19 +61,12 @@ def cells(row: Row) -> tuple[str, ...]:
     products = with_unit(site.flops_before, "FLOP")
     if site.changed:
         products += f" -> {with_unit(site.flops_after, 'FLOP')}"
-    changes = [
+    gains = [
         change(*pair) if site.changed and pair is not None else ""
         for pair in (site.seconds, site.saved)
     ]
-    return (
-        str(row.number),
-        str(row.layers),
-        site.shapes,
-        products,
-        *changes,
-        row.result,
-        row.order,
-    )
+    what = str(row.number), str(row.layers), site.shapes, products
+    return (*what, *gains, row.result, row.order)
 
 
 def total(graph: str, flops_before: int, flops_after: int) -> str:
@@ -162,21 +155,18 @@ def _section(order: str, rows: Sequence[Row]) -> Iterator[str]:
         flops = ", ".join(dict.fromkeys(with_unit(row.site.base_flops, "FLOP") for row in rows))
         yield f"  base product, runs as it came and is added to Y: {flops}"
         yield f"    {site.base}"
-    if not site.changed:
-        yield from _formulas("runs as it came", f"{site.flops_before_expr} FLOP", site.before)
-    else:
-        before, after, both = in_common(site.before, site.after)
-        yield from _formulas("before and after", "", "\n".join(both))
-        yield from _formulas("before", f"{site.flops_before_expr} FLOP", "\n".join(before))
-        yield from _formulas("after", f"{site.flops_after_expr} FLOP", "\n".join(after))
+    came = "before" if all(row.site.changed for row in rows) else "as it came"
+    yield f"  {came}: {site.flops_before_expr} FLOP"
+    yield from (f"    {line}" for line in site.before.splitlines())
+    changed = [row for row in rows if row.site.changed]
+    for after, of in _by(changed, lambda row: row.site.after):
+        where = "" if len(of) == len(rows) else f", {_rows(of)}"
+        yield f"  after{where}: {of[0].site.flops_after_expr} FLOP"
+        new, kept = changes(site.before, after)
+        yield from (f"    {line}" for line in new)
+        if kept:
+            yield f"    {', '.join(kept)} as before"
     yield from (f"  {line}" for line in details(rows))
-
-
-def _formulas(when: str, flops: str, formulas: str) -> Iterator[str]:
-    """Formulas below a line that says when they hold, and what they take."""
-    if formulas or flops:
-        yield f"  {when}: {flops}".rstrip()
-        yield from (f"    {line}" for line in formulas.splitlines())
 
 
 def _break_even(row: Row) -> str:
