@@ -9,7 +9,6 @@ from transformers import LlamaConfig
 
 from runlora_fx.__main__ import main
 from runlora_fx.cli import explain as command
-from runlora_fx.report.data import Report
 
 BUILD = """
 import torch
@@ -98,7 +97,6 @@ def test_mistakes_get_an_answer(
     assert words in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not hasattr(Report, "to_html"), reason="reports are no web pages yet")
 def test_a_web_page_is_written_as_well(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,7 +27,6 @@ import torch
 from runlora_fx.cli.console import quietly, status
 from runlora_fx.cli.without_weights import META, on_meta
 from runlora_fx.options import Options
-from runlora_fx.report.data import Report
 from runlora_fx.trace import explain
 
 #: How long to wait for the hub's first answer [s].
@@ -110,20 +109,8 @@ def run(question: Question, *, as_json: bool, html: Path | None = None) -> int:
             report = explain(made.model, *made.args, **made.kwargs, **question.options)
     print(report.to_json(indent=1) if as_json else report)
     if html is not None:
-        html.write_text(_page(report), encoding="utf-8")
+        html.write_text(report.to_html(), encoding="utf-8")
     return 0
-
-
-def _page(report: Report) -> str:
-    """A report as a web page.
-
-    Raises:
-        ValueError: If this version of the package makes none.
-    """
-    to_html: Callable[[], str] | None = getattr(report, "to_html", None)
-    if to_html is None:
-        raise ValueError("--html is not supported: this version has no Report.to_html")
-    return to_html()
 
 
 def _from_file(file: Path, function: str) -> Example:
