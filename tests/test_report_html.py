@@ -102,7 +102,7 @@ PAGES: dict[str, Callable[[], Report]] = {
     "many": lambda: many(32),
     "hostile": hostile,
     "without figures": lambda: replace(
-        report(), sites=tuple(replace(site, figures=None) for site in report().sites)
+        report(), sites=tuple(replace(site, find_figures=lambda: None) for site in report().sites)
     ),
     "no site": lambda: Report("inference", refusals=(Refusal("a reason", ("a.b",)),)),
     "cached": lambda: Report("cached", from_cache=True),

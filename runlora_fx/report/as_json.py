@@ -17,9 +17,9 @@ from runlora_fx.report.sites import Site
 #: The version of the names and their meaning.
 SCHEMA = 1
 
-#: The fields of a site that are sympy expressions, and those that are no data for programs.
+#: The fields of a site that are sympy expressions, and those that are functions.
 EXPRESSIONS = ("flops_before_expr", "flops_after_expr")
-_LEFT_OUT = ("find_break_even", "find_causes", "figures")
+_LEFT_OUT = ("find_break_even", "find_causes", "find_figures")
 
 
 def as_json(verdict: str, report: Mapping[str, Any], indent: int | None = None) -> str:

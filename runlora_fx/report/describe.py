@@ -144,7 +144,9 @@ def _site(
         find_causes=tuple if changed else cache(partial(_causes, alone)),
         seconds=_seconds(problem, plan, objective),
         saved=(int(decision.before.saved), int(runs.saved)),
-        figures=figures_of(posed, names, scalars, decision, changed, objective),
+        find_figures=cache(
+            partial(figures_of, posed, names, scalars, decision, changed, objective)
+        ),
         reason=reason,
         considered=tuple(
             Candidate(first_step(problem, names, problem.demands[0], a.step), int(a.cost.flops))

@@ -49,6 +49,10 @@ class Cause:
         return f"{self.text}; {self.remedy}" if self.remedy else self.text
 
 
+def _none() -> None:
+    """No figures."""
+
+
 @dataclass(frozen=True)
 class Site:
     """A place where low-rank algebra was found, or where matrix products were changed.
@@ -75,7 +79,7 @@ class Site:
             by FLOPs.
         saved: What its values make the forward save for the backward, before and after, counted
             [B].
-        figures: What drawings and plots are made of; None if there is nothing to draw.
+        find_figures: Computes :attr:`figures`.
     """
 
     modules: tuple[str, ...]
@@ -96,7 +100,12 @@ class Site:
     base_flops: int = 0
     seconds: tuple[float, float] | None = None
     saved: tuple[int, int] = (0, 0)
-    figures: Figures | None = field(default=None, repr=False, compare=False)
+    find_figures: Callable[[], Figures | None] = field(default=_none, repr=False, compare=False)
+
+    @property
+    def figures(self) -> Figures | None:
+        """What drawings and plots are made of; None if there is nothing to draw."""
+        return self.find_figures()
 
     @cached_property
     def break_even(self) -> str:
