@@ -13,10 +13,15 @@ from torch import Tensor, fx, nn
 import runlora_fx
 from runlora_fx import Options
 from runlora_fx.aot import aot_backend
+from runlora_fx.cli.crossover.problem import lora_problem
 from runlora_fx.cost_model import store
 from runlora_fx.cost_model.devices.machine import DTYPES, key_of
+from runlora_fx.cost_model.objective import Objective
+from runlora_fx.cost_model.published import PUBLISHED
 from runlora_fx.cost_model.store import Record
 from runlora_fx.passes.levels.operators import VIEWS
+from runlora_fx.passes.search.decide import decide
+from runlora_fx.passes.search.frontiers import search
 
 aten = torch.ops.aten
 TOKENS, WIDTH, RANK = 96, 64, 4
@@ -116,3 +121,17 @@ def test_results_are_those_of_eager_mode() -> None:
     assert wanted.keys() == mine.keys() and wanted
     assert max(relative_error(mine[k], wanted[k]) for k in wanted) < 1e-5
     assert not scaled_for_products(seen[0], by=2)
+
+
+def test_the_launches_of_scalings_decide_between_plans() -> None:
+    """The search itself does not see them: near a border another plan is cheaper with them."""
+    objective = Objective("time", 0.0, PUBLISHED["h100"].profile("bfloat16"))
+    chosen = set()
+    for tokens in range(3600, 4200, 50):
+        problem = lora_problem(tokens, 4096, 4096, 16, dtype="bfloat16", itemsize=2)
+        decision = decide(problem, objective)
+        prices = [objective.total(a.plan.operations(problem)) for a in decision.alternatives]
+        assert decision.plan is not None
+        assert objective.total(decision.plan.operations(problem)) <= min(prices) * (1 + 1e-9)
+        chosen.add(search(problem, objective).plan.signature == decision.plan.signature)
+    assert chosen == {True, False}

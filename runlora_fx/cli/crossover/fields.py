@@ -14,8 +14,7 @@ from runlora_fx.cli.crossover.problem import TOKENS, lora_problem
 from runlora_fx.cost_model.objective import Objective
 from runlora_fx.passes.algebra.problem import Problem
 from runlora_fx.passes.search.allowance import within_allowance
-from runlora_fx.passes.search.decide import Decision, judge
-from runlora_fx.passes.search.frontiers import search
+from runlora_fx.passes.search.decide import Decision, decide
 from runlora_fx.passes.search.ranges import break_even
 from runlora_fx.passes.search.varying import Varying
 
@@ -132,9 +131,8 @@ def field_of(
 
 
 def _decided(problem: Problem, objective: Objective) -> Decision:
-    """What the pass decides, without the list of what else was considered."""
-    found = search(problem, objective)
-    decision = judge(problem, objective, found.plan, proof=found.proof)
+    """What the pass decides."""
+    decision = decide(problem, objective)
     if objective.name == "time" and objective.flops_per_saved_byte:
         return within_allowance([problem], [objective], [decision])[0]
     return decision

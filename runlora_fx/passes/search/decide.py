@@ -95,7 +95,14 @@ def decide(problem: Problem, objective: Objective) -> Decision:
     """Plan a problem. Equal problems, as of equal layers, are planned once."""
     found = search(problem, objective)
     considered = alternatives(problem, objective)
-    decision = judge(problem, objective, found.plan, considered, found.proof)
+    plan = found.plan
+    if considered and problem.scaled:
+        # The search does not see the kernels that scale low-rank matrices: a plan has them only as
+        # a whole. Where they make it dearer than another one, the other one is taken.
+        second = considered[0].plan
+        first_price, price = (objective.total(p.operations(problem)) for p in (plan, second))
+        plan = second if objective.is_less(price, first_price) else plan
+    decision = judge(problem, objective, plan, considered, found.proof)
     return replace(decision, effort=found.effort)
 
 
