@@ -91,7 +91,7 @@ def test_saved_bytes_are_counted_on_both_sides() -> None:
 
 def test_advice_names_the_remedy_first() -> None:
     cause = Cause("dropout", "why", "set lora_dropout=0")
-    site = Site((), "", "", "", 1, 1, 1, 1, False, "left alone", causes=(cause,))
+    site = Site((), "", "", "", 1, 1, 1, 1, False, "left alone", find_causes=lambda: (cause,))
     advice = command._advice
     assert advice(Report("joint", (site,)), -0.1, (100, 50)) == "set lora_dropout=0"
     assert advice(Report("joint"), -0.1, (100, 100)) == "use it: saves time"

@@ -20,6 +20,7 @@ import sympy
 from runlora_fx.passes.context import Recomputation
 from runlora_fx.report.as_json import EXPRESSIONS, SCHEMA
 from runlora_fx.report.data import Report
+from runlora_fx.report.figures import Rates
 from runlora_fx.report.sites import Candidate, Cause, Refusal, Site
 
 #: The errors that reading a damaged or foreign report raises.
@@ -59,7 +60,16 @@ def report_from(data: Any) -> Report:
         recomputation=Recomputation(*(_whole(again[name]) for name in _COUNTS)),
         planning_seconds=_time(data["planning_seconds"]),
         note=_text(data["note"]),
+        rates=tuple(map(_rates, data["rates"])),
     )
+
+
+def _rates(data: Mapping[str, Any]) -> Rates:
+    names = _text(data["device"]), _text(data["dtype"])
+    flops, bandwidth = _time(data["flops"]), _time(data["bandwidth"])
+    if not flops or not bandwidth:
+        raise ValueError("a rate is missing")
+    return Rates(*names, flops, bandwidth, _text(data["source"]))
 
 
 def _site(data: Mapping[str, Any]) -> Site:
@@ -115,6 +125,7 @@ def _whole(x: Any) -> int:
 
 
 def _time(x: Any) -> float | None:
+    """A time, or another amount that is not negative."""
     if x is None:
         return None
     if isinstance(x, bool) or not isinstance(x, int | float) or not 0 <= x < float("inf"):
