@@ -7,11 +7,13 @@ rewrite single graphs and explain what the backend does:
     print(runlora_fx.explain(model, *inputs))
 
 The names are imported when they are first used. So the command line starts without torch, and it
-can say what is wrong with an installation of torch.
+can say what is wrong with an installation of torch. Where torch is there already, its logging
+settings get to know our names at once.
 """
 
 __version__ = "0.1.0"
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -45,14 +47,22 @@ else:
         """Import a public name."""
         if name not in _MODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        import_module(f"{__name__}._requirements")  # it names a torch that is too old
+        _prepare()
         found = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
         globals()[name] = found
         return found
 
+    def _prepare() -> None:
+        """Name a torch that is too old; have ``TORCH_LOGS`` take our names."""
+        import_module(f"{__name__}._requirements")
+        import_module(f"{__name__}._torch_debug")
+
     def __dir__() -> list[str]:
         """The names of the module, those that are not imported yet too."""
         return sorted({*globals(), *_MODULES})
+
+    if sys.modules.get("torch") is not None:
+        _prepare()
 
 
 __all__ = [
