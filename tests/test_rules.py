@@ -17,7 +17,7 @@ def test_written_nodes_name_their_step() -> None:
     rules = {str(node.target): node.meta.get("runlora") for node in graph.nodes}
     assert rules == {
         **dict.fromkeys(("x_1", "w_1", "a_1", "b_1", "aten.sin.default", "output")),
-        "aten.addmm.default": "sum: w_1 + 2 b_1 a_1",
+        "aten.addmm.default": "merged weight: w_1 + 2 b_1 a_1",
         "aten.permute.default": "product: x_1 (w_1' + 2 a_1' b_1')",
         "aten.mm.default": "product: x_1 (w_1' + 2 a_1' b_1')",
     }

@@ -31,7 +31,7 @@ def check() -> Iterator[Finding]:
         ]
         if ages:
             yield Finding("profiles", str(device), "ok", f"calibrated: {', '.join(ages)}")
-        elif device.type == used.type:
+        elif entry_of(device) is entry_of(used):
             yield Finding(
                 *("profiles", str(device), "warning"),
                 "not calibrated with this torch and these settings: rates are estimated",

@@ -91,7 +91,7 @@ class StackWriter:
         left, right = self._operand(*stack.lefts), self._operand(*stack.rights)
         made = self._insert(_aten.mm.default, left, right)
         for addend in stack.rest:
-            made = self._insert(_aten.add.Tensor, made, addend)
+            made = self._insert(_aten.add.Tensor, made, self._now.get(addend, addend))
         self._prove(root, made, was)
         self._replace(root, made)
 
