@@ -301,14 +301,22 @@ for size in range(start, start + count):
 """
 
 DIES_WRITING = """
-import json, os, signal
+import os, signal, tempfile
 
-def half(content, file):
-    file.write(json.dumps(content)[:40])
-    file.flush()
-    os.kill(os.getpid(), signal.SIGKILL)
+made = tempfile.NamedTemporaryFile
 
-json.dump = half
+def dying(*args, **kwargs):
+    file = made(*args, **kwargs)
+
+    def half(text):
+        file.file.write(text[:40])
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    file.write = half
+    return file
+
+tempfile.NamedTemporaryFile = dying
 store.add(KEY, Record(products={GemmShape(9, 9, 9, 9): 9.0}))
 """
 
