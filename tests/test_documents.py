@@ -23,6 +23,9 @@ for path, name, line in BLOCKS:
 
 SHIMS = {"python": '"{0}" "$@"', "runlora": '"{0}" -m runlora_fx "$@"'}
 
+#: The pages whose blocks run in every test run.
+QUICK = ("README.md", "docs/start.md", "docs/reading-a-report.md")
+
 PAGES_WITH = {
     language: sorted(
         {block.page for block in BLOCKS if block.is_run and block.language == language}
@@ -82,7 +85,14 @@ def test_no_block_hides_behind_another_language() -> None:
 # --- the blocks
 
 
-@pytest.mark.parametrize("page", PAGES_WITH["python"])
+@pytest.mark.parametrize(
+    "page",
+    [
+        # Half a minute each; the workflow of the documentation runs all of them.
+        pytest.param(page, marks=() if page in QUICK else pytest.mark.slow)
+        for page in PAGES_WITH["python"]
+    ],
+)
 def test_python_blocks_run(page: str, tmp_path: Path) -> None:
     blocks = of_page(page, "python")
     prelude = (str(ROOT / "tests" / "prelude.py"), "prelude", 1)
@@ -103,7 +113,10 @@ def test_python_blocks_run(page: str, tmp_path: Path) -> None:
     assert printed.endswith("all blocks ran\n")
 
 
-@pytest.mark.parametrize("page", PAGES_WITH["bash"])
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(p, marks=() if p in QUICK else pytest.mark.slow) for p in PAGES_WITH["bash"]],
+)
 def test_shell_blocks_run(page: str, tmp_path: Path) -> None:
     shims = tmp_path / "bin"
     shims.mkdir()

@@ -14,7 +14,9 @@ import torch
 import runlora_fx
 
 ROOT = Path(__file__).parent.parent
-PINS = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text("utf-8"), re.M))
+PINS = dict(
+    re.findall(r"^([\w-]+)==([^;\s]+)", (ROOT / "constraints.txt").read_text("utf-8"), re.M)
+)
 
 pytest.importorskip("matplotlib", reason="matplotlib not installed: pip install '.[docs]'")
 

@@ -53,11 +53,10 @@ def test_the_workflow_runs_what_the_local_checks_run() -> None:
     assert matrix == {"python": ["3.10", "3.13"], "torch": ["2.11.0", "2.13.0"]}
     commands = [s["run"] for job in jobs.values() for s in job["steps"] if "run" in s]
     local = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    for command in ("ruff check .", "ruff format --check .", "mkdocs build --strict"):
+    for command in ("ruff check .", "ruff format --check ."):
         assert command in commands
         assert command in local
     assert any(command.startswith(".ci/check_wheel") for command in commands)
-    assert 'step ".ci/check_wheel"' in local
     # Extras that are installed exist.
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lists = [found for text in commands for found in re.findall(r"\.\[([\w,]+)\]", text)]
