@@ -17,8 +17,6 @@ ROOT = Path(__file__).parent.parent
 CONSTRAINTS = (ROOT / "constraints.txt").read_text("utf-8")
 #: The first pin of a package is that of the newest Python.
 PINS = dict(reversed(re.findall(r"^([\w-]+)==([^;\s]+)", CONSTRAINTS, re.M)))
-    re.findall(r"^([\w-]+)==([^;\s]+)", (ROOT / "constraints.txt").read_text("utf-8"), re.M)
-)
 
 pytest.importorskip("matplotlib", reason="matplotlib not installed: pip install '.[docs]'")
 
