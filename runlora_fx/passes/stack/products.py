@@ -83,6 +83,7 @@ class Products:
         self._may_be_strided: dict[tuple[fx.Node, tuple[int, int]], bool] = {}
         self._shown: dict[Hashable, _Layout | None] = {}
         self._results = set(context.graph.output_node().all_input_nodes)
+        self._run_again = self._found_run_again()
         found = (self._read(n) for n in context.graph.nodes if n.target is _aten.mm.default)
         self.all = [product for product in found if product is not None]
 
@@ -101,12 +102,26 @@ class Products:
         """True if products may become one.
 
         The user tagged none of them to be saved, and all of them alike. They run in one mode, and
-        in the same one of forward and backward.
+        in the same one of forward and backward. A checkpoint recomputes all of them or none: what
+        no gradient reads, such as its last product, would be recomputed with the others.
         """
         tags = {product.node.meta.get("recompute") for product in some}
         modes = {self.effects.mode_of(product.node) for product in some}
         phases = {product.is_gradient for product in some}
-        return len(tags) == len(modes) == len(phases) == 1 and tags.isdisjoint(SAVED)
+        again = {product.node in self._run_again for product in some}
+        is_one = len(tags) == len(modes) == len(phases) == len(again) == 1
+        return is_one and tags.isdisjoint(SAVED)
+
+    def _found_run_again(self) -> set[fx.Node]:
+        """The nodes of checkpoints that the backward runs again: it reads what is made of them."""
+        found = set[fx.Node]()
+        for node in reversed(self._graph.nodes):
+            readers = [user for user in node.users if user.op != "output"]
+            if node.meta.get("recompute") is not None and any(
+                user in found or self._phases.runs_backward(user) for user in readers
+            ):
+                found.add(node)
+        return found
 
     def is_gradient(self, node: fx.Node) -> bool:
         """True if a node depends on incoming gradients."""
