@@ -36,6 +36,9 @@ _aten = torch.ops.aten
 #: What Inductor computes into memory that it is given: a part of a larger buffer as well.
 _INTO_GIVEN = (_aten.mm.default, _aten.addmm.default)
 
+#: The key of the metadata that numbers checkpoints.
+_CHECKPOINT = "ac_graph_id"
+
 #: Sizes, strides and storage offset of a tensor.
 _Layout: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], int]
 
@@ -117,8 +120,13 @@ class Products:
         found = set[fx.Node]()
         for node in reversed(self._graph.nodes):
             readers = [user for user in node.users if user.op != "output"]
-            if node.meta.get("recompute") is not None and any(
-                user in found or self._phases.runs_backward(user) for user in readers
+            here = node.meta.get(_CHECKPOINT)
+            # What another checkpoint begins with is saved.
+            is_saved = any(user.meta.get(_CHECKPOINT, here) != here for user in readers)
+            if (
+                node.meta.get("recompute") is not None
+                and not is_saved
+                and any(user in found or self._phases.runs_backward(user) for user in readers)
             ):
                 found.add(node)
         return found
