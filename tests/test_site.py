@@ -217,7 +217,7 @@ def test_search_finds_dropout(address: str, browser: Any) -> None:
     page.locator("input.md-search__input").click()
     page.locator("input.md-search__input").fill("dropout")
     results = page.locator(".md-search-result__link")
-    results.first.wait_for(timeout=30_000)
+    results.first.wait_for(timeout=120_000)
     found = [results.nth(i).get_attribute("href") or "" for i in range(results.count())]
     page.close()
     assert [href for href in found if "/memory/" in href]
