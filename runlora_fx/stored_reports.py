@@ -31,7 +31,7 @@ from runlora_fx._torch_compat import (
     keeps_compiled_graphs,
     size_hint,
 )
-from runlora_fx.cost_model.store import write_json
+from runlora_fx.cost_model.store import drop_oldest, write_json
 from runlora_fx.passes.levels.sizes import dim_of
 from runlora_fx.report.data import Report
 from runlora_fx.report.read_back import UNREADABLE, report_from
@@ -81,8 +81,7 @@ def write(key: str | None, report: Report) -> None:
         path = _path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"format": _FORMAT, "key": key, "report": json.loads(report.to_json())})
-        for old in sorted(path.parent.glob("*.json"), key=_modified)[:-_MAX_FILES]:
-            old.unlink(missing_ok=True)
+        drop_oldest(path.parent, "*.json", _MAX_FILES)
     except Exception as error:
         _log.info("runlora cannot store its report beside the compiled code: %r", error)
 
@@ -147,10 +146,3 @@ def _state() -> tuple[object, ...]:
         *(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocasts),
         torch.are_deterministic_algorithms_enabled(),
     )
-
-
-def _modified(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except OSError:  # another process has just removed it
-        return 0.0

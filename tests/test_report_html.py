@@ -23,9 +23,10 @@ from runlora_fx.report.gathered import gathered
 from runlora_fx.report.html.axes import LogAxis, crossings
 from runlora_fx.report.html.kinds import common_prefix, kinds_of
 from runlora_fx.report.html.layered import Node, layered
-from runlora_fx.report.html.numbers import change, quantity
+from runlora_fx.report.html.numbers import change
 from runlora_fx.report.html.plots import break_even_plot, products
 from runlora_fx.report.sites import Refusal
+from runlora_fx.report.units import quantity
 
 IN, OUT, RANK, TOKENS = 64, 96, 4, 512
 

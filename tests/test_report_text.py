@@ -19,7 +19,7 @@ from runlora_fx.report.data import Report, combined
 from runlora_fx.report.formulas import changes
 from runlora_fx.report.gathered import gathered
 from runlora_fx.report.kinds import rows_of
-from runlora_fx.report.units import count, duration, with_unit
+from runlora_fx.report.units import count, duration, quantity
 
 
 class Block(nn.Module):
@@ -175,8 +175,8 @@ def test_the_base_product_is_shown_beside_an_adapter_with_dropout(report: Report
 
 
 def test_units() -> None:
-    assert with_unit(1_024_000, "FLOP") == "1.024 MFLOP"
-    assert with_unit(3e18, "B") == "3000 PB"
+    assert quantity(1_024_000, "FLOP") == "1.024 MFLOP"
+    assert quantity(3e18, "B") == "3000 PB"
     assert [duration(s) for s in (80.0, 1.0, 0.013, 2.5e-6, 1e-9)] == [
         *("80 s", "1.0 s", "13 ms", "2.5 us", "1.0 ns")
     ]

@@ -161,7 +161,7 @@ def add(key: Key, newer: Record) -> Record:
         with FileLock(path.with_suffix(".lock"), timeout=_LOCK_TIMEOUT_S):
             updated = load(key).updated(newer)
             write_json(path, {"format": _FORMAT, "key": key._asdict(), **_to_json(updated)})
-            _drop_oldest(path.parent)
+            _tidy(path.parent)
         return updated
     except (OSError, Timeout) as error:
         _warn(f"runlora cannot keep its measurements in {path.parent}: {error}")
@@ -281,11 +281,26 @@ def write_text(path: Path, text: str) -> None:
             raise
 
 
-def _drop_oldest(of: Path) -> None:
-    """Delete the oldest files beyond the limit, and abandoned temporary files."""
-    files = sorted(of.glob("*.json"), key=_modified)
-    for path in files[:-_MAX_FILES]:
+def drop_oldest(of: Path, pattern: str, most: int) -> list[Path]:
+    """Delete the oldest files of a folder.
+
+    Args:
+        of: The folder.
+        pattern: What the names of the files match.
+        most: How many files are left.
+
+    Returns:
+        The files that were deleted.
+    """
+    oldest = sorted(of.glob(pattern), key=_modified)[:-most]
+    for path in oldest:
         path.unlink(missing_ok=True)
+    return oldest
+
+
+def _tidy(of: Path) -> None:
+    """Delete the oldest files beyond the limit, and abandoned temporary files."""
+    for path in drop_oldest(of, "*.json", _MAX_FILES):
         path.with_suffix(".lock").unlink(missing_ok=True)
     for path in of.glob("*.tmp"):
         if _modified(path) < time.time() - _ABANDONED_S:

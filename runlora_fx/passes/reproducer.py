@@ -144,7 +144,5 @@ class Reproducer:
             options=asdict(run.options),
         )
         store.write_text(path, text)
-        files = sorted(folder.glob("*.py"), key=lambda file: file.stat().st_mtime)
-        for old in files[:-_MAX_FILES]:
-            old.unlink(missing_ok=True)
+        store.drop_oldest(folder, "*.py", _MAX_FILES)
         return path

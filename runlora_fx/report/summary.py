@@ -13,7 +13,7 @@ from math import ceil
 
 from runlora_fx.passes.context import Recomputation
 from runlora_fx.report.sites import Cause, Site
-from runlora_fx.report.units import count, duration, with_unit
+from runlora_fx.report.units import count, duration, quantity
 
 
 def verdict(
@@ -33,7 +33,7 @@ def verdict(
         share = (seconds[0] - seconds[1]) / seconds[0]
         gains.append(f"{share:.1%} less time of matrix products predicted")
     if recomputation.fewer_bytes > 0:
-        gains.append(f"{with_unit(recomputation.fewer_bytes, 'B')} less saved for the backward")
+        gains.append(f"{quantity(recomputation.fewer_bytes, 'B')} less saved for the backward")
     head = f"{len(changed)} of {count(len(layers), 'adapted layer')} rewritten"
     return f"{head}: {', '.join(gains)}" if gains else head
 

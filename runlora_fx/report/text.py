@@ -26,7 +26,7 @@ from runlora_fx.report.formulas import changes
 from runlora_fx.report.gathered import gathered
 from runlora_fx.report.kinds import Row, rows_of
 from runlora_fx.report.sites import Refusal, Site
-from runlora_fx.report.units import change, count, with_unit
+from runlora_fx.report.units import change, count, quantity
 
 _K = TypeVar("_K", bound=Hashable)
 
@@ -58,9 +58,9 @@ _ALTERNATIVES, _WIDTH = 4, 80
 def cells(row: Row) -> tuple[str, ...]:
     """The cells of a row of the table, but for the names of its modules."""
     site = row.site
-    products = with_unit(site.flops_before, "FLOP")
+    products = quantity(site.flops_before, "FLOP")
     if site.changed:
-        products += f" -> {with_unit(site.flops_after, 'FLOP')}"
+        products += f" -> {quantity(site.flops_after, 'FLOP')}"
     gains = [
         change(*pair) if site.changed and pair is not None else ""
         for pair in (site.seconds, site.saved)
@@ -71,7 +71,7 @@ def cells(row: Row) -> tuple[str, ...]:
 
 def total(graph: str, flops_before: int, flops_after: int) -> str:
     """The FLOPs of all matrix products, in a line."""
-    pair = (with_unit(flops, "FLOP") for flops in (flops_before, flops_after))
+    pair = (quantity(flops, "FLOP") for flops in (flops_before, flops_after))
     changed = change(flops_before, flops_after) or "nothing to do"
     return f"Matrix products of the {graph} graph: {' -> '.join(pair)} ({changed})"
 
@@ -129,7 +129,7 @@ def details(rows: Sequence[Row]) -> Iterator[str]:
         for i, form in enumerate(forms[:_ALTERNATIVES]):
             if i == 0:
                 yield f"{_rows(of)}: considered, by first step"
-            flops = (with_unit(row.site.considered[i].flops, "FLOP") for row in of)
+            flops = (quantity(row.site.considered[i].flops, "FLOP") for row in of)
             short = shorten(form, _WIDTH, placeholder=" ...")
             yield f"  {short}: {', '.join(flops)}"
 
@@ -152,7 +152,7 @@ def _section(order: str, rows: Sequence[Row]) -> Iterator[str]:
     site = rows[0].site
     yield f"Order {order}: {count(sum(row.layers for row in rows), 'layer')} in {_rows(rows)}"
     if site.base:
-        flops = ", ".join(dict.fromkeys(with_unit(row.site.base_flops, "FLOP") for row in rows))
+        flops = ", ".join(dict.fromkeys(quantity(row.site.base_flops, "FLOP") for row in rows))
         yield f"  base product, runs as it came and is added to Y: {flops}"
         yield f"    {site.base}"
     came = "before" if all(row.site.changed for row in rows) else "as it came"

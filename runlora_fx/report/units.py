@@ -7,16 +7,18 @@ Invariant: four digits at most.
 
 from __future__ import annotations
 
-_PREFIXES = ("", "k", "M", "G", "T", "P")
+#: By power of 1000, the prefix of a unit.
+_PREFIXES = {-4: "p", -3: "n", -2: "µ", -1: "m", 0: "", 1: "k", 2: "M", 3: "G", 4: "T", 5: "P"}
 
 
-def with_unit(x: float, unit: str) -> str:
-    """A number of 1 or more with a prefix of its unit."""
-    for prefix in _PREFIXES[:-1]:
-        if abs(x) < 1000:
-            return f"{x:.4g} {prefix}{unit}"
-        x /= 1000
-    return f"{x:.4g} {_PREFIXES[-1]}{unit}"
+def quantity(x: float, unit: str, digits: int = 4) -> str:
+    """A number with a unit and the prefix that suits its size."""
+    power, size = 0, abs(x)
+    while size >= 1000 and power < max(_PREFIXES):
+        size, power = size / 1000, power + 1
+    while 0 < size < 1 and power > min(_PREFIXES):
+        size, power = size * 1000, power - 1
+    return f"{x / 1000.0**power:.{digits}g} {_PREFIXES[power]}{unit}"
 
 
 def duration(seconds: float) -> str:

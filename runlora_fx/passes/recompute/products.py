@@ -12,7 +12,6 @@ Invariant: all that a product is computed from is saved, or computed in the back
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from math import inf
 
 import torch
 from torch import fx
@@ -37,7 +36,7 @@ def choose_products(
     chains: Chains,
     price: Callable[[Cost], float],
     limit: float,
-    per_byte: float = inf,
+    per_byte: float,
 ) -> list[Chain]:
     """The products to recompute, those that take least time for a byte first.
 

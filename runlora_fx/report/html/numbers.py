@@ -1,6 +1,6 @@
-"""Numbers as text, with their units.
+"""Numbers as the page shows them, beside those of :mod:`runlora_fx.report.units`.
 
-    quantity(2.5e9, "FLOP")    ->    "2.5 GFLOP"
+    compact(10000)    ->    "10k", for the tick of an axis that has a unit
 
 Invariant: no number is shown without its unit.
 """
@@ -9,18 +9,7 @@ from __future__ import annotations
 
 from math import isfinite
 
-#: By power of 1000, the prefix of a unit.
-_PREFIXES = {-4: "p", -3: "n", -2: "µ", -1: "m", 0: "", 1: "k", 2: "M", 3: "G", 4: "T", 5: "P"}
-
-
-def quantity(x: float, unit: str, digits: int = 4) -> str:
-    """A number with a unit and the prefix that suits its size."""
-    power, size = 0, abs(x)
-    while size >= 1000 and power < max(_PREFIXES):
-        size, power = size / 1000, power + 1
-    while 0 < size < 1 and power > min(_PREFIXES):
-        size, power = size * 1000, power - 1
-    return f"{x / 1000.0**power:.{digits}g} {_PREFIXES[power]}{unit}"
+from runlora_fx.report.units import quantity
 
 
 def compact(x: float) -> str:

@@ -21,6 +21,7 @@ from runlora_fx.report.gathered import gathered
 from runlora_fx.report.html import numbers, plots
 from runlora_fx.report.html.kinds import Kind, common_prefix, kinds_of
 from runlora_fx.report.sites import Refusal, Site
+from runlora_fx.report.units import quantity
 
 #: What letters of plans and sizes stand for.
 _LETTERS = {
@@ -138,7 +139,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     made.globals.update(
-        quantity=numbers.quantity,
+        quantity=quantity,
         change=numbers.change,
         gathered=gathered,
         plot_width=plots.WIDTH,

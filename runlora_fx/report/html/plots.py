@@ -15,7 +15,7 @@ import sympy
 
 from runlora_fx.report.figures import Box, Drawing, Figures, Rates
 from runlora_fx.report.html.axes import LogAxis, ShareAxis, Tick, crossings, path
-from runlora_fx.report.html.numbers import quantity
+from runlora_fx.report.units import quantity
 
 #: The size of plots, and the frames of their panels: left, top, right, bottom [px].
 WIDTH, HEIGHT = 480, 330
