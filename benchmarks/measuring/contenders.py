@@ -1,0 +1,71 @@
+"""Contenders: who is timed against whom.
+
+    contenders(BASELINE, ...)      by name, and why the others are left out
+
+Invariant: a contender that cannot run here is named with the reason, and never left out silently.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from measuring.inference import merged
+from measuring.libraries import axolotl, contender, loralib, run_lora_run, torchtune, unsloth
+from measuring.steps import Contender
+
+BASELINE = "PEFT + Inductor"
+EAGER = "PEFT, eager"
+FROZEN = "frozen, Inductor"
+OURS = "runlora"
+
+
+def ours(**options: Any) -> Contender:
+    """A contender with our backend."""
+    return Contender("runlora", {f"runlora.{name}": value for name, value in options.items()})
+
+
+AUTOTUNED = {"max_autotune": True}
+
+#: A budget that holds every merged weight.
+FAST = ours(memory="fast", memory_budget=1 << 40)
+
+#: Ours under each policy, PEFT, and the floor.
+RECIPES: dict[str, Contender] = {
+    FROZEN: Contender("inductor", is_adapted=False),
+    EAGER: Contender(None),
+    BASELINE: Contender("inductor"),
+    OURS: ours(),
+    'runlora, memory="low"': ours(memory="low"),
+    'runlora, memory="fast"': FAST,
+}
+
+#: Products are tuned, CUDA graphs are not used.
+TUNED: dict[str, Contender] = {
+    BASELINE: Contender("inductor"),
+    "PEFT + Inductor, max-autotune": Contender("inductor", AUTOTUNED),
+    OURS: ours(),
+    "runlora, max-autotune": Contender("runlora", AUTOTUNED),
+}
+
+#: Merged weights that are kept from call to call, and weights that PEFT has merged for good.
+INFERENCE: dict[str, Contender] = {
+    FROZEN: Contender("inductor", is_adapted=False),
+    EAGER: Contender(None),
+    BASELINE: Contender("inductor"),
+    OURS: ours(),
+    "runlora, merged and kept": ours(memory="fast", memory_budget=1 << 40, reuse=True),
+    "merged by PEFT, Inductor": Contender("inductor", convert=merged),
+}
+
+
+def others() -> tuple[dict[str, Contender], dict[str, str]]:
+    """Other libraries' layers: those that can be imported, and why the rest is left out."""
+    found = {
+        "torchtune + Inductor": contender(torchtune, "inductor"),
+        "loralib + Inductor": contender(loralib, "inductor"),
+        'the paper\'s package "runlora", eager': contender(run_lora_run, None),
+        "Unsloth's LoRA_W": contender(unsloth, None),
+        "axolotl's LoRA_O": contender(axolotl, None),
+    }
+    known = {name: made for name, made in found.items() if isinstance(made, Contender)}
+    return known, {name: why for name, why in found.items() if isinstance(why, str)}
