@@ -35,6 +35,7 @@ from measuring import contenders, inference, models, recipes
 from measuring.compare import NotTheSame
 from measuring.plot import draw
 from measuring.run import about, measured
+from measuring.shares import shares
 from measuring.steps import Contender, Task
 from measuring.tables import heading, section
 
@@ -146,12 +147,15 @@ def outcome(name: str, case: Case, given: argparse.Namespace) -> dict[str, Any]:
     known = {name: made for name, made in case.contenders.items() if name in only}
     head = {"case": name, "about": case.about}
     try:
-        found = measured(case.make(given.device), known, given.rounds, partial(print, flush=True))
+        task = case.make(given.device)
+        # Counted first: it resets Dynamo, and with it what the contenders compile.
+        counted = {"removable": shares(task)} if task.dy is not None else {}
+        found = measured(task, known, given.rounds, partial(print, flush=True))
     except NotTheSame as wrong:
         return head | {"refused": f"not the same values: {wrong}"}
     except Exception as failed:  # such as that memory does not suffice: the other cases still run
         return head | {"refused": f"{type(failed).__name__}: {failed}"}
-    return head | found
+    return head | counted | found
 
 
 def before(file: Path, machine: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

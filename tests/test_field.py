@@ -25,8 +25,8 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     from measuring.steps import Contender
 
     quick = {
-        contenders.FROZEN: Contender("aot_eager", is_adapted=False),
-        contenders.BASELINE: Contender("aot_eager"),
+        contenders.FROZEN: Contender(None, is_adapted=False),
+        contenders.BASELINE: Contender(None),
         contenders.OURS: Contender("runlora_eager", {"runlora.strict": True}),
     }
     small = {"width": 64, "inner": 128, "heads": 4, "rank": 8, "rows": 2, "length": 16}
@@ -34,6 +34,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(models, "PAPER", cuts)
     monkeypatch.setattr(contenders, "RECIPES", quick)
     monkeypatch.setattr(contenders, "INFERENCE", quick)
+    monkeypatch.setattr(field, "shares", lambda task: {"flops": 0.5, "bytes": 0.25})
     monkeypatch.setattr(contenders, "others", lambda: ({}, {"other": "other is not installed"}))
     yield field
     for name in list(sys.modules):
@@ -63,9 +64,23 @@ def test_a_set_is_compared_timed_and_written(bench: Any, tmp_path: Path) -> None
     assert rows["frozen, Inductor"]["kept_B"] < rows["PEFT + Inductor"]["kept_B"]
     assert "tax_removed" in rows["runlora"]
     assert case["recompiled"] == 0
+    assert "removes 50% of the FLOPs" in text and "removes 25% of the bytes" in text
     assert "1 of 24 layers" in text
     assert "Not run: other: other is not installed." in text
     assert found["machine"]["commit"] in text
+
+
+@pytest.mark.slow
+def test_shares_are_counted(bench: ModuleType) -> None:
+    """With many tokens the plan with fewest FLOPs removes most of what adapters add."""
+    import torch
+    from measuring import models
+    from measuring.shares import shares
+
+    cut = replace(models.PAPER[CASE], length=256)
+    found = shares(models.task_of(cut, torch.device("cpu")))
+    assert 0.3 < found["flops"] < 1
+    assert 0 <= found["bytes"] < 1
 
 
 def test_cases_that_are_not_asked_for_keep_their_results(bench: Any, tmp_path: Path) -> None:
@@ -77,6 +92,7 @@ def test_cases_that_are_not_asked_for_keep_their_results(bench: Any, tmp_path: P
 
 
 def test_results_of_another_machine_are_not_kept(bench: Any, tmp_path: Path) -> None:
+    """Nor those of another version or commit."""
     _, first, _ = run(bench, tmp_path, "inference", "decode", "--scale", "64")
     first["machine"]["device"] = "another"
     (tmp_path / "field_inference.json").write_text(json.dumps(first), encoding="utf-8")

@@ -66,5 +66,13 @@ def section(case: Mapping[str, Any]) -> Iterator[str]:
             f"{row['first_step_s']:.1f}",
         ]
         yield f"| {' | '.join(cells)} |"
+    if "removable" in case:
+        removable = case["removable"]
+        yield ""
+        yield (
+            f"Counted: the plan with fewest FLOPs removes {removable['flops']:.0%} of the FLOPs "
+            f"that the adapters add. The chosen plan removes {removable['bytes']:.0%} of the bytes "
+            "that they move."
+        )
     if case["recompiled"]:
         yield from ("", f"**{case['recompiled']} graphs were compiled while steps were timed.**")
