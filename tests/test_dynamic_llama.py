@@ -183,7 +183,7 @@ def test_the_report_says_from_how_many_tokens_on_it_merges(
 @scalar_kernels
 @config.patch({"fx_graph_cache": False, "aot_inductor.debug_compile": True})  # g++ -O0
 @functorch_config.patch(enable_autograd_cache=False)
-@pytest.mark.parametrize("backend", (RUNLORA_EAGER, RUNLORA))
+@pytest.mark.parametrize("backend", (pytest.param(RUNLORA_EAGER, marks=pytest.mark.slow), RUNLORA))
 def test_prompt_and_single_tokens_have_plans_of_their_own(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

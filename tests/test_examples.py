@@ -116,6 +116,7 @@ def test_qlora_learns_on_four_bits() -> None:
     assert set(re.findall(r"i=\d+, o=\d+|o=\d+, r=8, i=\d+", printed)) >= {"i=128, o=256"}
 
 
+@pytest.mark.slow
 def test_relora_restarts_without_compiling_again() -> None:
     printed = run_python("examples/relora.py", "runlora_eager")
     losses = [float(x) for x in re.findall(r"^round \d: loss ([\d.]+)$", printed, re.MULTILINE)]
@@ -124,6 +125,7 @@ def test_relora_restarts_without_compiling_again() -> None:
     assert "graphs compiled: 1\n" in printed
 
 
+@pytest.mark.slow
 def test_several_adapters_compile_once_each() -> None:
     printed = run_python("examples/several_adapters.py")
     shown = re.findall(r"^(\w+): sum (\S+), graphs (\d)$", printed, re.MULTILINE)
@@ -136,6 +138,7 @@ def test_several_adapters_compile_once_each() -> None:
     assert "three files of adapters, graphs compiled: 1\n" in printed
 
 
+@pytest.mark.slow
 def test_read_a_report_names_the_cause() -> None:
     printed = run_python("examples/read_a_report.py")
     first, second = re.findall(r"^base_model\.model\.(\d): .*: (.*)$", printed, re.MULTILINE)

@@ -94,6 +94,7 @@ def test_repeated_blocks_are_compiled(tmp_path: Path) -> None:
     assert ours.work == Work(graphs=1, breaks=0, recompiles=0)
 
 
+@pytest.mark.slow
 def test_scaled_fused_and_changed_while_compiled(tmp_path: Path) -> None:
     first = _save_lora(tmp_path / "first", rank=4, seed=1)
     second = _save_lora(tmp_path / "second", rank=2, seed=2)

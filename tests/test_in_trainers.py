@@ -49,7 +49,7 @@ def accelerator_state() -> Any:
     state._reset_state(reset_partial_state=True)
 
 
-@pytest.mark.parametrize("precision", ("no", "bf16"))
+@pytest.mark.parametrize("precision", (pytest.param("no", marks=pytest.mark.slow), "bf16"))
 def test_accelerate_prepares_a_compiled_model(accelerator_state: Any, precision: str) -> None:
     from accelerate import Accelerator
 

@@ -143,7 +143,10 @@ def test_a_merged_update_is_rounded_with_the_weight() -> None:
         assert (update[policy].abs() <= 3 * rounding).all()
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    "policy",
+    [pytest.param(p, marks=pytest.mark.slow if p == "relaxed" else ()) for p in POLICIES],
+)
 def test_models_train_under_every_policy(policy: str) -> None:
     """bf16 base with fp32 adapters, as PEFT makes it: errors against fp64 as eager's."""
     case = MODELS["llama"]

@@ -71,6 +71,7 @@ def test_contenders_are_compared_and_timed(bench: Any, tmp_path: Path, case: str
     assert f"## {case}" in text
 
 
+@pytest.mark.slow
 def test_other_values_are_refused_without_times(
     bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

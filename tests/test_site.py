@@ -199,6 +199,7 @@ def test_pages_load_without_errors(built: tuple[Path, str], address: str, browse
     assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
 
 
+@pytest.mark.slow
 def test_pages_fit_on_a_phone(built: tuple[Path, str], address: str, browser: Any) -> None:
     page = browser.new_page(viewport=PHONE)
     wide = {}
@@ -211,6 +212,7 @@ def test_pages_fit_on_a_phone(built: tuple[Path, str], address: str, browser: An
     assert wide == {}
 
 
+@pytest.mark.slow
 def test_search_finds_dropout(address: str, browser: Any) -> None:
     page = browser.new_page()
     page.goto(address, wait_until="load")

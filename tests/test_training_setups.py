@@ -139,6 +139,7 @@ def test_dropout_in_evaluation_is_merged() -> None:
     assert all(site.changed for site in report.sites)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_saves_no_more_than_inductor(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
