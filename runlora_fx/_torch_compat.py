@@ -15,6 +15,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from types import CodeType, MethodType
@@ -439,3 +440,35 @@ def _wrapped_backend(backend: Any) -> Any | None:
         return backend.__self__
     names = ("_torchdynamo_orig_backend", "compiler_fn", "backend_compile_fn", "func")
     return next(filter(None, (getattr(backend, name, None) for name in names)), None)
+
+
+#: How long a rank waits for what another one measures [s].
+_GROUP_WAIT_S = 60
+
+
+def agree_in_group(name: str, make: Callable[[], str]) -> str:
+    """What a function returns, the same on all ranks of a process group: the first rank calls it.
+
+    Without a group the function is called. No collective is used, so ranks need not compile the
+    same graphs at the same time.
+
+    Args:
+        name: Of what they agree on.
+        make: What the first rank calls; if it raises, the others raise after a while.
+
+    Raises:
+        Exception: What ``make`` raises, or what the group's store raises if nobody answers.
+    """
+    distributed = torch.distributed
+    is_group = distributed.is_available() and distributed.is_initialized()
+    if not is_group or distributed.get_world_size() < 2:
+        return make()
+    from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+
+    shared = PrefixStore("runlora", _get_default_store())
+    if shared.add(f"{name}/claimed", 1) == 1:
+        made = make()
+        shared.set(name, made)
+        return made
+    shared.wait([name], timedelta(seconds=_GROUP_WAIT_S))
+    return shared.get(name).decode()

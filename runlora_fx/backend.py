@@ -23,6 +23,7 @@ from runlora_fx.integrations.install import make_traceable
 from runlora_fx.integrations.own_compile import own_backend
 from runlora_fx.joint_pass import RunloraPass
 from runlora_fx.options import split_options
+from runlora_fx.passes.tune.first_rates import measure_first_rates
 from runlora_fx.report.data import Report, combined
 
 _log = logging.getLogger("runlora_fx")
@@ -59,6 +60,7 @@ def runlora(
         RuntimeError: If an option of Inductor is not valid, or if there is no C++ compiler.
     """
     ours, inductors = split_options(options, inductor_options() if options else ())
+    measure_first_rates(gm, ours)
     inductor = inductor_compiler(mode, inductors)
     # The global config stays untouched. Passes that the user set there run before ours.
     before = [p for p in joint_passes(inductor) if not isinstance(p, RunloraPass)]
@@ -112,6 +114,7 @@ def runlora_eager(
         raise ValueError(
             f"backend='runlora_eager' takes runlora.* options only, not {sorted(others)}"
         )
+    measure_first_rates(gm, ours)
     backend = aot_backend(ours, parameters=parameter_inputs(example_inputs))
     with history.as_one():
         return cast(Callable[..., Any], backend(gm, example_inputs))

@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from runlora_fx.__main__ import main
-from runlora_fx.cli import calibrate as command
 from runlora_fx.cost_model import store
 from runlora_fx.cost_model.cost import TERMS
-from runlora_fx.cost_model.devices import measure
+from runlora_fx.cost_model.devices import calibration, measure
 from runlora_fx.cost_model.devices.machine import Machine, default_profile, key_of
 from runlora_fx.cost_model.store import FOLDER_VARIABLE
 
@@ -118,9 +117,9 @@ def test_a_device_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few small products only: they are measured really."""
-    monkeypatch.setattr(command, "_FITTED", ((8, 16), (16,), (4,)))
-    monkeypatch.setattr(command, "_CHECKED", ((8,), (16,), (4,)))
-    monkeypatch.setattr(command, "_ADDED", ((16, 16),))
+    monkeypatch.setattr(calibration, "_FITTED", ((8, 16), (16,), (4,)))
+    monkeypatch.setattr(calibration, "_CHECKED", ((8,), (16,), (4,)))
+    monkeypatch.setattr(calibration, "_ADDED", ((16, 16),))
 
 
 @pytest.mark.usefixtures("quick")
@@ -164,7 +163,7 @@ def test_an_accelerator_is_measured_with_larger_products() -> None:
     """All that a host is measured with is below 8 GFLOP, which takes a GPU less than a launch."""
     largest = {}
     for is_host in (True, False):
-        shapes = command._shapes(command._FITTED, is_host=is_host)
+        shapes = calibration._shapes(calibration._FITTED, is_host=is_host)
         flops = [float(shape.product(4).cost.flops) for shape in shapes]
         largest[is_host] = max(flops)
         assert min(flops) < 1e8

@@ -11,11 +11,7 @@ Invariant: a stored profile was fitted to at least half of the products, and to 
 
 from __future__ import annotations
 
-import logging
-import math
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import product
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
@@ -26,46 +22,14 @@ from rich.table import Table
 from runlora_fx.cli.console import progress, results
 from runlora_fx.cost_model import store
 from runlora_fx.cost_model.cost import TERMS
+from runlora_fx.cost_model.devices.calibration import Track, calibrated
 from runlora_fx.cost_model.devices.elsewhere import export
-from runlora_fx.cost_model.devices.fit import fit
 from runlora_fx.cost_model.devices.machine import default_profile, key_of
-from runlora_fx.cost_model.devices.measure import (
-    add_seconds,
-    matmul_seconds,
-    pointwise_seconds,
-    random_tensor,
-    undisturbed,
-)
-from runlora_fx.cost_model.devices.registry import entry_of, fastest
-from runlora_fx.cost_model.ops import Add, GemmShape, Operation
+from runlora_fx.cost_model.devices.measure import random_tensor, undisturbed
+from runlora_fx.cost_model.devices.registry import fastest
+from runlora_fx.cost_model.ops import GemmShape
 from runlora_fx.cost_model.profile import MachineProfile
 from runlora_fx.cost_model.store import Record
-
-#: Sizes of the LoRA layers to fit to, and of others to check the fit on: tokens, width, rank.
-_FITTED = ((16, 128, 1024), (256, 1024, 3072), (8, 64))
-_CHECKED = ((48, 512), (640, 1536), (16,))
-
-#: The largest product that is measured; larger ones run at the same rate [FLOP].
-_MAX_FLOPS = 8e9
-
-#: On an accelerator tokens and widths are larger by the first, and so is the largest product, by
-#: the second: small products take little longer there than a launch.
-_WIDER, _MORE_FLOPS = 4, 125
-
-#: About how many runs one measurement takes. The first product that takes more than its share of
-#: the time is the largest that is measured.
-_SHARE = 8
-
-#: How often all products are measured, in turn. The least time of each counts, because other work
-#: on the machine only makes a measurement longer.
-_ROUNDS = 3
-
-_ADDED = ((256, 256), (1024, 1024), (2048, 4096))
-
-#: Elements of which special functions and random numbers are measured.
-_DRAWN = 1 << 22
-
-_log = logging.getLogger("runlora_fx")
 
 
 def run(
@@ -140,69 +104,15 @@ def _device(name: str) -> torch.device:
     return device
 
 
-Track = Callable[[Sequence[GemmShape], str], Iterable[GemmShape]]
-
-
 def _calibrate(
     device: torch.device, dtype: str, budget_s: float, track: Track
 ) -> dict[GemmShape, float] | None:
     """Measure and store the profile of one dtype; the times of the products to check it on [s]."""
-    end = time.monotonic() + budget_s
-    kind = getattr(torch, dtype)
-    is_host = entry_of(device).is_host
-    fitted, checked = (_shapes(grid, is_host=is_host) for grid in (_FITTED, _CHECKED))
-    # Small products come first. If they take long already, large ones are left out.
-    shapes = sorted([*checked, *fitted], key=lambda shape: shape.m * shape.k * shape.n)
-    longest = budget_s / (_SHARE * _ROUNDS * len(shapes))
-    too_large: dict[str, float] = {}
-    times: dict[GemmShape, float] = {}
-    for i in range(_ROUNDS):
-        for shape in track(shapes, f"{dtype}, round {i + 1} of {_ROUNDS}"):
-            operation = shape.product(kind.itemsize)
-            flops = float(operation.cost.flops)
-            if time.monotonic() < end and flops < too_large.get(operation.layout, math.inf):
-                took = matmul_seconds(shape, kind, device)
-                times[shape] = min(took, times.get(shape, took))
-                if took > longest:
-                    too_large[operation.layout] = flops
-    products = {shape: times[shape] for shape in fitted if shape in times}
-    if len(products) < len(fitted) / 2:
+    found = calibrated(device, dtype, budget_s, track)
+    if found is None:
         return None
-    known: dict[Operation, float] = {s.product(kind.itemsize): t for s, t in products.items()}
-    for size in _ADDED:
-        known[Add(1, *size, 2, kind.itemsize)] = add_seconds(*size, kind, device)
-    store.add(key_of(device, dtype), Record({**fit(known), **_pointwise(kind, device)}))
-    return {shape: times[shape] for shape in checked if shape in times}
-
-
-def _pointwise(kind: torch.dtype, device: torch.device) -> dict[str, float]:
-    """The times of special functions and random numbers [s]; nothing where none compile."""
-    try:
-        return pointwise_seconds(_DRAWN, kind, device)
-    except Exception as error:  # a compiler raises what it likes
-        _log.warning("runlora could not measure pointwise kernels: %s", error)
-        return {}
-
-
-def _shapes(grid: tuple[tuple[int, ...], ...], *, is_host: bool) -> list[GemmShape]:
-    """The products of the layers of a grid of sizes, without those that are too large."""
-    wider, most = (1, _MAX_FLOPS) if is_host else (_WIDER, _MAX_FLOPS * _MORE_FLOPS)
-    found = (
-        shape.canonical
-        for tokens, width, rank in product(*grid)
-        for shape in _layer(tokens * wider, width * wider, rank)
-        if shape.product(1).cost.flops <= most
-    )
-    return list(dict.fromkeys(found))
-
-
-def _layer(n: int, w: int, r: int) -> Iterator[GemmShape]:
-    """The products of a LoRA layer and its gradients, in all orders of evaluation."""
-    for inner, columns in ((w, w), (w, r), (r, w)):
-        yield GemmShape(1, n, inner, columns, False, True)  # X W', X A', (X A') B'
-        yield GemmShape(1, n, inner, columns, False, False)  # dY W, dY B, (dY B) A
-        yield GemmShape(1, columns, n, inner, True, False)  # dY' X, dB, dA
-    yield GemmShape(1, w, r, w, False, False)  # B A
+    store.add(key_of(device, dtype), Record(found.seconds_per))
+    return found.checked
 
 
 def _show(

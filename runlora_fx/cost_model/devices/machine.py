@@ -43,6 +43,15 @@ def _text(settings: Settings) -> str:
     return ", ".join(f"{name}={every[name]}" for name in sorted(every))
 
 
+#: What this process uses instead of what is stored.
+_used: dict[Key, Record] = {}
+
+
+def use(key: Key, record: Record) -> None:
+    """Use a record instead of the stored one, in this process, from the next snapshot on."""
+    _used[key] = record
+
+
 class Machine:
     """A snapshot of the stored times, so that one compilation plans by one state of them."""
 
@@ -59,7 +68,10 @@ class Machine:
         """The measured times of a device."""
         key = key_of(device, dtype)
         if key not in self._records:
-            self._records[key] = store.load(key) if self._use_stored else Record()
+            known = store.load(key) if self._use_stored else Record()
+            if self._use_stored and key in _used:
+                known = known.updated(_used[key])
+            self._records[key] = known
         return self._records[key]
 
     def add(self, device: torch.device, dtype: str, newer: Record) -> None:
