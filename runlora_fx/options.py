@@ -43,8 +43,9 @@ class Options:
         margin: The share of a region's price that a plan must save to replace it, in [0, 1).
         tune: The source of predicted times. ``"off"``: the device's properties. ``"profile"``:
             earlier measurements; if there are none, ``torch.compile`` measures a few rates once.
-            ``"shapes"``: also the products of this model, measured while compiling. ``"plans"``: also the best few plans of each region,
-            compiled and timed together with the pointwise operations around them.
+            ``"shapes"``: also the products of this model, measured while compiling. ``"plans"``:
+            also the best few plans of each region, compiled and timed together with the pointwise
+            operations around them.
         memory: ``"balanced"`` never saves more for the backward than Inductor would. ``"low"``
             saves less, and recomputes what is cheap: ``X A'`` and the masks of dropout.
             ``"fast"`` may save merged weights.
