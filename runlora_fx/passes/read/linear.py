@@ -207,6 +207,19 @@ class LinearFinder(_Cuts):
             for user, form in forms
         )
 
+    def is_only_multiplied(self, node: fx.Node) -> bool:
+        """True if every user, behind views, multiplies the node."""
+        users = self._dialect.users_of(node)
+        forms = [(user, self._dialect.read(user)) for user in users]
+        return bool(forms) and all(
+            form is not None
+            and (
+                any(node in product.sources for product in form.products)
+                or (form.is_view and self.is_only_multiplied(user))
+            )
+            for user, form in forms
+        )
+
     def is_made_of_product(self, node: fx.Node) -> bool:
         """True if a product of matrices is added up, scaled, viewed or cast to the node."""
         return self._dialect.is_made_of_product(node)
