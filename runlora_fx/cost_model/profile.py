@@ -63,6 +63,11 @@ class MachineProfile:
         """The time of a FLOP in the fastest layout [s]."""
         return min(self.seconds_per[t.name] for t in TERMS.values() if t.total == "flops")
 
+    @property
+    def writes_picks(self) -> bool:
+        """True if a pick takes at least half the time of the bytes that it reads and writes."""
+        return self.seconds_per["picked"] >= self.seconds_per["elementwise"] / 2
+
     def seconds(self, operation: Operation) -> float:
         """The time of an operation of known size [s]: measured, or else predicted."""
         known = self.measured_seconds(operation)

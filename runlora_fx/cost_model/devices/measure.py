@@ -27,6 +27,9 @@ from runlora_fx.cost_model.ops import GemmShape, MergeShape
 _MIN_RUN_S = 2e-3
 _REPEATS = 2
 
+#: Matrices that are picked to measure picking, as adapters of rank 16: their number, rows, columns.
+_PICKED = (64, 16, 4096)
+
 
 @contextmanager
 def undisturbed(device: torch.device) -> Iterator[None]:
@@ -147,6 +150,27 @@ def pointwise_seconds(count: int, dtype: torch.dtype, device: torch.device) -> d
     plain = took(lambda x: x + 1)
     times = {"special": took(torch.exp), "random": took(lambda x: x + torch.rand_like(x))}
     return {name: max((time - plain) / count, FREE) for name, time in times.items()}
+
+
+def picked_seconds(dtype: torch.dtype, device: torch.device) -> float:
+    """The time of a byte that is read or written to pick matrices for a product [s].
+
+    It is what a compiled product with picked matrices takes longer than one with matrices that are
+    there; positive even if it is hidden by noise.
+
+    Raises:
+        Exception: If Inductor cannot compile, for example without a C++ compiler.
+    """
+    count, rows, cols = _PICKED
+    stack = random_tensor(count // 2, rows, cols, dtype=dtype, device=device)
+    x = random_tensor(count, 1, cols, dtype=dtype, device=device)
+    k = torch.arange(count, device=device) // 2
+    matrices = stack[k]
+    picks = torch.compile(lambda x, stack, k: torch.bmm(x, stack[k].mT), dynamic=False)
+    plain = torch.compile(lambda x, matrices: torch.bmm(x, matrices.mT), dynamic=False)
+    took = seconds(lambda: picks(x, stack, k), device)
+    longer = took - seconds(lambda: plain(x, matrices), device)
+    return max(longer / (2 * matrices.numel() * matrices.itemsize), FREE)
 
 
 def _operand(

@@ -8,7 +8,7 @@ Invariant: an operation has the sizes of what runs, not those of the value that 
 from __future__ import annotations
 
 from runlora_fx.cost_model.cost import Amount
-from runlora_fx.cost_model.ops import Elementwise, GroupedMatMul, MatMul, Operation
+from runlora_fx.cost_model.ops import Elementwise, Gather, GroupedMatMul, MatMul, Operation
 from runlora_fx.passes.algebra.orientation import is_turned
 from runlora_fx.passes.algebra.steps import GroupedOuter, Scatter, StackProduct
 from runlora_fx.passes.algebra.work import Work
@@ -16,7 +16,7 @@ from runlora_fx.passes.algebra.work import Work
 
 def pick(work: Work) -> tuple[Operation, ...]:
     """``M[k]``: the matrices of the tokens are read and written."""
-    return (Elementwise(2 * work.size),)
+    return (Gather(2 * work.size),)
 
 
 def scatter(work: Work) -> tuple[Operation, ...]:

@@ -56,6 +56,7 @@ class Implementation:
         reads: The operands of the step that it reads.
         is_usual: True if ordinary graphs run the step in this way.
         needs_times: True if it is offered only where the device has times of all its operations.
+        spares_picks: True if it is offered only where picking matrices takes time.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Implementation:
     reads: Callable[[Work], tuple[Polynomial, ...]] = _operands
     is_usual: bool = True
     needs_times: bool = False
+    spares_picks: bool = False
 
 
 # -- the registry ------------------------------------------------------------------------------
@@ -285,7 +287,9 @@ _UNPACK = Implementation(
 _PICK = Implementation("pick", Pick, experts.pick)
 _SCATTER = Implementation("scatter", Scatter, experts.scatter)
 _GROUPED = Implementation("grouped", GroupedProduct, experts.grouped)
-_WITH_ALL = Implementation("with_all", ProductWithAll, experts.with_all)
+_WITH_ALL = Implementation(
+    "with_all", ProductWithAll, experts.with_all, is_usual=False, spares_picks=True
+)
 _GROUPED_OUTER = Implementation("grouped_outer", GroupedOuter, experts.grouped_outer)
 
 #: All implementations by name. Of those that serve a step the first usual one prices a graph that

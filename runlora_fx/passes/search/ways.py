@@ -187,6 +187,8 @@ class Ways:
             operations = one.operations(work)
             if one.needs_times and not self.objective.has_times(operations):
                 continue
+            if one.spares_picks and not self.objective.prices_picks:
+                continue
             price = self.objective.total(operations)
             operands = one.reads(work)
             reads = reads_all if operands == step.operands else self._read(value, step, operands)
