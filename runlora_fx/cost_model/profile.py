@@ -30,6 +30,9 @@ from runlora_fx.cost_model.ops import MatMul, Merge, Operation, Shape
 #: The dtypes whose products are planned for time.
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
+#: The time of a unit that takes none [s]. A stored time must be positive.
+FREE = 1e-18
+
 #: Seconds: a number, or an expression in the graph's symbols.
 Seconds: TypeAlias = float | sympy.Expr
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runlora_fx.cost_model import store
-from runlora_fx.cost_model.profile import DEFAULT_PROFILE, DTYPES, MachineProfile
+from runlora_fx.cost_model.profile import DEFAULT_PROFILE, DTYPES, FREE, MachineProfile
 
 #: The share of the peak rate that products are assumed to reach.
 REACHED_FLOPS = 0.6
@@ -89,7 +89,7 @@ def pointwise_times(single: float, *, is_cpu: bool = False) -> dict[str, float]:
     """
     special, random = (_CPU_SPECIAL, _CPU_RANDOM) if is_cpu else (_GPU_SPECIAL, _GPU_RANDOM)
     times = {"special": special / single, "random": random / single}
-    return {**times, "picked": 0.0} if is_cpu else times
+    return {**times, "picked": FREE} if is_cpu else times
 
 
 def _of(

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from runlora_fx._torch_compat import outside_all_modes
-from runlora_fx.cost_model.devices.fit import FREE
 from runlora_fx.cost_model.devices.registry import entry_of
 from runlora_fx.cost_model.ops import GemmShape, MergeShape
+from runlora_fx.cost_model.profile import FREE
 
 #: The least total time of the runs of one measurement [s], and the number of measurements.
 _MIN_RUN_S = 2e-3
