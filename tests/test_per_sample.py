@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 from checks import RUNLORA, RUNLORA_EAGER, assert_same_outputs_and_grads, compiled, scalar_kernels
-from per_sample import PerSampleLora, PerSampleLoraByEinsum
 from torch import Tensor, fx
 from torch._dynamo.utils import counters
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import runlora_fx
+from examples.flavours.per_sample import PerSampleLora, PerSampleLoraByEinsum
 from runlora_fx.cost_model.objective import Objective
 from runlora_fx.cost_model.published import PUBLISHED
 from runlora_fx.passes.algebra.assignments import Assignment, Picked
