@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -312,11 +313,7 @@ def problem(samples: int, adapters: int, *, tokens: int = 1) -> Problem:
         (picked, Pick(leaf(A), 0).making(leaf(PICKED_A))),
         (value, Product(leaf(X), leaf(PICKED_A).T).making(made)),
     )
-    return Problem(**{**vars_of(empty), "demands": (value,), "incoming": steps})
-
-
-def vars_of(of: Problem) -> dict[str, Any]:
-    return {name: getattr(of, name) for name in Problem.__dataclass_fields__}
+    return replace(empty, demands=(value,), incoming=steps)
 
 
 def planned(samples: int, adapters: int, tokens: int = 1) -> tuple[Problem, Decision]:
