@@ -32,7 +32,6 @@ from runlora_fx.cost_model.devices.machine import default_profile, key_of
 from runlora_fx.cost_model.devices.measure import (
     add_seconds,
     matmul_seconds,
-    picked_seconds,
     pointwise_seconds,
     random_tensor,
     undisturbed,
@@ -177,10 +176,9 @@ def _calibrate(
 
 
 def _pointwise(kind: torch.dtype, device: torch.device) -> dict[str, float]:
-    """The times of special functions, random numbers and picks [s]; nothing where none compile."""
+    """The times of special functions and random numbers [s]; nothing where none compile."""
     try:
-        times = pointwise_seconds(_DRAWN, kind, device)
-        return {**times, "picked": picked_seconds(kind, device)}
+        return pointwise_seconds(_DRAWN, kind, device)
     except Exception as error:  # a compiler raises what it likes
         _log.warning("runlora could not measure pointwise kernels: %s", error)
         return {}

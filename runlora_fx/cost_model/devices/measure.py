@@ -126,9 +126,9 @@ def add_seconds(rows: int, cols: int, dtype: torch.dtype, device: torch.device) 
 
 
 def pointwise_seconds(count: int, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """The times of a special function and of a random number, without the bytes they move [s].
+    """The times of a special function, a random number and a picked byte [s].
 
-    Inductor compiles the kernels, as it does for a compiled model.
+    Those of functions and random numbers are without the bytes that they move. Inductor compiles the kernels, as it does for a compiled model.
 
     Args:
         count: Elements to compute.
@@ -136,7 +136,7 @@ def pointwise_seconds(count: int, dtype: torch.dtype, device: torch.device) -> d
         device: The device that computes them.
 
     Returns:
-        By cost term, the time of one element; positive even if it is hidden by noise.
+        By cost term, the time of one unit; positive even if it is hidden by noise.
 
     Raises:
         Exception: If Inductor cannot compile, for example without a C++ compiler.
@@ -149,17 +149,15 @@ def pointwise_seconds(count: int, dtype: torch.dtype, device: torch.device) -> d
 
     plain = took(lambda x: x + 1)
     times = {"special": took(torch.exp), "random": took(lambda x: x + torch.rand_like(x))}
-    return {name: max((time - plain) / count, FREE) for name, time in times.items()}
+    found = {name: max((time - plain) / count, FREE) for name, time in times.items()}
+    return {**found, "picked": _picked_seconds(dtype, device)}
 
 
-def picked_seconds(dtype: torch.dtype, device: torch.device) -> float:
+def _picked_seconds(dtype: torch.dtype, device: torch.device) -> float:
     """The time of a byte that is read or written to pick matrices for a product [s].
 
     It is what a compiled product with picked matrices takes longer than one with matrices that are
     there; positive even if it is hidden by noise.
-
-    Raises:
-        Exception: If Inductor cannot compile, for example without a C++ compiler.
     """
     count, rows, cols = _PICKED
     stack = random_tensor(count // 2, rows, cols, dtype=dtype, device=device)
