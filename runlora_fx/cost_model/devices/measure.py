@@ -128,7 +128,8 @@ def add_seconds(rows: int, cols: int, dtype: torch.dtype, device: torch.device) 
 def pointwise_seconds(count: int, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """The times of a special function, a random number and a picked byte [s].
 
-    Those of functions and random numbers are without the bytes that they move. Inductor compiles the kernels, as it does for a compiled model.
+    Those of functions and random numbers are without the bytes that they move. Inductor compiles
+    the kernels, as it does for a compiled model.
 
     Args:
         count: Elements to compute.
