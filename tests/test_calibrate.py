@@ -144,6 +144,7 @@ def test_times_that_noise_hides_are_stored(
     assert main(["calibrate", "--dtype", "float32"]) == 0
     stored = store.load(key_of(CPU, "float32")).seconds_per
     assert 0 < stored["special"] == stored["random"] < 1e-15
+    assert 0 < stored["picked"] < 1e-15
 
 
 @pytest.mark.usefixtures("quick")

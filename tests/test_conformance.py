@@ -118,6 +118,7 @@ divisions = [s(lambda t: (t("m", "n"), 0.5)), s(lambda t: (t("m", "n"), t()))]
 negations = [s(lambda t: (t("m", "n"),)), s(lambda t: (t("b", "m", "n"),))]
 whole = [s(lambda t: (t("m", "n"),)), s(lambda t: (t("b", "m", "n"),))]
 permutes = [
+    s(lambda t: (t("b", "m", "n", 1), [0, 1, 3, 2])),  # only a single element moves
     s(lambda t: (t("m", "n"), [1, 0])),
     s(lambda t: (t("b", "m", "n"), [0, 2, 1])),
     s(lambda t: (t("b", "m", "n"), [2, 0, 1])),
@@ -305,6 +306,10 @@ ATEN_SAMPLES: dict[Any, list[Sample]] = {
     aten.eye.default: [s(lambda t: (3,))],
     aten.eye.m: [s(lambda t: (3, 3)), no(lambda t: (3, 2))],
     aten.index.Tensor: picks,
+    aten.index_select.default: [
+        s(lambda t: (t("b", "m", "n"), 0, _index(t, "b")[0])),
+        no(lambda t: (t("b", "m", "n"), 1, _index(t, "m")[0])),
+    ],
     aten.index_put.default: sums_by_expert,
     aten._grouped_mm.default: grouped,
     operator.getitem: results,

@@ -16,12 +16,12 @@ from runlora_fx.passes.algebra.addends import Addends, scaled
 from runlora_fx.passes.algebra.implementations import (
     REGISTERED,
     Implementation,
-    Work,
     register,
 )
 from runlora_fx.passes.algebra.polynomials import Scalar
 from runlora_fx.passes.algebra.problem import Value
 from runlora_fx.passes.algebra.steps import Product, Step
+from runlora_fx.passes.algebra.work import Work
 from runlora_fx.passes.emit.proof.verify import VerificationError
 from runlora_fx.passes.emit.steps.registry import Emission, writes, writing
 from runlora_fx.passes.levels import readers

@@ -8,7 +8,7 @@ from test_search import FLOPS, lora_layer, sum_step
 
 from runlora_fx.cost_model.objective import Objective
 from runlora_fx.cost_model.ops import Elementwise
-from runlora_fx.passes.algebra.implementations import Work, serving, usual
+from runlora_fx.passes.algebra.implementations import serving, usual
 from runlora_fx.passes.algebra.plan import Plan, incoming_cost, with_unpacking
 from runlora_fx.passes.algebra.polynomials import Polynomial, Scalar, leaf
 from runlora_fx.passes.algebra.problem import LeafSpec, Problem, Value
@@ -21,6 +21,7 @@ from runlora_fx.passes.algebra.steps import (
     product_step,
 )
 from runlora_fx.passes.algebra.sums import accumulated
+from runlora_fx.passes.algebra.work import Work
 from runlora_fx.passes.search.decide import decide
 from runlora_fx.passes.search.frontiers import search
 from runlora_fx.passes.search.ways import Ways

@@ -376,7 +376,7 @@ def test_a_machine_knows_what_was_stored_when_it_was_first_asked() -> None:
     store.add(key_of(CPU, "float32"), Record(UNITS))
     assert before.profile(CPU, "float32") == default
     stored = Machine(use_stored=True).profile(CPU, "float32")
-    pointwise = {name: default.known[name] for name in ("special", "random")}
+    pointwise = {name: default.known[name] for name in ("special", "random", "picked")}
     assert stored == replace(KNOWN, known={**KNOWN.known, **pointwise})
     assert Machine(use_stored=True).profile(CPU, "bfloat16") == default_profile(CPU, "bfloat16")
     assert Machine(use_stored=False).profile(CPU, "float32") == default

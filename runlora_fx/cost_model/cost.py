@@ -59,6 +59,7 @@ TERMS: dict[str, Term] = {
         Term("read", "bytes", "B of an operand of a product"),
         Term("written", "bytes", "B of the result of a product", "read"),
         Term("elementwise", "bytes", "B moved by arithmetic that is fused into others", "written"),
+        Term("picked", "bytes", "B read and written to pick products' operands", "elementwise"),
         Term("special", None, "element of a function such as exp, beyond the bytes that it moves"),
         Term("random", None, "random number, beyond the bytes that it moves"),
         Term("launches", "kernels", "kernel"),

@@ -70,6 +70,11 @@ class Objective:
         return self.name == "time" and all(measured(one) is not None for one in operations)
 
     @property
+    def prices_picks(self) -> bool:
+        """True if plans are ranked by time, and products do not read picked matrices in place."""
+        return self.name == "time" and self.profile.writes_picks
+
+    @property
     def seconds_per_saved_byte(self) -> float:
         """The most that recomputing a byte may take, instead of holding it [s]."""
         return self.flops_per_saved_byte * self.profile.seconds_per_flop

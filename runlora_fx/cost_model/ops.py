@@ -193,7 +193,7 @@ class Add:
 
 @dataclass(frozen=True)
 class Elementwise:
-    """Arithmetic that Inductor fuses into its neighbours: a scaling, a reduction, a gather.
+    """Arithmetic that Inductor fuses into its neighbours: a scaling, a reduction.
 
     Attributes:
         moved: What it reads and writes [B].
@@ -205,6 +205,25 @@ class Elementwise:
     def cost(self) -> Cost:
         """Elementwise = moved [B]; no launch of its own."""
         return Cost({"elementwise": self.moved})
+
+
+@dataclass(frozen=True)
+class Gather:
+    """Matrices that are picked from a stack, one for each token, and that products read.
+
+    On a GPU a kernel writes them, and the products read them. On a CPU Inductor multiplies single
+    rows by the matrices in their places in the stack, so there a pick takes no time.
+
+    Attributes:
+        moved: What it reads and writes [B].
+    """
+
+    moved: Amount
+
+    @property
+    def cost(self) -> Cost:
+        """Picked = moved [B]; no launch of its own."""
+        return Cost({"picked": self.moved})
 
 
 @dataclass(frozen=True)
@@ -285,4 +304,4 @@ class Hold:
         return Cost({"held": self.b * self.m * self.n * self.itemsize})
 
 
-Operation: TypeAlias = MatMul | Merge | Add | Elementwise | Launches | GroupedMatMul | Hold
+Operation: TypeAlias = MatMul | Merge | Add | Elementwise | Gather | Launches | GroupedMatMul | Hold

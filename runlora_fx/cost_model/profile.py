@@ -30,6 +30,9 @@ from runlora_fx.cost_model.ops import MatMul, Merge, Operation, Shape
 #: The dtypes whose products are planned for time.
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
+#: The time of a unit that takes none [s]. A stored time must be positive.
+FREE = 1e-18
+
 #: Seconds: a number, or an expression in the graph's symbols.
 Seconds: TypeAlias = float | sympy.Expr
 
@@ -62,6 +65,11 @@ class MachineProfile:
     def seconds_per_flop(self) -> float:
         """The time of a FLOP in the fastest layout [s]."""
         return min(self.seconds_per[t.name] for t in TERMS.values() if t.total == "flops")
+
+    @property
+    def writes_picks(self) -> bool:
+        """True if a pick takes at least half the time of the bytes that it reads and writes."""
+        return self.seconds_per["picked"] >= self.seconds_per["elementwise"] / 2
 
     def seconds(self, operation: Operation) -> float:
         """The time of an operation of known size [s]: measured, or else predicted."""

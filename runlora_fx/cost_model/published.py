@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runlora_fx.cost_model import store
-from runlora_fx.cost_model.profile import DEFAULT_PROFILE, DTYPES, MachineProfile
+from runlora_fx.cost_model.profile import DEFAULT_PROFILE, DTYPES, FREE, MachineProfile
 
 #: The share of the peak rate that products are assumed to reach.
 REACHED_FLOPS = 0.6
@@ -81,12 +81,15 @@ class PublishedDevice:
 def pointwise_times(single: float, *, is_cpu: bool = False) -> dict[str, float]:
     """The times of a special function and of a random number, without the bytes they move [s].
 
+    On a CPU also that of a picked byte: none, because Inductor fuses the pick into the product.
+
     Args:
         single: The device's peak in single precision [FLOP/s].
         is_cpu: True if it is a CPU.
     """
     special, random = (_CPU_SPECIAL, _CPU_RANDOM) if is_cpu else (_GPU_SPECIAL, _GPU_RANDOM)
-    return {"special": special / single, "random": random / single}
+    times = {"special": special / single, "random": random / single}
+    return {**times, "picked": FREE} if is_cpu else times
 
 
 def _of(

@@ -29,15 +29,17 @@ from runlora_fx.passes.algebra.problem import Problem, Value
 from runlora_fx.passes.algebra.steps import (
     Accumulate,
     GroupedOuter,
-    GroupedProduct,
     Keep,
     Pick,
     Product,
+    ProductWithAll,
     Scatter,
+    StackProduct,
     Step,
     Sum,
 )
 from runlora_fx.passes.algebra.words import Factor, Word
+from runlora_fx.report.expert_notation import assignment_name, by_expert
 
 
 class Names:
@@ -147,7 +149,7 @@ class Names:
         picked = self._problem.leaves[leaf].picked
         if picked is not None:
             self._name(picked.base, letter)
-            self.leaves[leaf] = f"{self.leaves[picked.base]}[{_assignment(picked.assignment)}]"
+            self.leaves[leaf] = f"{self.leaves[picked.base]}[{assignment_name(picked.assignment)}]"
         else:
             self._taken[letter] += 1
             n = self._taken[letter]
@@ -180,7 +182,7 @@ class Names:
     def _word(self, word: Word) -> str:
         text = " ".join(map(self.factor, self.without_repeats(word.factors))) or "I"
         if word.scattered:
-            return f"sum_{_assignment(word.scattered[0])}({text})"
+            return f"sum_{assignment_name(word.scattered[0])}({text})"
         return f"diagonal({text})" if word.diag_part else text
 
     def is_of_weights(self, core: Polynomial) -> bool:
@@ -221,26 +223,6 @@ def algebra(
         plan: A step for every value.
     """
     return Printer(problem, names, scalars, plan.steps).lines()
-
-
-def by_expert(step: Step, operands: list[str]) -> str:
-    """A step that depends on the experts of tokens, with brackets where they are needed."""
-    match step:
-        case Pick(_, k):
-            return f"{operands[0]}[{_assignment(k)}]"
-        case GroupedProduct(_, _, k, "left"):
-            return f"{operands[0]}[{_assignment(k)}] {operands[1]}"
-        case GroupedProduct(_, _, k):
-            return f"{operands[0]} {operands[1]}[{_assignment(k)}]"
-        case Scatter(_, k) if operands[0].startswith("("):
-            return f"sum_{_assignment(k)}{operands[0]}"
-        case Scatter(_, k) | GroupedOuter(_, _, k):
-            return f"sum_{_assignment(k)}({' '.join(operands)})"
-    raise TypeError(f"{step} depends on no assignment")
-
-
-def _assignment(k: int) -> str:
-    return f"k{k + 1}" if k else "k"
 
 
 def _longest(core: Polynomial) -> int:
@@ -357,7 +339,7 @@ class Printer:
         text = self._named(value, transposed)
         if not text:
             text = self.made(value, transposed)
-            if not isinstance(self._step(value), Pick | Scatter | GroupedOuter):
+            if not isinstance(self._step(value), Pick | ProductWithAll | Scatter | GroupedOuter):
                 # The normal form of a sum stands for one value, so it gets brackets.
                 is_one = _is_sum(text) and (bool(front) or self._step(value) is None)
                 return f"{front}({text})" if inner or is_one else front + text
@@ -385,7 +367,7 @@ class Printer:
         name = self._new_name("M" if self._names.is_of_weights(value.core) else "Z")
         self._labels[value.core] = (name, turned)
         again = not value.backward and isinstance(
-            self._plan.get(Value(value.core, True)), Product | Sum | Accumulate | GroupedProduct
+            self._plan.get(Value(value.core, True)), Product | Sum | Accumulate | StackProduct
         )
         self._lines.append(
             f"{name} = {right}" + ("   (recomputed in the backward)" if again else "")

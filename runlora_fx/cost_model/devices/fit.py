@@ -17,9 +17,7 @@ import torch
 
 from runlora_fx.cost_model.cost import TERMS
 from runlora_fx.cost_model.ops import Operation
-
-#: The time of a unit for which the fit finds none [s]. A stored time must be positive.
-FREE = 1e-18
+from runlora_fx.cost_model.profile import FREE
 
 
 def fit(times: Mapping[Operation, float]) -> dict[str, float]:

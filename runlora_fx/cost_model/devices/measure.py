@@ -19,13 +19,16 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from runlora_fx._torch_compat import outside_all_modes
-from runlora_fx.cost_model.devices.fit import FREE
 from runlora_fx.cost_model.devices.registry import entry_of
 from runlora_fx.cost_model.ops import GemmShape, MergeShape
+from runlora_fx.cost_model.profile import FREE
 
 #: The least total time of the runs of one measurement [s], and the number of measurements.
 _MIN_RUN_S = 2e-3
 _REPEATS = 2
+
+#: Matrices that are picked to measure picking, as adapters of rank 16: their number, rows, columns.
+_PICKED = (64, 16, 4096)
 
 
 @contextmanager
@@ -123,9 +126,10 @@ def add_seconds(rows: int, cols: int, dtype: torch.dtype, device: torch.device) 
 
 
 def pointwise_seconds(count: int, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """The times of a special function and of a random number, without the bytes they move [s].
+    """The times of a special function, a random number and a picked byte [s].
 
-    Inductor compiles the kernels, as it does for a compiled model.
+    Those of functions and random numbers are without the bytes that they move. Inductor compiles
+    the kernels, as it does for a compiled model.
 
     Args:
         count: Elements to compute.
@@ -133,7 +137,7 @@ def pointwise_seconds(count: int, dtype: torch.dtype, device: torch.device) -> d
         device: The device that computes them.
 
     Returns:
-        By cost term, the time of one element; positive even if it is hidden by noise.
+        By cost term, the time of one unit; positive even if it is hidden by noise.
 
     Raises:
         Exception: If Inductor cannot compile, for example without a C++ compiler.
@@ -146,7 +150,26 @@ def pointwise_seconds(count: int, dtype: torch.dtype, device: torch.device) -> d
 
     plain = took(lambda x: x + 1)
     times = {"special": took(torch.exp), "random": took(lambda x: x + torch.rand_like(x))}
-    return {name: max((time - plain) / count, FREE) for name, time in times.items()}
+    found = {name: max((time - plain) / count, FREE) for name, time in times.items()}
+    return {**found, "picked": _picked_seconds(dtype, device)}
+
+
+def _picked_seconds(dtype: torch.dtype, device: torch.device) -> float:
+    """The time of a byte that is read or written to pick matrices for a product [s].
+
+    It is what a compiled product with picked matrices takes longer than one with matrices that are
+    there; positive even if it is hidden by noise.
+    """
+    count, rows, cols = _PICKED
+    stack = random_tensor(count // 2, rows, cols, dtype=dtype, device=device)
+    x = random_tensor(count, 1, cols, dtype=dtype, device=device)
+    k = torch.arange(count, device=device) // 2
+    matrices = stack[k]
+    picks = torch.compile(lambda x, stack, k: torch.bmm(x, stack[k].mT), dynamic=False)
+    plain = torch.compile(lambda x, matrices: torch.bmm(x, matrices.mT), dynamic=False)
+    took = seconds(lambda: picks(x, stack, k), device)
+    longer = took - seconds(lambda: plain(x, matrices), device)
+    return max(longer / (2 * matrices.numel() * matrices.itemsize), FREE)
 
 
 def _operand(

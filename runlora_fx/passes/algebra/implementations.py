@@ -14,21 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
-from runlora_fx.cost_model.cost import Amount
-from runlora_fx.cost_model.ops import (
-    Add,
-    Elementwise,
-    GroupedMatMul,
-    Hold,
-    MatMul,
-    Merge,
-    Operation,
-)
+from runlora_fx.cost_model.ops import Add, Elementwise, Hold, MatMul, Merge, Operation
+from runlora_fx.passes.algebra import expert_operations as experts
 from runlora_fx.passes.algebra.orientation import is_turned
 from runlora_fx.passes.algebra.polynomials import Polynomial
-from runlora_fx.passes.algebra.problem import Dims, Problem, is_broadcast
+from runlora_fx.passes.algebra.problem import Problem, is_broadcast
 from runlora_fx.passes.algebra.steps import (
     Accumulate,
     GroupedOuter,
@@ -36,57 +27,13 @@ from runlora_fx.passes.algebra.steps import (
     Keep,
     Pick,
     Product,
+    ProductWithAll,
     Scatter,
     Step,
     Sum,
     Unpack,
 )
-
-
-@dataclass(frozen=True)
-class Work:
-    """A step to run: the input of an implementation.
-
-    Attributes:
-        problem: The problem.
-        core: The value that the step makes.
-        step: The step.
-        sizes: The dimensions [elements]: integers, or expressions for a symbolic cost.
-    """
-
-    problem: Problem
-    core: Polynomial
-    step: Step
-    sizes: Dims
-
-    @cached_property
-    def extents(self) -> tuple[Amount, Amount, Amount]:
-        """Batch, rows and columns of the value; a vector has one column."""
-        b, m, n = self.problem.shape(self.core)
-        batch = 1 if b is None else self.sizes[b]
-        return batch, self.sizes[m], 1 if self.core.is_diag_part else self.sizes[n]
-
-    @property
-    def itemsize(self) -> int:
-        """Element width [B]."""
-        return self.problem.itemsize
-
-    @property
-    def size(self) -> Amount:
-        """The size of the value in memory [B]."""
-        batch, rows, cols = self.extents
-        return batch * rows * cols * self.itemsize
-
-    @property
-    def product(self) -> Product | None:
-        """The step, if it is a product that makes a matrix."""
-        return self.step if isinstance(self.step, Product) and not self.core.is_diag_part else None
-
-    @property
-    def inner(self) -> int:
-        """The dimension that a product contracts."""
-        assert isinstance(self.step, Product | Accumulate)
-        return self.problem.shape(self.step.left)[2]
+from runlora_fx.passes.algebra.work import Work
 
 
 def _always(work: Work) -> bool:
@@ -109,6 +56,7 @@ class Implementation:
         reads: The operands of the step that it reads.
         is_usual: True if ordinary graphs run the step in this way.
         needs_times: True if it is offered only where the device has times of all its operations.
+        spares_picks: True if it is offered only where picking matrices takes time.
     """
 
     name: str
@@ -118,6 +66,7 @@ class Implementation:
     reads: Callable[[Work], tuple[Polynomial, ...]] = _operands
     is_usual: bool = True
     needs_times: bool = False
+    spares_picks: bool = False
 
 
 # -- the registry ------------------------------------------------------------------------------
@@ -335,40 +284,13 @@ _UNPACK = Implementation(
 
 # -- experts -----------------------------------------------------------------------------------
 
-
-def _tokens(work: Work) -> Amount:
-    assert isinstance(work.step, Scatter | GroupedOuter)
-    return work.sizes[work.problem.assignments[work.step.assignment].tokens]
-
-
-def _grouped(work: Work) -> tuple[Operation, ...]:
-    step, problem = work.step, work.problem
-    assert isinstance(step, GroupedProduct)
-    experts = work.sizes[problem.assignments[step.assignment].experts]
-    stack = step.left if step.picked == "left" else step.right
-    _, rows, cols = problem.shape(stack.T if step.picked == "left" else stack)
-    turned = is_turned(problem, stack) != (step.picked == "left")
-    sizes = (work.extents[0], experts, work.sizes[rows], work.sizes[cols])
-    return (GroupedMatMul(*sizes, work.itemsize, turned=turned),)
-
-
-_PICK = Implementation("pick", Pick, lambda work: (Elementwise(2 * work.size),))
-
-
-def _scatter(work: Work) -> tuple[Operation, ...]:
-    experts, rows, cols = work.extents
-    return (Elementwise(2 * (_tokens(work) + experts) * rows * cols * work.itemsize),)
-
-
-_SCATTER = Implementation("scatter", Scatter, _scatter)
-
-_GROUPED = Implementation("grouped", GroupedProduct, _grouped)
-
-_GROUPED_OUTER = Implementation(
-    "grouped_outer",
-    GroupedOuter,
-    lambda work: (GroupedMatMul(_tokens(work), *work.extents, work.itemsize, is_outer=True),),
+_PICK = Implementation("pick", Pick, experts.pick)
+_SCATTER = Implementation("scatter", Scatter, experts.scatter)
+_GROUPED = Implementation("grouped", GroupedProduct, experts.grouped)
+_WITH_ALL = Implementation(
+    "with_all", ProductWithAll, experts.with_all, is_usual=False, spares_picks=True
 )
+_GROUPED_OUTER = Implementation("grouped_outer", GroupedOuter, experts.grouped_outer)
 
 #: All implementations by name. Of those that serve a step the first usual one prices a graph that
 #: takes the step. So the special products come before the one that multiplies any two matrices.
@@ -377,6 +299,6 @@ REGISTERED = {
     for one in (
         *(_SUM, _ADDMM, _KEPT, _MERGE_KERNEL, _KEEP),
         *(_DIAGONAL, _REPEAT, _SCALE, _TOTAL, _GEMM_4BIT, _MATMUL, _UNPACK),
-        *(_PICK, _SCATTER, _GROUPED, _GROUPED_OUTER),
+        *(_PICK, _SCATTER, _GROUPED, _WITH_ALL, _GROUPED_OUTER),
     )
 }

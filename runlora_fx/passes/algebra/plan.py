@@ -14,11 +14,12 @@ from functools import lru_cache
 
 from runlora_fx.cost_model.cost import FREE, Cost
 from runlora_fx.cost_model.ops import Elementwise, Launches, Operation
-from runlora_fx.passes.algebra.implementations import Work, named, usual
+from runlora_fx.passes.algebra.implementations import named, usual
 from runlora_fx.passes.algebra.orientation import orientations
 from runlora_fx.passes.algebra.polynomials import Polynomial
 from runlora_fx.passes.algebra.problem import Dims, Problem, Value
 from runlora_fx.passes.algebra.steps import Keep, Step, Unpack
+from runlora_fx.passes.algebra.work import Work
 
 #: A plan scales low-rank matrices instead of a leaf: at most so many, by a kernel each. ``s dY'``
 #: is read for a gradient of A, a gradient of B, and a gradient of X.

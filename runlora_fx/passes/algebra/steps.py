@@ -231,12 +231,12 @@ class _Grouped(_Bilinear):
 
 
 @dataclass(frozen=True)
-class GroupedProduct(_Grouped):
-    """``core = left @ right[k]`` for tokens of one row, or ``left[k] @ right`` for columns.
+class StackProduct(_Grouped):
+    """A product of what each token has with the matrix of its expert.
 
     Attributes:
-        left: The left operand: a row for each token, or a matrix for each expert.
-        right: The right operand: a matrix for each expert, or a column for each token.
+        left: The left operand: rows for each token, or a matrix for each expert.
+        right: The right operand: a matrix for each expert, or columns for each token.
         assignment: The assignment k.
         picked: The operand that has a matrix for each expert.
     """
@@ -248,6 +248,16 @@ class GroupedProduct(_Grouped):
         """``(L R[k])' = R'[k] L'``."""
         side: Literal["left", "right"] = "left" if self.picked == "right" else "right"
         return replace(self, left=self.right.T, right=self.left.T, picked=side)
+
+
+@dataclass(frozen=True)
+class GroupedProduct(StackProduct):
+    """``core = left @ right[k]`` for tokens of one row, or ``left[k] @ right`` for columns."""
+
+
+@dataclass(frozen=True)
+class ProductWithAll(StackProduct):
+    """``core = (left @ right)[k]``: each token with every expert, of which its own is picked."""
 
 
 @dataclass(frozen=True)

@@ -173,6 +173,7 @@ ATEN = Dialect(
         _aten.eye.m: builders.eye,
         _aten.where.self: _where,
         _aten.index.Tensor: experts.index,
+        _aten.index_select.default: experts.index_select,
         _aten.index_put.default: experts.index_put,
         _aten._grouped_mm.default: experts.grouped_mm,
         operator.getitem: experts.result,

@@ -39,6 +39,11 @@ def index(stack: Any, indices: Any) -> Form | None:
     return None if by is None else PickOfRows(by, stack)
 
 
+def index_select(stack: Any, dim: Any, indices: Any) -> Form | None:
+    """``stack[k]`` as a selection along the first dimension."""
+    return index(stack, [indices]) if dim == 0 else None
+
+
 def index_put(zeros: Any, indices: Any, rows: Any, accumulate: Any = False) -> Form | None:
     """``zeros[k] += rows``: for each expert the sum over its tokens."""
     if accumulate is not True or not _is_zero(zeros) or example_of(rows) is None:

@@ -33,6 +33,9 @@ from runlora_fx.passes.levels.forms import (
 from runlora_fx.passes.levels.forms.products import aligned_factors
 from runlora_fx.passes.levels.sizes import all_one, equal, facts_of, is_one, same_shape, shape_of
 
+#: The number of dimensions of a batch of matrices.
+_BATCHED = 3
+
 
 def ndim(node: object) -> int:
     """Rank of a tensor node; -1 for anything else."""
@@ -211,9 +214,14 @@ def divide(a: Any, b: Any) -> Form | None:
 
 
 def permute(a: Any, dims: Any) -> Form | None:
-    """Dimensions in another order."""
+    """Dimensions in another order. If only single elements move, no element does."""
     n = ndim(a)
-    return Permute(a, tuple([int(d) % n for d in dims])) if n > 0 else None
+    order = tuple([int(d) % n for d in dims]) if n > 0 else ()
+    if n > _BATCHED:  # einsum gives operands dimensions of one element
+        moved = [d for d in order if not is_one(shape_of(a)[d])]
+        if moved == sorted(moved):
+            return same(a)
+    return Permute(a, order) if n > 0 else None
 
 
 def transpose(a: Any, d0: int, d1: int) -> Form | None:

@@ -15,7 +15,8 @@ from torch import fx
 
 from runlora_fx.passes.levels.cuts import Cut, same_matrix
 from runlora_fx.passes.levels.forms import Cast, Form, Permute
-from runlora_fx.passes.levels.forms.assigned import SumOfRows
+from runlora_fx.passes.levels.forms.assigned import STACK, SumOfRows
+from runlora_fx.passes.levels.forms.form import Factors
 from runlora_fx.passes.levels.level import Dialect, asks_about
 from runlora_fx.passes.levels.sizes import TensorFacts, example_of, facts_of, shape_of
 from runlora_fx.passes.read.asked_sizes import held_elsewhere
@@ -207,6 +208,19 @@ class LinearFinder(_Cuts):
             for user, form in forms
         )
 
+    def is_only_multiplied(self, node: fx.Node) -> bool:
+        """True if every user, behind views, multiplies the node as a batch of matrices."""
+        users = self._dialect.users_of(node)
+        forms = [(user, self._dialect.read(user)) for user in users]
+        return bool(forms) and all(
+            form is not None
+            and (
+                any(_multiplies_batch(product, node) for product in form.products)
+                or (form.is_view and self.is_only_multiplied(user))
+            )
+            for user, form in forms
+        )
+
     def is_made_of_product(self, node: fx.Node) -> bool:
         """True if a product of matrices is added up, scaled, viewed or cast to the node."""
         return self._dialect.is_made_of_product(node)
@@ -236,3 +250,8 @@ class LinearFinder(_Cuts):
             if form.products or (is_view and self._meets_product(user)):
                 return True
         return False
+
+
+def _multiplies_batch(product: Factors, node: fx.Node) -> bool:
+    """True if a product takes a node of three dimensions as a batch of matrices."""
+    return any(side.node is node and side.cut == STACK for side in (product.left, product.right))

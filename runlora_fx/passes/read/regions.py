@@ -13,7 +13,7 @@ plan shares a value between regions, and their costs are added.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -21,6 +21,7 @@ from torch import fx
 
 from runlora_fx.passes.algebra.factorise import components
 from runlora_fx.passes.algebra.polynomials import Polynomial
+from runlora_fx.passes.algebra.steps import Pick
 from runlora_fx.passes.read.incoming import Incoming
 from runlora_fx.passes.read.made import Made
 from runlora_fx.passes.read.patterns import Patterns
@@ -94,9 +95,26 @@ class Regions:
         for pairs, root, part in demanded:
             if not self._is_trivial(part):
                 regions[self._find(pairs[0])].demands.append((root, part))
+        homes = self._homes_of_picks([step for _, step in made])
         for pairs, step in made:
-            regions[self._find(pairs[0])].incoming.append(step)
+            key = homes.get(_of_pick(step)) or self._find(pairs[0])
+            regions[key].incoming.append(step)
         return [region for region in regions.values() if region.demands]
+
+    def _homes_of_picks(self, steps: Sequence[Made]) -> dict[int | None, Hashable]:
+        """By leaf that a step picks, the region whose steps read it, if there is only one.
+
+        A picked leaf has no pairs with other leaves, but it belongs to its products. If several
+        regions read it, no plan of one of them can spare the pick.
+        """
+        readers: dict[int | None, set[Hashable]] = {
+            leaf: set() for leaf in map(_of_pick, steps) if leaf is not None
+        }
+        for step in steps if readers else ():
+            for leaf in [operand.leaf for operand in step.operands]:
+                if leaf is not None and leaf.leaf in readers:
+                    readers[leaf.leaf].add(self._find(self._pairs(step.polynomial)[0]))
+        return {leaf: next(iter(keys)) for leaf, keys in readers.items() if len(keys) == 1}
 
     def _is_trivial(self, part: Polynomial) -> bool:
         """True if a part needs no computation of its own: a leaf, or a bias to broadcast."""
@@ -116,6 +134,12 @@ class Regions:
         while (above := self._above.setdefault(key, key)) != key:
             key = above
         return key
+
+
+def _of_pick(step: Made) -> int | None:
+    """The picked leaf that a step makes; None if it makes something else."""
+    made = step.polynomial.leaf if isinstance(step.step, Pick) else None
+    return None if made is None else made.leaf
 
 
 def _root(reader: GraphReader, phases: Phases, node: fx.Node) -> Root:

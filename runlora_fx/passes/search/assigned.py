@@ -1,7 +1,8 @@
 """Assigned: the steps towards values that depend on the expert of each token.
 
 Before -> after: ``X[t] (W[k] + s L[k] R[k])`` -> a grouped product with ``W + s L R``, or the sum
-of ``X W[k]`` and ``s (X L[k]) R[k]``, a grouped product each.
+of ``X W[k]`` and ``s (X L[k]) R[k]``, a grouped product each. With an index k, also
+``(X M)[k]`` for ``X M[k]``: a product with the matrices of all experts, and then the pick.
 
 Invariant: a matrix that is picked by offsets is never written. Grouped products that the operator
 would refuse are not proposed; :func:`refusal` gives the reason.
@@ -9,7 +10,7 @@ would refuse are not proposed; :func:`refusal` gives the reason.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from runlora_fx.passes.algebra.assignments import picking, unpicked
@@ -21,6 +22,7 @@ from runlora_fx.passes.algebra.steps import (
     GroupedProduct,
     Pick,
     Product,
+    ProductWithAll,
     Scatter,
     Step,
 )
@@ -52,10 +54,24 @@ def assigned_steps(problem: Problem, core: Polynomial) -> Iterator[Step]:
         match by, grouped:
             case _, [False, False]:
                 yield Product(left, right)
+                yield from _products_with_all(problem, left, right, by)
             case [_, int(k)], [False, True] if _is_served(problem, k, left, right, 0):
                 yield GroupedProduct(left, unpicked(problem.leaves, right), k, "right")
             case [int(k), _], [True, False] if _is_served(problem, k, left, right, 2):
                 yield GroupedProduct(unpicked(problem.leaves, left), right, k, "left")
+
+
+def _products_with_all(
+    problem: Problem, left: Polynomial, right: Polynomial, by: Sequence[int | None]
+) -> Iterator[Step]:
+    """The product of all tokens with a stack, instead of with the matrices picked from it."""
+    if (left @ right).is_diag_part:
+        return
+    match by:
+        case [None, int(k)] if problem.shape(left)[0] == problem.assignments[k].tokens:
+            yield ProductWithAll(left, unpicked(problem.leaves, right), k, "right")
+        case [int(k), None] if problem.shape(right)[0] == problem.assignments[k].tokens:
+            yield ProductWithAll(unpicked(problem.leaves, left), right, k, "left")
 
 
 def refusal(problem: Problem) -> str | None:

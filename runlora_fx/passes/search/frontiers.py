@@ -24,11 +24,12 @@ from typing import Literal, TypeAlias
 
 from runlora_fx.cost_model.objective import Objective, Price
 from runlora_fx.cost_model.ops import MatMul, Merge, Shape
-from runlora_fx.passes.algebra.implementations import Work, serving
+from runlora_fx.passes.algebra.implementations import serving
 from runlora_fx.passes.algebra.plan import Plan, incoming_operations
 from runlora_fx.passes.algebra.problem import Problem, Value
 from runlora_fx.passes.algebra.steps import Step
 from runlora_fx.passes.algebra.sums import accumulated, flattened
+from runlora_fx.passes.algebra.work import Work
 from runlora_fx.passes.search.space import Choice, Space, members, space_of
 from runlora_fx.passes.search.ways import Way, Ways
 

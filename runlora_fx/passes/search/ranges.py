@@ -23,7 +23,7 @@ from runlora_fx.cost_model.objective import Price
 from runlora_fx.passes.algebra.plan import Plan
 from runlora_fx.passes.algebra.polynomials import Polynomial
 from runlora_fx.passes.algebra.problem import Problem
-from runlora_fx.passes.algebra.steps import Accumulate, GroupedProduct, Pick, Product, Step
+from runlora_fx.passes.algebra.steps import Accumulate, Pick, Product, StackProduct, Step
 from runlora_fx.passes.search.varying import (
     COMPARED,
     PricedPlans,
@@ -252,7 +252,7 @@ def _merges(problem: Problem, plan: Plan | None, backward: bool) -> bool:
     steps = problem.incoming if plan is None else plan.steps.items()
     return any(
         value.backward == backward
-        and isinstance(step, Product | GroupedProduct | Pick | Accumulate)
+        and isinstance(step, Product | StackProduct | Pick | Accumulate)
         and any(map(_is_merged, _multiplied(step)))
         for value, step in steps
     )

@@ -16,11 +16,12 @@ from typing import NamedTuple, TypeAlias
 
 from runlora_fx.cost_model.objective import Objective, Price
 from runlora_fx.passes.algebra.factorise import components, factorisations
-from runlora_fx.passes.algebra.implementations import Work, is_merge, is_mergeable, serving
+from runlora_fx.passes.algebra.implementations import is_merge, is_mergeable, serving
 from runlora_fx.passes.algebra.polynomials import Polynomial
 from runlora_fx.passes.algebra.problem import Problem, Value, is_broadcast
 from runlora_fx.passes.algebra.steps import Accumulate, Keep, Product, Step, Sum, Unpack
 from runlora_fx.passes.algebra.words import Word
+from runlora_fx.passes.algebra.work import Work
 from runlora_fx.passes.search.assigned import assigned_steps, is_assigned
 
 #: The largest sum that is split in two in every way [words]. Longer ones are split by common
@@ -185,6 +186,8 @@ class Ways:
         for one in serving(work):
             operations = one.operations(work)
             if one.needs_times and not self.objective.has_times(operations):
+                continue
+            if one.spares_picks and not self.objective.prices_picks:
                 continue
             price = self.objective.total(operations)
             operands = one.reads(work)

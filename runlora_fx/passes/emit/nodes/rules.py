@@ -23,6 +23,7 @@ from runlora_fx.passes.algebra.steps import (
     GroupedOuter,
     GroupedProduct,
     Pick,
+    ProductWithAll,
     Scatter,
     Step,
     Sum,
@@ -97,6 +98,9 @@ def rule_of(value: Value, step: Step, leaves: Leaves) -> Rule:
         case Scatter(_, k) | GroupedOuter(_, _, k):
             name = Name("assignment", k)
             return ("sum by expert: sum_", name, "(", *_joined(" ", texts), ")")
+        case ProductWithAll(_, _, k):
+            name = Name("assignment", k)
+            return ("product with all: (", *_joined(" ", texts), ")[", name, "]")
         case GroupedProduct(_, _, k, side):
             texts[side == "right"] += ("[", Name("assignment", k), "]")
             return ("grouped product: ", *_joined(" ", texts))

@@ -32,7 +32,12 @@ from runlora_fx.passes.levels.forms import (
     Total,
     Written,
 )
-from runlora_fx.passes.levels.forms.assigned import STACK, OuterProduct, SumOfRows
+from runlora_fx.passes.levels.forms.assigned import (
+    STACK,
+    OuterProduct,
+    ProductOfBatch,
+    SumOfRows,
+)
 from runlora_fx.passes.levels.forms.products import aligned_factors
 from runlora_fx.passes.levels.level import Dialect
 from runlora_fx.passes.levels.origins import Computed, Origin
@@ -236,6 +241,29 @@ class Writer(NodeWriter):
         """``stack[k]``: for each token the matrix of its expert."""
         node = self.call(_aten.index.Tensor, stack, [by.node])
         self.picked.append(node)
+        return node
+
+    def product_with_all(self, rows: fx.Node, stack: fx.Node, by: TokenAssignment) -> fx.Node:
+        """Each token's rows times the matrix of its expert, picked from the products with all."""
+        (tokens, count, inner), cols = shape_of(rows), shape_of(stack)[2]
+        matrices = self.reshape(self.transpose(stack), (by.experts * cols, inner))
+        flat = self.reshape(rows, (tokens * count, inner))
+        every = self.matmul(flat, self.transpose(matrices))
+        every = self.reshape(every, (tokens, count, by.experts, cols))
+        like = example_of(by.node)
+        assert like is not None
+        own = self.call(
+            torch.ops.prims.iota.default,
+            self._size(tokens),
+            start=0,
+            step=1,
+            dtype=torch.int64,
+            device=like.device,
+            requires_grad=False,
+        )
+        node = self.call(_aten.index.Tensor, every, [own, None, by.node])
+        # Nothing else in a graph says that two dimensions of a product are picked together.
+        self._reader.forms[node] = ProductOfBatch(by, Operand(rows, STACK), Operand(stack, STACK))
         return node
 
     def summed_by_expert(self, rows: fx.Node, by: TokenAssignment) -> fx.Node:

@@ -86,6 +86,12 @@ class _OfRows(AssignedForm):
 class PickOfRows(_OfRows):
     """``source[k]``: for each token the matrix of its expert."""
 
+    def cut(self, node: fx.Node, linear: LinearNodes) -> Cut | None:
+        """A batch of matrices, if the source is linear, or a leaf of which products read picks."""
+        if linear.cut_of(self.source) is None:
+            return STACK if linear.is_only_multiplied(node) else None
+        return super().cut(node, linear)
+
     def step(self, reading: Reading) -> tuple[Step, Polynomial]:
         """A pick."""
         k, whole = reading.assignment(self.by), total(reading.operand(self.source, STACK))
@@ -190,6 +196,13 @@ class ProductOfRows(_OfTwo):
         rows, stack = total(self.left.addends(reading)), total(self.right.addends(reading))
         made = reading.multiplied(rows, reading.picked(stack, k))
         return GroupedProduct(rows, stack, k, "right"), made
+
+
+@dataclass(frozen=True)
+class ProductOfBatch(ProductOfRows):
+    """``left @ right[k]`` for any number of rows of each token."""
+
+    out: ClassVar[Cut] = STACK
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,9 @@ class LinearNodes(Cuts, Protocol):
     def is_only_added_by_expert(self, node: fx.Node) -> bool:
         """True if every user, behind views, adds the node up by expert."""
 
+    def is_only_multiplied(self, node: fx.Node) -> bool:
+        """True if every user, behind views, multiplies the node as a batch of matrices."""
+
     def is_made_of_product(self, node: fx.Node) -> bool:
         """True if the node is a product, or a sum, multiple, view or cast of one."""
 

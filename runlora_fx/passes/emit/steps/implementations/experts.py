@@ -2,6 +2,7 @@
 
     (W + s L R)[k]           ->      index(addmm, [k])
     sum_k(P)                 ->      index_put(zeros, [k], P, accumulate=True)
+    (X L)[k], k by an index  ->      mm(X, L of all experts), index(mm, [iota, None, k])
     X L[k], k by offsets     ->      _grouped_mm(X, L, offs), or the operator of transformers
     sum_k(X' dY)             ->      _grouped_mm(permute(X), dY, offs)
 
@@ -17,7 +18,14 @@ from torch import fx
 
 from runlora_fx.passes.algebra.polynomials import Polynomial, Scalar, normalise
 from runlora_fx.passes.algebra.problem import Value
-from runlora_fx.passes.algebra.steps import GroupedOuter, GroupedProduct, Pick, Scatter, Step
+from runlora_fx.passes.algebra.steps import (
+    GroupedOuter,
+    GroupedProduct,
+    Pick,
+    ProductWithAll,
+    Scatter,
+    Step,
+)
 from runlora_fx.passes.emit.steps.registry import Emission, writes
 from runlora_fx.passes.levels.sizes import Shape, same_shape, shape_of
 
@@ -55,6 +63,21 @@ def grouped(emission: Emission, value: Value, step: Step, transposed: bool) -> f
     node = scope.scaled(scope.writer.grouped_product(rows, stack, by), by_rows * by_stack)
     tokens, cols = shape_of(node)
     node = scope.writer.reshape(node, (tokens, 1, cols))
+    return node if is_turned == transposed else scope.writer.transpose(node)
+
+
+@writes("with_all")
+def with_all(emission: Emission, value: Value, step: Step, transposed: bool) -> fx.Node:
+    """Multiply each token's rows by the matrices of all experts, and pick those of its own."""
+    assert isinstance(step, ProductWithAll)
+    scope, by = emission.scope, emission.scope.leaves.assignments[step.assignment]
+    is_turned = step.picked == "left"
+    product = step.turned if is_turned else step
+    assert isinstance(product, ProductWithAll)
+    rows, by_rows = emission.values.operand(product.left, value.backward)
+    stack, by_stack = emission.values.operand(product.right, value.backward)
+    node = scope.writer.product_with_all(rows, stack, by)
+    node = scope.scaled(node, by_rows * by_stack)
     return node if is_turned == transposed else scope.writer.transpose(node)
 
 
