@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measuring.counts import Count, counting
 from rich.progress import track
 from torch import Tensor, fx, nn
 from torch._inductor.compile_fx import compile_fx
-from traffic import MB, Count, counting
 
 import runlora_fx
 from runlora_fx.backend import runlora
@@ -38,6 +38,8 @@ from runlora_fx.without_data import without_data
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "flavours"))
 from per_sample import PerSampleLora
+
+MB = 1e6
 
 SAMPLES, ADAPTERS = (8, 64), (2, 8, 32, 128)
 

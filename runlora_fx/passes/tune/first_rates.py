@@ -29,6 +29,7 @@ from runlora_fx.cost_model import store
 from runlora_fx.cost_model.devices import machine
 from runlora_fx.cost_model.devices.calibration import rates
 from runlora_fx.cost_model.devices.measure import undisturbed
+from runlora_fx.cost_model.devices.registry import entry_of
 from runlora_fx.cost_model.profile import DTYPES
 from runlora_fx.cost_model.store import Key, Record
 from runlora_fx.options import Options
@@ -82,7 +83,7 @@ def _measure(device: torch.device, dtype: str, key: Key) -> None:
         if known:
             return json.dumps(dict(known))
         start = time.monotonic()
-        budget = _HOST_S if device.type == "cpu" else _ACCELERATOR_S
+        budget = _HOST_S if entry_of(device).is_host else _ACCELERATOR_S
         with undisturbed(device):
             found = rates(device, dtype, budget)
         if found is None:
