@@ -4,19 +4,16 @@
 with names and docstrings of ours.
 
 Invariant: a new version of torch breaks this module, if any; ``tests/test_layering.py`` lists the
-five other modules that import private names.
+six other modules that import private names.
 """
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
-from pathlib import Path
 from types import CodeType, MethodType
 from typing import Any, cast
 
@@ -32,7 +29,6 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._functorch import config as functorch_config
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor import config as inductor_config
-from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.fx import proxy as _proxy
@@ -273,29 +269,6 @@ def compile_graph(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
     """Compile a graph of ATen operators with Inductor, without any custom pass."""
     compiled = torch._inductor.compile(gm, inputs, options=dict.fromkeys(_CUSTOM_PASSES))
     return cast(Callable[..., Any], compiled)
-
-
-def compiler_settings() -> str:
-    """A digest of the settings of Inductor that affect its code, in this context.
-
-    Inductor's own caches use the same settings, and functions and passes besides.
-    """
-    settings = inductor_config.save_config_portable()
-    plain = json.dumps(settings, sort_keys=True, default=lambda value: type(value).__qualname__)
-    return hashlib.sha256(plain.encode()).hexdigest()[:24]
-
-
-def keeps_compiled_graphs() -> bool:
-    """True if torch keeps compiled graphs in its caches for other processes."""
-    is_off = getattr(inductor_config, "force_disable_caches", False)
-    return bool(
-        functorch_config.enable_autograd_cache and inductor_config.fx_graph_cache and not is_off
-    )
-
-
-def cache_folder() -> Path:
-    """The folder of Inductor's caches."""
-    return Path(cache_dir())
 
 
 @cache

@@ -65,9 +65,9 @@ def runlora(
     own_pass = RunloraPass(ours, before, parameter_inputs(example_inputs))
     inductor.config[JOINT_PASSES] = own_pass
     settings = {name: value for name, value in inductor.config.items() if name != JOINT_PASSES}
-    key = stored_reports.key_of(gm, example_inputs, own_pass.uuid(), settings)
     try:
         with history.as_one() as parts:
+            key = stored_reports.key_of(gm, example_inputs, own_pass.uuid(), settings)
             compiled = inductor(gm, example_inputs)
     except Exception as error:
         if lacks_compiler(error):

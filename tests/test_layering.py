@@ -37,7 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("keywords",),
     # The machine.
     ("_requirements",),
-    ("_torch_compat", "_torch_debug"),
+    ("_torch_compat", "_torch_debug", "_torch_caches"),
     # Fused kernels for GPUs. Whoever uses them imports them where they are called.
     ("kernels", "kernels.*"),
     ("cost_model.devices", "cost_model.devices.*"),
@@ -61,6 +61,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("report", "report.*"),
     ("history", "inactive", "logs"),
     ("stored_reports",),
+    ("plug_in",),
     # The pass, and the ways to it.
     ("passes.planning", "passes.pipeline"),
     ("passes.rebuild",),
@@ -90,7 +91,7 @@ WITHOUT_TORCH = (
 # The modules that may import private parts of torch, and the one private attribute that any may
 # use: `torch._ops` has the types of operators, which are public objects.
 PRIVATE_TORCH = {
-    *("_torch_compat", "_torch_debug", "aot", "backend", "joint_pass"),
+    *("_torch_compat", "_torch_debug", "_torch_caches", "aot", "backend", "joint_pass"),
     *("passes.read.example_values", "cli.doctor.inductor"),
 }
 PRIVATE_ATTRIBUTE = "torch._ops"
