@@ -120,13 +120,20 @@ def expect(read: Callable[[], Report]) -> None:
         _last.at(*found[1:]).read = read
 
 
-def made_so_far() -> list[Report]:
-    """The reports that the compilation in this thread has made so far; none if none runs."""
+def amend(change: Callable[[Report], Report]) -> None:
+    """Replace what the compilation in this thread has reported so far; nothing if none runs.
+
+    Args:
+        change: Makes the new report, of the old one of all its graphs.
+    """
     found = compiled_for()
     if found is None:
-        return []
+        return
     with _lock:
-        return [*_parts_of(found[0]).at(*found[1:]).made]
+        at = _parts_of(found[0]).at(*found[1:])
+        made = [*at.made]
+    if made:
+        at.made = [change(made[0] if len(made) == 1 else combined(made))]
 
 
 def _parts_of(call: object) -> _Parts:

@@ -17,7 +17,6 @@ from functools import partial
 
 from runlora_fx import history, stored_reports
 from runlora_fx._torch_caches import compiling, runs_joint_passes
-from runlora_fx.report.data import combined
 
 _log = logging.getLogger("runlora_fx")
 
@@ -53,6 +52,6 @@ def ran() -> None:
         now = compiling()
         key = None if now is None else now.notes.get(_KEY)
         if key is not None:
-            stored_reports.write(key, combined(history.made_so_far()))
+            history.amend(partial(stored_reports.stored, key))
     except Exception as error:
         _log.info("runlora could not store its report: %r", error)

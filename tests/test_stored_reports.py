@@ -49,7 +49,7 @@ def test_a_report_is_read_back_as_it_was(report: Report) -> None:
 
 
 def test_a_report_is_stored_and_marked_when_it_is_read(folder: Path, report: Report) -> None:
-    stored_reports.write(KEY, report)
+    stored_reports.stored(KEY, report)
     assert [path.name for path in folder.iterdir()] == ["0123abcd.json"]
     again = stored_reports.read(KEY)
     assert again.from_cache
@@ -77,7 +77,7 @@ def test_a_report_is_stored_and_marked_when_it_is_read(folder: Path, report: Rep
 def test_what_is_no_report_of_ours_counts_as_absent(
     change: Any, folder: Path, report: Report
 ) -> None:
-    stored_reports.write(KEY, report)
+    stored_reports.stored(KEY, report)
     path = folder / KEY.file
     content = json.loads(path.read_text())
     change(content)
@@ -97,10 +97,21 @@ def test_damaged_files_count_as_absent(text: str, folder: Path) -> None:
     assert "cannot be read" in stored_reports.read(KEY).headline
 
 
+def test_what_storing_computes_counts_as_planning(
+    folder: Path, report: Report, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored_reports, "perf_counter", iter((3.0, 5.0)).__next__)
+    made = stored_reports.stored(KEY, replace(report, planning_seconds=1.0))
+    assert made.planning_seconds == 3.0
+    assert made == report
+    assert stored_reports.read(KEY).planning_seconds == 3.0
+    assert stored_reports.stored(None, report) is report
+
+
 def test_a_missing_report_says_why(folder: Path) -> None:
     assert "no report is stored for this graph" in str(stored_reports.read(KEY))
     assert "cannot be identified" in str(stored_reports.read(None))
-    stored_reports.write(None, Report("joint"))
+    stored_reports.stored(None, Report("joint"))
     assert not folder.exists()
 
 
@@ -109,7 +120,7 @@ def test_a_folder_that_cannot_be_written_to_takes_nothing_down(
 ) -> None:
     folder.write_text("no folder")
     with caplog.at_level(logging.INFO, "runlora_fx"):
-        stored_reports.write(KEY, report)
+        stored_reports.stored(KEY, report)
     assert "cannot store its report" in caplog.text
     assert "no report is stored" in str(stored_reports.read(KEY))
 
@@ -117,7 +128,7 @@ def test_a_folder_that_cannot_be_written_to_takes_nothing_down(
 def test_the_oldest_files_go(folder: Path, report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stored_reports, "_MAX_FILES", 2)
     for digest in ("a", "b", "c"):
-        stored_reports.write(stored_reports.Key(digest), Report("joint"))
+        stored_reports.stored(stored_reports.Key(digest), Report("joint"))
     assert len(list(folder.iterdir())) == 2
 
 
@@ -177,7 +188,7 @@ def two_plans(folder: Path, report: Report, monkeypatch: pytest.MonkeyPatch) -> 
     guards = {4: ("s27*s77 - 154", "<"), 100: ("s27*s77 - 154", ">=")}
     for tokens, guard in guards.items():
         monkeypatch.setattr(stored_reports.Key, "guards", lambda _, guard=guard: [guard])
-        stored_reports.write(_sized(tokens), replace(report, graph=f"compiled for {tokens}"))
+        stored_reports.stored(_sized(tokens), replace(report, graph=f"compiled for {tokens}"))
     return folder
 
 

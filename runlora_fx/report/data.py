@@ -42,7 +42,8 @@ class Report:
         seconds: The predicted time of all products, before and after [s]; None if plans were ranked
             by FLOPs.
         recomputation: What the backward recomputes besides what plans ask for.
-        planning_seconds: How long the pass took, measured [s]; None if it was not measured.
+        planning_seconds: How long the pass took, measured [s]; None if it was not measured. For a
+            report that is stored, with the searches for its causes and break-evens.
         note: If the report of code from a cache is missing, why.
         rates: By dtype, the rates that plans were ranked by; empty if FLOPs ranked them.
         of_other_sizes: True if the code came from a cache and was compiled for other sizes of a
