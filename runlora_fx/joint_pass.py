@@ -32,7 +32,7 @@ from runlora_fx.passes.levels.level import Dialect
 from runlora_fx.passes.pipeline import rewrite_graph
 from runlora_fx.passes.reproducer import Reproducer, Run
 from runlora_fx.report.data import Refusal, Report
-from runlora_fx.report.price_causes import FAILED
+from runlora_fx.report.describe.price_causes import FAILED
 
 _log = logging.getLogger("runlora_fx")
 

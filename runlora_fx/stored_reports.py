@@ -38,7 +38,7 @@ from runlora_fx._torch_compat import FakeTensorMode, fake_mode_of, size_hint
 from runlora_fx.cost_model.store import drop_oldest, write_json
 from runlora_fx.passes.levels.sizes import dim_of
 from runlora_fx.report.data import Report
-from runlora_fx.report.read_back import UNREADABLE, expression, report_from
+from runlora_fx.report.stored.read_back import UNREADABLE, expression, report_from
 
 _log = logging.getLogger("runlora_fx")
 

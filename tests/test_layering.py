@@ -80,7 +80,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 
 WITHOUT_TORCH = (
     *("cost_model.cost", "cost_model.ops", "cost_model.profile", "cost_model.objective"),
-    *("cost_model.store", "cost_model.published", "report.notation"),
+    *("cost_model.store", "cost_model.published", "report.describe.notation"),
     *(
         f"passes.{room}.{path.stem}"
         for room in ("algebra", "search")

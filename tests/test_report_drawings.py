@@ -9,7 +9,7 @@ from report_pages import IN, OUT, RANK, TOKENS, Adapted, figures_of, page_of, re
 from torch import Tensor, nn
 
 import runlora_fx
-from runlora_fx.report.figures import Curve
+from runlora_fx.report.figures.figures import Curve
 from runlora_fx.report.html.axes import LogAxis, crossings
 from runlora_fx.report.html.layered import Node, layered
 from runlora_fx.report.html.plots import break_even_plot, products

@@ -17,7 +17,7 @@ import runlora_fx
 from runlora_fx import plug_in, stored_reports
 from runlora_fx._torch_caches import Compiling
 from runlora_fx.report.data import Report, combined
-from runlora_fx.report.read_back import UNREADABLE, report_from
+from runlora_fx.report.stored.read_back import UNREADABLE, report_from
 
 KEY = stored_reports.Key("0123abcd")
 TOKENS, BATCH = sympy.symbols("s77 s27", positive=True, integer=True)

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
 from runlora_fx.passes.context import NOTHING, Recomputation
-from runlora_fx.report.as_json import as_json
-from runlora_fx.report.figures import Rates
+from runlora_fx.report.figures.figures import Rates
 from runlora_fx.report.sites import Candidate, Refusal, Site
-from runlora_fx.report.summary import advised, pay_back, steps_to_pay_back, verdict
-from runlora_fx.report.text import NOTHING_FOUND, lines, stacked_text, total
+from runlora_fx.report.stored.as_json import as_json
+from runlora_fx.report.text.summary import advised, pay_back, steps_to_pay_back, verdict
+from runlora_fx.report.text.text import NOTHING_FOUND, lines, stacked_text, total
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -75,7 +75,7 @@ class Report:
     def __rich__(self) -> RenderableType:
         """The verdict, what to do, and a table of all sites, for ``rich.print``."""
         # Imported here because few reports are printed so.
-        from runlora_fx.report.console import as_rich
+        from runlora_fx.report.text.console import as_rich
 
         return as_rich(self.headline, self.summary, self.sites, self.refusals)
 

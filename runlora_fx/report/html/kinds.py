@@ -14,7 +14,7 @@ from itertools import takewhile
 
 import sympy
 
-from runlora_fx.report.figures import Drawing, Figures, Rates
+from runlora_fx.report.figures.figures import Drawing, Figures, Rates
 from runlora_fx.report.html import plots
 from runlora_fx.report.html.numbers import change
 from runlora_fx.report.html.sketch import Sketch, sketched

@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from runlora_fx import __version__
 from runlora_fx.passes.context import Recomputation
-from runlora_fx.report.figures import Rates
+from runlora_fx.report.figures.figures import Rates
 from runlora_fx.report.gathered import gathered
 from runlora_fx.report.html import numbers, plots
 from runlora_fx.report.html.kinds import Kind, common_prefix, kinds_of

@@ -18,10 +18,10 @@ from typing import Any
 import sympy
 
 from runlora_fx.passes.context import Recomputation
-from runlora_fx.report.as_json import EXPRESSIONS, SCHEMA
 from runlora_fx.report.data import Report
-from runlora_fx.report.figures import Rates
+from runlora_fx.report.figures.figures import Rates
 from runlora_fx.report.sites import Candidate, Cause, Refusal, Site
+from runlora_fx.report.stored.as_json import EXPRESSIONS, SCHEMA
 
 #: The errors that reading a damaged or foreign report raises.
 UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
