@@ -4,20 +4,16 @@
 with names and docstrings of ours.
 
 Invariant: a new version of torch breaks this module, if any; ``tests/test_layering.py`` lists the
-five other modules that import private names.
+six other modules that import private names.
 """
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from datetime import timedelta
 from functools import cache
-from pathlib import Path
 from types import CodeType, MethodType
 from typing import Any, cast
 
@@ -33,7 +29,6 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._functorch import config as functorch_config
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor import config as inductor_config
-from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.fx import proxy as _proxy
@@ -276,29 +271,6 @@ def compile_graph(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
     return cast(Callable[..., Any], compiled)
 
 
-def compiler_settings() -> str:
-    """A digest of the settings of Inductor that affect its code, in this context.
-
-    Inductor's own caches use the same settings, and functions and passes besides.
-    """
-    settings = inductor_config.save_config_portable()
-    plain = json.dumps(settings, sort_keys=True, default=lambda value: type(value).__qualname__)
-    return hashlib.sha256(plain.encode()).hexdigest()[:24]
-
-
-def keeps_compiled_graphs() -> bool:
-    """True if torch keeps compiled graphs in its caches for other processes."""
-    is_off = getattr(inductor_config, "force_disable_caches", False)
-    return bool(
-        functorch_config.enable_autograd_cache and inductor_config.fx_graph_cache and not is_off
-    )
-
-
-def cache_folder() -> Path:
-    """The folder of Inductor's caches."""
-    return Path(cache_dir())
-
-
 @cache
 def never_overwrite(operator: torch._ops.OpOverload) -> None:
     """Make Inductor call an operator unchanged, and never reuse the memory of its result."""
@@ -440,35 +412,3 @@ def _wrapped_backend(backend: Any) -> Any | None:
         return backend.__self__
     names = ("_torchdynamo_orig_backend", "compiler_fn", "backend_compile_fn", "func")
     return next(filter(None, (getattr(backend, name, None) for name in names)), None)
-
-
-#: How long a rank waits for what another one measures [s].
-_GROUP_WAIT_S = 60
-
-
-def agree_in_group(name: str, make: Callable[[], str]) -> str:
-    """What a function returns, the same on all ranks of a process group: the first rank calls it.
-
-    Without a group the function is called. No collective is used, so ranks need not compile the
-    same graphs at the same time.
-
-    Args:
-        name: Of what they agree on.
-        make: What the first rank calls; if it raises, the others raise after a while.
-
-    Raises:
-        Exception: What ``make`` raises, or what the group's store raises if nobody answers.
-    """
-    distributed = torch.distributed
-    is_group = distributed.is_available() and distributed.is_initialized()
-    if not is_group or distributed.get_world_size() < 2:
-        return make()
-    from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
-
-    shared = PrefixStore("runlora", _get_default_store())
-    if shared.add(f"{name}/claimed", 1) == 1:
-        made = make()
-        shared.set(name, made)
-        return made
-    shared.wait([name], timedelta(seconds=_GROUP_WAIT_S))
-    return shared.get(name).decode()

@@ -23,7 +23,7 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.utils import get_debug_dir
 from torch._functorch._aot_autograd.logging_utils import get_aot_graph_name
 from torch._inductor import config as inductor_config
-from torch._inductor.exc import InvalidCxxCompiler
+from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 from torch._logging import _internal as torch_logging
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
@@ -149,6 +149,14 @@ def compiled_modules() -> list[nn.Module]:
 def lacks_compiler(error: BaseException) -> bool:
     """True if an error says that Inductor has no C++ compiler that works."""
     return isinstance(getattr(error, "inner_exception", error), InvalidCxxCompiler)
+
+
+def compiler_says(error: BaseException) -> str | None:
+    """What the C++ compiler said last when it failed; None if an error is another one."""
+    inner = getattr(error, "inner_exception", error)
+    if not isinstance(inner, CppCompileError):
+        return None
+    return str(inner).strip().rpartition("\n")[2].strip()
 
 
 # -- graphs with symbolic sizes that are built again --------------------------------------------

@@ -67,22 +67,22 @@ def runlora(
     own_pass = RunloraPass(ours, before, parameter_inputs(example_inputs))
     inductor.config[JOINT_PASSES] = own_pass
     settings = {name: value for name, value in inductor.config.items() if name != JOINT_PASSES}
-    key = stored_reports.key_of(gm, example_inputs, own_pass.uuid(), settings)
     try:
         with history.as_one() as parts:
+            key = stored_reports.key_of(gm, example_inputs, own_pass.uuid(), settings)
             compiled = inductor(gm, example_inputs)
+            if own_pass.ran and parts:
+                parts[:] = [stored_reports.stored(key, combined(parts))]
     except Exception as error:
         if lacks_compiler(error):
             raise RuntimeError(f"{_NO_COMPILER} Inductor says: {error}") from error
         raise
-    if own_pass.ran:
-        if parts:
-            stored_reports.write(key, combined(parts))
-    elif inductor.config.get(_SWITCH, getattr(inductor_config, _SWITCH)):
-        history.record(stored_reports.read(key))
-    else:
-        _log.warning("runlora did nothing: Inductor's joint passes are off (%s)", _SWITCH)
-        history.record(Report(graph="untouched"))
+    if not own_pass.ran:
+        if inductor.config.get(_SWITCH, getattr(inductor_config, _SWITCH)):
+            history.record(stored_reports.read(key))
+        else:
+            _log.warning("runlora did nothing: Inductor's joint passes are off (%s)", _SWITCH)
+            history.record(Report(graph="untouched"))
     return cast(Callable[..., Any], compiled)
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from runlora_fx._torch_compat import compile_call_of, compiled_for
 from runlora_fx.report.data import Report, combined
@@ -31,24 +32,50 @@ class _Parts:
     """
 
     def __init__(self) -> None:
-        self._of: dict[Hashable, tuple[weakref.ref[object], list[Report]]] = {}
+        self._of: dict[Hashable, _Compilation] = {}
 
-    def add(self, place: Hashable, compilation: object, report: Report) -> None:
-        """Add the report of a graph.
+    def at(self, place: Hashable, compilation: object) -> _Compilation:
+        """The reports of one compilation.
 
         Args:
-            place: The code that the graph is a part of.
+            place: The code that is compiled.
             compilation: What stands for its compilation: one may have several graphs.
-            report: The report.
         """
         known = self._of.get(place)
-        earlier = known[1] if known is not None and known[0]() is compilation else []
-        self._of[place] = weakref.ref(compilation), [*earlier, report]
+        if known is None or known.of() is not compilation:
+            known = self._of[place] = _Compilation(weakref.ref(compilation))
+        return known
 
     def whole(self) -> Report:
         """One report of all graphs."""
-        reports = [report for _, of in self._of.values() for report in of]
+        reports = [report for of in self._of.values() for report in of.all()]
         return reports[0] if len(reports) == 1 else combined(reports)
+
+
+@dataclass
+class _Compilation:
+    """The reports of one compilation.
+
+    Attributes:
+        of: What stands for the compilation.
+        made: The reports that were made so far.
+        read: Reads the report of code from a cache; None if it was read, or if a pass has run.
+    """
+
+    of: weakref.ref[object]
+    made: list[Report] = field(default_factory=list)
+    read: Callable[[], Report] | None = None
+
+    def add(self, report: Report) -> None:
+        """Add a report that the compilation made."""
+        self.made.append(report)
+        self.read = None
+
+    def all(self) -> list[Report]:
+        """The reports that were made; if none was, that of the code from a cache."""
+        if self.read is not None:
+            self.made, self.read = [self.read()], None
+        return self.made
 
 
 class _Thread(threading.local):
@@ -70,11 +97,48 @@ def record(report: Report) -> None:
     with _lock:
         _last = report
         if found is not None:
-            call, place, compilation = found
-            _last = parts = vars(call).setdefault(_PARTS, _Parts())
-            parts.add(place, compilation, report)
+            _last = _parts_of(found[0])
+            _last.at(*found[1:]).add(report)
         for collected in _open:
             collected.append(report)
+
+
+def expect(read: Callable[[], Report]) -> None:
+    """Have a report read if it is asked for and this compilation makes none.
+
+    Inside :func:`as_one`, and where Dynamo compiles nothing, this does nothing.
+
+    Args:
+        read: Reads the report of code that comes from a cache.
+    """
+    global _last
+    found = None if is_inside() else compiled_for()
+    if found is None:
+        return
+    with _lock:
+        _last = _parts_of(found[0])
+        _last.at(*found[1:]).read = read
+
+
+def amend(change: Callable[[Report], Report]) -> None:
+    """Replace what the compilation in this thread has reported so far; nothing if none runs.
+
+    Args:
+        change: Makes the new report, of the old one of all its graphs.
+    """
+    found = compiled_for()
+    if found is None:
+        return
+    with _lock:
+        at = _parts_of(found[0]).at(*found[1:])
+        made = [*at.made]
+    if made:
+        at.made = [change(made[0] if len(made) == 1 else combined(made))]
+
+
+def _parts_of(call: object) -> _Parts:
+    parts: _Parts = vars(call).setdefault(_PARTS, _Parts())
+    return parts
 
 
 def last_report() -> Report | None:
@@ -108,6 +172,11 @@ def report_of(compiled: object) -> Report | None:
     with _lock:
         parts = vars(call).get(_PARTS)
         return None if parts is None else parts.whole()
+
+
+def is_inside() -> bool:
+    """True inside :func:`as_one`."""
+    return _thread.pending is not None
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-from runlora_fx import __version__, history, logs
+from runlora_fx import __version__, history, logs, plug_in
 from runlora_fx._torch_compat import joins_in_place as inductor_joins_in_place
 from runlora_fx._torch_compat import never_overwrite
 from runlora_fx._torch_debug import compiled_modules
@@ -32,7 +32,7 @@ from runlora_fx.passes.levels.level import Dialect
 from runlora_fx.passes.pipeline import rewrite_graph
 from runlora_fx.passes.reproducer import Reproducer, Run
 from runlora_fx.report.data import Refusal, Report
-from runlora_fx.report.price_causes import FAILED
+from runlora_fx.report.describe.price_causes import FAILED
 
 _log = logging.getLogger("runlora_fx")
 
@@ -168,9 +168,15 @@ class RunloraPass(CustomGraphPass):
         )
         for node in graph.nodes:
             node.meta[_SEEN] = True
+        plug_in.ran()
 
     def uuid(self) -> Any | None:
         """The key of the pass in Inductor's caches; None (no caching) if a user's pass has none."""
+        identity = self._identity()
+        plug_in.looked_for(identity)
+        return identity
+
+    def _identity(self) -> Any | None:
         others = [getattr(user_pass, "uuid", lambda: None)() for user_pass in self._before]
         if not all(others):
             return None

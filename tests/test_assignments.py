@@ -47,7 +47,7 @@ from runlora_fx.passes.search.decide import decide
 from runlora_fx.passes.search.frontiers import search
 from runlora_fx.passes.search.ranges import Varying, ranges
 from runlora_fx.passes.search.ways import Ways
-from runlora_fx.report.notation import Names, algebra
+from runlora_fx.report.describe.notation import Names, algebra
 
 FLOPS = Objective("flops")
 

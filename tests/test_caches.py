@@ -69,7 +69,22 @@ def measured(name, rates):
         store.add(key_of(torch.device("cpu"), "float32"), store.Record(rates))
         yield
 
+def plugged_in():
+    import runlora_fx
+    return config.patch(joint_custom_pre_pass=runlora_fx.RunloraPass())
+
+@contextmanager
+def both(one, other):
+    with one, other:
+        yield
+
+def symbolic():
+    return torch._dynamo.config.patch(assume_static_by_default=False)
+
 SETTINGS = {
+    "plugged in": plugged_in,
+    "symbolic": symbolic,
+    "plugged in, symbolic": lambda: both(plugged_in(), symbolic()),
     "same numbers": lambda: measured("same", BOUND_BY_LAUNCHES),
     "numbers": lambda: measured("numbers", BOUND_BY_FLOPS),
     "other numbers": lambda: measured("numbers", BOUND_BY_LAUNCHES),
@@ -168,6 +183,9 @@ FIRST = [
     Compilation(tokens=96),
     Compilation(tokens=80, setting="same numbers"),
     Compilation(tokens=112, setting="numbers"),
+    Compilation(backend="inductor", setting="plugged in"),
+    Compilation(setting="symbolic"),
+    Compilation(backend="inductor", setting="plugged in, symbolic"),
 ]
 SECOND = [
     OURS,
@@ -179,18 +197,27 @@ SECOND = [
     Compilation(tokens=96),
     Compilation(tokens=80, setting="same numbers"),
     Compilation(tokens=112, setting="other numbers"),
+    Compilation(backend="inductor", setting="plugged in"),
+    Compilation(tokens=80, setting="symbolic"),
+    Compilation(tokens=80, backend="inductor", setting="plugged in, symbolic"),
 ]
 
 
-def _run(compilations: list[Compilation], cache: Path) -> dict[Compilation, Outcome]:
-    """Run the script in a process of its own."""
+def _run(compilations: list[Compilation], folder: Path) -> dict[Compilation, Outcome]:
+    """Run the script in a process of its own.
+
+    Args:
+        compilations: What it compiles.
+        folder: Where it runs. Its caches are in a folder below: Python imports from where it runs,
+            and folders of Inductor's cache may have names of modules, such as `z3`.
+    """
     order = [[getattr(c, field.name) for field in fields(c)] for c in compilations]
     switches = ("TORCHINDUCTOR_", "TORCH_COMPILE_", "TORCH_LOGS")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(switches)}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, json.dumps(order)],
-        env={**environment, "TORCHINDUCTOR_CACHE_DIR": str(cache)},
-        cwd=cache,
+        env={**environment, "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")},
+        cwd=folder,
         capture_output=True,
         text=True,
     )
@@ -206,8 +233,8 @@ Runs = tuple[dict[Compilation, Outcome], dict[Compilation, Outcome]]
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """The outcomes of two processes, one after the other, that share a new cache."""
-    cache = tmp_path_factory.mktemp("inductor")
-    return _run(FIRST, cache), _run(SECOND, cache)
+    folder = tmp_path_factory.mktemp("caches")
+    return _run(FIRST, folder), _run(SECOND, folder)
 
 
 def test_backend_is_found_by_its_name_alone(runs: Runs) -> None:
@@ -239,6 +266,7 @@ def test_second_process_is_served_from_both_caches_and_says_so(runs: Runs) -> No
         Compilation(tokens=96),
         Compilation(tokens=80, setting="same numbers"),
         Compilation(setting="a user's pass"),
+        Compilation(backend="inductor", setting="plugged in"),
     ),
     ids=str,
 )
@@ -252,6 +280,27 @@ def test_second_process_shows_the_report_of_the_first(compilation: Compilation, 
     tables = [run.report[run.report.index("\nrow ") :] for run in (first, second)]
     assert tables[0] == tables[1]
     assert "came from a cache" not in first.report
+
+
+@pytest.mark.parametrize(
+    "compilation",
+    (
+        Compilation(setting="symbolic"),
+        Compilation(backend="inductor", setting="plugged in, symbolic"),
+    ),
+    ids=str,
+)
+def test_code_for_symbolic_sizes_has_its_report_at_other_sizes(
+    compilation: Compilation, runs: Runs
+) -> None:
+    first, second = runs[0][compilation], runs[1][replace(compilation, tokens=80)]
+    assert first.is_miss, first.counts
+    assert first.changed
+    assert second.is_hit, second.counts
+    marks = {"from_cache": True, "of_other_sizes": True}
+    assert json.loads(second.json) == {**json.loads(first.json), **marks}
+    assert second.report.splitlines()[0] == first.report.splitlines()[0]
+    assert "It was compiled for other sizes" in second.report
 
 
 @pytest.mark.parametrize(

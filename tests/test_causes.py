@@ -185,7 +185,7 @@ def test_causes_are_found_when_they_are_asked_for(monkeypatch: pytest.MonkeyPatc
     def fails(*_: object) -> None:
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr("runlora_fx.report.price_causes.holding_more", fails)
+    monkeypatch.setattr("runlora_fx.report.describe.price_causes.holding_more", fails)
     assert site.causes == ()
     (again,) = runlora_fx.explain(Layer(), data(SOME), objective="flops", strict=True)
     monkeypatch.undo()

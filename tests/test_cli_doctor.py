@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import python
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 
@@ -184,6 +185,44 @@ def test_the_self_test_fails_for_a_backend_that_rewrites_nothing() -> None:
     (unknown,) = self_test.check("no_such_backend")
     assert unknown.state == "problem"
     assert unknown.text.startswith("failed: ")
+
+
+def test_the_self_test_compiles_with_inductor(capfd: pytest.CaptureFixture[str]) -> None:
+    (fine,) = self_test.check("runlora")
+    assert (fine.name, fine.state) == ("backend='runlora'", "ok")
+    assert "a LoRA layer was rewritten; results equal eager mode" in fine.text
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "text", "remedy"),
+    (
+        ("exit 1", "there is no C++ compiler that works", "install one"),
+        (
+            'case "$1" in --version|-dumpversion) exec g++ "$@";; esac\necho no disk >&2\nexit 1',
+            "the C++ compiler fails: no disk",
+            "name another one in CXX",
+        ),
+    ),
+    ids=("none", "fails"),
+)
+def test_a_compiler_that_fails_is_the_problem_and_not_ours(
+    script: str, text: str, remedy: str, tmp_path: Path
+) -> None:
+    compiler = tmp_path / "cxx"
+    compiler.write_text(f"#!/bin/sh\n{script}\n")
+    compiler.chmod(0o755)
+    done = python(
+        *("-m", "runlora_fx", "doctor", "--compile", "--json"),
+        CXX=str(compiler),
+        TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "inductor"),
+    )
+    assert (done.returncode, done.stderr) == (1, "")
+    tested = [one for one in json.loads(done.stdout)["findings"] if one["area"] == "self-test"]
+    assert [one["state"] for one in tested] == ["ok", "problem"]
+    assert tested[1]["text"] == text
+    assert remedy in tested[1]["remedy"]
 
 
 def test_a_check_that_fails_is_a_problem_and_not_a_crash() -> None:

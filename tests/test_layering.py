@@ -37,7 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("keywords",),
     # The machine.
     ("_requirements",),
-    ("_torch_compat", "_torch_debug"),
+    ("_torch_compat", "_torch_debug", "_torch_caches", "_torch_group"),
     # Fused kernels for GPUs. Whoever uses them imports them where they are called.
     ("kernels", "kernels.*"),
     ("cost_model.devices", "cost_model.devices.*"),
@@ -61,6 +61,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("report", "report.*"),
     ("history", "inactive", "logs"),
     ("stored_reports",),
+    ("plug_in",),
     # The pass, and the ways to it.
     ("passes.planning", "passes.pipeline"),
     ("passes.rebuild",),
@@ -79,7 +80,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 
 WITHOUT_TORCH = (
     *("cost_model.cost", "cost_model.ops", "cost_model.profile", "cost_model.objective"),
-    *("cost_model.store", "cost_model.published", "report.notation"),
+    *("cost_model.store", "cost_model.published", "report.describe.notation"),
     *(
         f"passes.{room}.{path.stem}"
         for room in ("algebra", "search")
@@ -90,7 +91,15 @@ WITHOUT_TORCH = (
 # The modules that may import private parts of torch, and the one private attribute that any may
 # use: `torch._ops` has the types of operators, which are public objects.
 PRIVATE_TORCH = {
-    *("_torch_compat", "_torch_debug", "aot", "backend", "joint_pass"),
+    *(
+        "_torch_compat",
+        "_torch_debug",
+        "_torch_caches",
+        "_torch_group",
+        "aot",
+        "backend",
+        "joint_pass",
+    ),
     *("passes.read.example_values", "cli.doctor.inductor"),
 }
 PRIVATE_ATTRIBUTE = "torch._ops"

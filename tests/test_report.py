@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 
 import runlora_fx
 from runlora_fx.passes.context import Recomputation
-from runlora_fx.report import describe
 from runlora_fx.report.data import Report, combined
+from runlora_fx.report.describe import describe
 
 IN, OUT, TOKENS = 32, 48, 256
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 import runlora_fx
 from runlora_fx.report.data import Report, combined
-from runlora_fx.report.formulas import changes
 from runlora_fx.report.gathered import gathered
 from runlora_fx.report.kinds import rows_of
+from runlora_fx.report.text.formulas import changes
 from runlora_fx.report.units import count, duration, quantity
 
 

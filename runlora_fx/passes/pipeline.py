@@ -26,13 +26,13 @@ from runlora_fx.passes.levels.level import Dialect
 from runlora_fx.passes.levels.sizes import forget_shapes
 from runlora_fx.passes.planning import PlannedRegion, plan_linear_algebra
 from runlora_fx.passes.reproducer import Reproducer, Run
-from runlora_fx.report.base import Bases
 from runlora_fx.report.data import Refusal, Report, Site
-from runlora_fx.report.describe import Known, describe
-from runlora_fx.report.figures import Rates
-from runlora_fx.report.origin import unmatched
-from runlora_fx.report.price_causes import FAILED
-from runlora_fx.report.rates import rates_of
+from runlora_fx.report.describe.base import Bases
+from runlora_fx.report.describe.describe import Known, describe
+from runlora_fx.report.describe.origin import unmatched
+from runlora_fx.report.describe.price_causes import FAILED
+from runlora_fx.report.figures.figures import Rates
+from runlora_fx.report.figures.rates import rates_of
 
 _log = logging.getLogger("runlora_fx")
 

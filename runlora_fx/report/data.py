@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
 from runlora_fx.passes.context import NOTHING, Recomputation
-from runlora_fx.report.as_json import as_json
-from runlora_fx.report.figures import Rates
+from runlora_fx.report.figures.figures import Rates
 from runlora_fx.report.sites import Candidate, Refusal, Site
-from runlora_fx.report.summary import advised, pay_back, steps_to_pay_back, verdict
-from runlora_fx.report.text import NOTHING_FOUND, lines, stacked_text, total
+from runlora_fx.report.stored.as_json import as_json
+from runlora_fx.report.text.summary import advised, pay_back, steps_to_pay_back, verdict
+from runlora_fx.report.text.text import NOTHING_FOUND, lines, stacked_text, total
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -42,9 +42,12 @@ class Report:
         seconds: The predicted time of all products, before and after [s]; None if plans were ranked
             by FLOPs.
         recomputation: What the backward recomputes besides what plans ask for.
-        planning_seconds: How long the pass took, measured [s]; None if it was not measured.
+        planning_seconds: How long the pass took, measured [s]; None if it was not measured. For a
+            report that is stored, with the searches for its causes and break-evens.
         note: If the report of code from a cache is missing, why.
         rates: By dtype, the rates that plans were ranked by; empty if FLOPs ranked them.
+        of_other_sizes: True if the code came from a cache and was compiled for other sizes of a
+            dynamic graph. The numbers are those of the sizes that it was compiled for.
     """
 
     graph: str
@@ -60,6 +63,7 @@ class Report:
     planning_seconds: float | None = field(default=None, compare=False)
     note: str = ""
     rates: tuple[Rates, ...] = ()
+    of_other_sizes: bool = False
 
     def __str__(self) -> str:
         """The verdict, what to do, a table of all sites, their formulas, what was left alone."""
@@ -71,7 +75,7 @@ class Report:
     def __rich__(self) -> RenderableType:
         """The verdict, what to do, and a table of all sites, for ``rich.print``."""
         # Imported here because few reports are printed so.
-        from runlora_fx.report.console import as_rich
+        from runlora_fx.report.text.console import as_rich
 
         return as_rich(self.headline, self.summary, self.sites, self.refusals)
 
@@ -110,13 +114,15 @@ class Report:
     @property
     def verdict(self) -> str:
         """What was gained, in one line."""
+        if self.note:
+            return f"the compiled code came from a cache, and {self.note}"
         return verdict(self.sites, self.seconds, self.recomputation)
 
     @property
     def headline(self) -> str:
         """The first line."""
         if self.note:
-            return f"runlora: the compiled code came from a cache, and {self.note}."
+            return f"runlora: {self.verdict}."
         return f"runlora: {self.verdict if self.sites else NOTHING_FOUND}"
 
     @property
@@ -130,6 +136,8 @@ class Report:
             said.append(pay_back(self.planning_seconds, self.seconds, was_cached=self.from_cache))
         if self.from_cache:
             said.append("The compiled code came from a cache; this is the report stored with it.")
+        if self.of_other_sizes:
+            said.append("It was compiled for other sizes, and the numbers hold for those.")
         if self.planned_for:
             said.append(f"Planned for {self.planned_for}; nothing was measured on it.")
         if self.sites:
@@ -163,6 +171,7 @@ def combined(reports: Iterable[Report]) -> Report:
         planning_seconds=_sum([part.planning_seconds for part in parts]),
         note="; ".join(dict.fromkeys(p.note for p in parts if p.note)) if is_empty else "",
         rates=tuple(dict.fromkeys(rates for part in parts for rates in part.rates)),
+        of_other_sizes=any(part.of_other_sizes for part in parts),
     )
 
 

@@ -13,7 +13,7 @@ from functools import cached_property
 
 import sympy
 
-from runlora_fx.report.figures import Figures
+from runlora_fx.report.figures.figures import Figures
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class Cause:
     """What keeps a layer from being rewritten.
 
     Attributes:
-        name: One word, such as ``"dropout"`` (:mod:`~runlora_fx.report.causes` has them all).
+        name: One word, such as ``"dropout"``; the modules ``causes`` and ``price_causes`` of
+            :mod:`~runlora_fx.report.describe` have them all.
         text: What stands in the way, as a clause.
         remedy: What to do about it, as a clause; empty if nothing helps.
     """

@@ -22,7 +22,7 @@ from runlora_fx.cost_model.ops import Operation
 from runlora_fx.passes.algebra.plan import incoming_operations, total_cost
 from runlora_fx.passes.algebra.problem import Problem
 from runlora_fx.passes.search.varying import Varying
-from runlora_fx.report.notation import Names
+from runlora_fx.report.describe.notation import Names
 
 #: Coefficients below this share of the largest are rounding.
 _ROUNDING = 1e-9

@@ -22,7 +22,7 @@ from runlora_fx.passes.algebra.polynomials import Polynomial, Scalar
 from runlora_fx.passes.algebra.problem import Problem, Value
 from runlora_fx.passes.algebra.steps import Keep, Product
 from runlora_fx.passes.search.decide import Decision
-from runlora_fx.report.notation import Names, algebra
+from runlora_fx.report.describe.notation import Names, algebra
 
 #: The number of the demand in each phase that the base weight is part of: Y and dX.
 _PHASES = {"forward": 0, "backward": 3}

@@ -15,11 +15,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from runlora_fx._torch_debug import compiler_says, lacks_compiler
+from runlora_fx.cli.console import quietly
 from runlora_fx.cli.doctor.finding import Finding
 from runlora_fx.history import report_of
 
 #: So many tokens that merging saves FLOPs: more than in * out / (in + out).
 _TOKENS, _WIDTH, _RANK = 256, 64, 4
+
+_REPORT = "please report this, with the output of --json"
 
 #: The relative difference that rounding in fp32 may make.
 _TOLERANCE = 1e-4
@@ -43,11 +47,11 @@ class _Lora(nn.Module):
 def check(backend: str) -> Iterator[Finding]:
     """Compile a layer with a backend, and compare results and gradients with eager mode."""
     started = time.monotonic()
-    name, remedy = f"backend={backend!r}", "please report this, with the output of --json"
+    name, remedy = f"backend={backend!r}", _REPORT
     layer, reference = _Lora(), _Lora()
     torch.compiler.reset()  # code that was compiled before is not planned again
     try:
-        with _without_caches():
+        with _without_caches(), quietly():
             compiled = torch.compile(
                 layer, backend=backend, dynamic=False, options={"runlora.objective": "flops"}
             )
@@ -55,8 +59,7 @@ def check(backend: str) -> Iterator[Finding]:
             made.square().sum().backward()
             wanted.square().sum().backward()
     except Exception as error:
-        text = f"failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        yield Finding("self-test", name, "problem", text, remedy)
+        yield Finding("self-test", name, "problem", *_failure(error))
         return
     pairs = [(made, wanted), *((p.grad, q.grad) for p, q in _trained(layer, reference))]
     report = report_of(compiled)
@@ -68,6 +71,16 @@ def check(backend: str) -> Iterator[Finding]:
         took = time.monotonic() - started
         text = f"a LoRA layer was rewritten; results equal eager mode ({took:.1f} s)"
         yield Finding("self-test", name, "ok", text)
+
+
+def _failure(error: Exception) -> tuple[str, str]:
+    """Why the layer could not be compiled, and what to do."""
+    said = compiler_says(error)
+    if said is not None:
+        return f"the C++ compiler fails: {said}", "repair it, or name another one in CXX"
+    if lacks_compiler(error) or lacks_compiler(error.__cause__ or error):
+        return "there is no C++ compiler that works", "install one, as said above"
+    return f"failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}", _REPORT
 
 
 @contextmanager

@@ -10,13 +10,13 @@ for ties.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import pairwise
 
 from runlora_fx.cost_model.objective import Objective
-from runlora_fx.passes.algebra.plan import Plan, incoming_operations, total_cost
+from runlora_fx.passes.algebra.plan import Plan, incoming_operations
 from runlora_fx.passes.algebra.problem import Problem
 from runlora_fx.passes.search.decide import Priced, replaces
 from runlora_fx.passes.search.frontiers import effort_limit, search
@@ -60,9 +60,18 @@ class Varying:
 
     def priced(self, plan: Plan | None, size: int) -> Priced:
         """The price and the cost of a plan at a size; of the incoming graph if it is None."""
+        return self.all_priced([plan], size)[0]
+
+    def all_priced(self, plans: Sequence[Plan | None], size: int) -> tuple[Priced, ...]:
+        """The same of several plans. They share one problem, and so the layouts of its values."""
         problem = self.at(size)
-        operations = incoming_operations(problem) if plan is None else plan.operations(problem)
-        return Priced(self.objective.total(operations), total_cost(operations))
+        return tuple(
+            Priced.of(
+                incoming_operations(problem) if plan is None else plan.operations(problem),
+                self.objective,
+            )
+            for plan in plans
+        )
 
 
 @dataclass
@@ -81,7 +90,7 @@ class PricedPlans:
     def at(self, size: int) -> tuple[Priced, ...]:
         """The price and the cost of every plan at a size."""
         if size not in self._known:
-            self._known[size] = tuple(self.varying.priced(plan, size) for plan in self.plans)
+            self._known[size] = self.varying.all_priced(self.plans, size)
         return self._known[size]
 
     def is_dearer(self, plan: int, size: int) -> bool:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from runlora_fx._torch_compat import agree_in_group
+from runlora_fx._torch_group import agree_in_group
 from runlora_fx.cost_model import store
 from runlora_fx.cost_model.devices import machine
 from runlora_fx.cost_model.devices.calibration import rates

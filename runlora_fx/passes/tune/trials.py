@@ -26,7 +26,8 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import fx
 
-from runlora_fx._torch_compat import compile_graph, compiler_settings, partitioned
+from runlora_fx._torch_caches import compiler_settings
+from runlora_fx._torch_compat import compile_graph, partitioned
 from runlora_fx.cost_model.devices.measure import random_tensor, seconds, undisturbed
 from runlora_fx.cost_model.objective import Objective, saves
 from runlora_fx.cost_model.store import Record

@@ -1,8 +1,8 @@
-"""Kinds: sites of equal structure as one row of a table, and one section with its figures.
+"""Kinds: what the page shows of each row of a report: its cells, and a section with its figures.
 
-    the query projections of 32 layers    ->    Kind(["layers.{0-31}.self_attn.q_proj"], ...)
+    the query projections of 32 layers    ->    Kind(Row(1, "a", sites), rates)
 
-Invariant: every site belongs to exactly one kind.
+Invariant: the rows are those of the text, with the same numbers.
 """
 
 from __future__ import annotations
@@ -14,19 +14,13 @@ from itertools import takewhile
 
 import sympy
 
-from runlora_fx.report.figures import Drawing, Figures, Rates
-from runlora_fx.report.gathered import gathered
+from runlora_fx.report.figures.figures import Drawing, Figures, Rates
+from runlora_fx.report.html import plots
 from runlora_fx.report.html.numbers import change
-from runlora_fx.report.html.plots import (
-    BreakEven,
-    Panel,
-    Row,
-    break_even_plot,
-    products,
-    roofline_plot,
-)
 from runlora_fx.report.html.sketch import Sketch, sketched
+from runlora_fx.report.kinds import Row, rows_of
 from runlora_fx.report.sites import Site
+from runlora_fx.report.units import quantity
 
 #: Why a figure is missing.
 _FAILED = "the report has no data for it, because it was stored without or making it failed"
@@ -62,29 +56,32 @@ class Kind:
     """Sites with equal plans, sizes and reasons.
 
     Attributes:
-        key: The end of its anchor in the page.
-        sites: The sites, in graph order.
+        row: The sites, and their number in the report.
         rates: The rates that plans of its dtype were ranked by; None if FLOPs ranked them.
     """
 
-    key: int
-    sites: tuple[Site, ...]
+    row: Row
     rates: Rates | None = None
+
+    @property
+    def key(self) -> int:
+        """The end of its anchor in the page."""
+        return self.row.number
 
     @property
     def site(self) -> Site:
         """A site that stands for all of them."""
-        return self.sites[0]
+        return self.row.site
 
     @cached_property
     def modules(self) -> list[str]:
         """The names of all modules, in graph order."""
-        return list(dict.fromkeys(name for site in self.sites for name in site.modules))
+        return list(dict.fromkeys(name for site in self.row.sites for name in site.modules))
 
     @cached_property
     def names(self) -> list[str]:
         """The names of the modules, those of equal layers as one."""
-        return gathered(self.modules)
+        return self.row.names
 
     def short_names(self, prefix: str) -> str:
         """The names in one line, without what all names of the page begin with."""
@@ -114,6 +111,23 @@ class Kind:
         before = self.site.flops_before
         return self.site.flops_after / before if before else 1.0
 
+    @property
+    def time_change(self) -> str:
+        """By how much the predicted time changes; empty if plans were ranked by FLOPs."""
+        return change(*self.site.seconds) if self.site.seconds else ""
+
+    @property
+    def time_share(self) -> float:
+        """The predicted time after as a share of that before, to sort by."""
+        before, after = self.site.seconds or (0.0, 0.0)
+        return after / before if before else 1.0
+
+    @property
+    def saved_change(self) -> str:
+        """By how much the bytes change that are saved for the backward."""
+        before, after = self.site.saved
+        return f"+{quantity(after, 'B')}" if after and not before else change(before, after)
+
     # -- figures -------------------------------------------------------------------------------
 
     @property
@@ -139,9 +153,9 @@ class Kind:
         return _LARGE if self._figures else _FAILED
 
     @cached_property
-    def break_even(self) -> BreakEven | None:
+    def break_even(self) -> plots.BreakEven | None:
         """What plans take by the number of tokens."""
-        return break_even_plot(self._figures) if self._figures else None
+        return plots.break_even_plot(self._figures) if self._figures else None
 
     @property
     def no_break_even(self) -> str:
@@ -153,14 +167,14 @@ class Kind:
         return "the plan has too many steps, or a size is not known"
 
     @cached_property
-    def products(self) -> list[Row]:
+    def products(self) -> list[plots.Row]:
         """The products of both plans."""
-        return products(self._figures) if self._figures else []
+        return plots.products(self._figures) if self._figures else []
 
     @cached_property
-    def roofline(self) -> Panel | None:
+    def roofline(self) -> plots.Panel | None:
         """The products under what the device attains."""
-        return roofline_plot(self.products, self.rates) if self.rates else None
+        return plots.roofline_plot(self.products, self.rates) if self.rates else None
 
     @property
     def no_roofline(self) -> str:
@@ -189,21 +203,14 @@ def common_prefix(kinds: Sequence[Kind]) -> str:
 
 
 def kinds_of(sites: Sequence[Site], rates: Sequence[Rates]) -> list[Kind]:
-    """Sites by kind, in the order of their first site.
+    """The rows of a report, each with the rates of its dtype.
 
     Args:
         sites: The sites, in graph order.
         rates: By dtype, the rates that plans were ranked by.
     """
     by_dtype = {one.dtype: one for one in reversed(rates)}
-    found: dict[object, list[Site]] = {}
-    for site in sites:
-        key = (site.before, site.after, site.shapes, site.reason, site.causes, site.changed)
-        found.setdefault(key, []).append(site)
-    return [
-        Kind(i + 1, tuple(equal), by_dtype.get(_dtype(equal[0])))
-        for i, equal in enumerate(found.values())
-    ]
+    return [Kind(row, by_dtype.get(_dtype(row.site))) for row in rows_of(sites)]
 
 
 def _dtype(site: Site) -> str:

@@ -16,12 +16,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from runlora_fx import __version__
 from runlora_fx.passes.context import Recomputation
-from runlora_fx.report.figures import Rates
+from runlora_fx.report.figures.figures import Rates
 from runlora_fx.report.gathered import gathered
 from runlora_fx.report.html import numbers, plots
 from runlora_fx.report.html.kinds import Kind, common_prefix, kinds_of
 from runlora_fx.report.sites import Refusal, Site
-from runlora_fx.report.units import quantity
+from runlora_fx.report.units import duration, quantity
 
 #: What letters of plans and sizes stand for.
 _LETTERS = {
@@ -81,6 +81,10 @@ class Reported(Protocol):
         """True if the compiled code came from a cache."""
 
     @property
+    def of_other_sizes(self) -> bool:
+        """True if that code was compiled for other sizes."""
+
+    @property
     def planned_for(self) -> str:
         """The device that was planned for, if another than the graph runs on."""
 
@@ -121,6 +125,7 @@ def as_html(report: Reported, advice: Sequence[str]) -> str:
             layers=len({name for site in report.sites for name in site.modules}),
             rates=[one for one in report.rates if one in used],
             is_timed=any(one.is_timed for one in figures),
+            is_priced=any(site.seconds is not None for site in report.sites),
             letters=_letters(kinds),
             prefix=common_prefix(kinds),
             version=__version__,
@@ -140,6 +145,7 @@ def _environment() -> Environment:
     )
     made.globals.update(
         quantity=quantity,
+        duration=duration,
         change=numbers.change,
         gathered=gathered,
         plot_width=plots.WIDTH,

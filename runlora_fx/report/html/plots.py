@@ -13,7 +13,7 @@ from typing import Literal
 
 import sympy
 
-from runlora_fx.report.figures import Box, Drawing, Figures, Rates
+from runlora_fx.report.figures.figures import Box, Drawing, Figures, Rates
 from runlora_fx.report.html.axes import LogAxis, ShareAxis, Tick, crossings, path
 from runlora_fx.report.units import quantity
 

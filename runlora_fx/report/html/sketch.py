@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from textwrap import shorten
 
-from runlora_fx.report.figures import Box, Drawing, Edge
+from runlora_fx.report.figures.figures import Box, Drawing, Edge
 from runlora_fx.report.html.layered import Layout, Node, layered
 
 #: The width of a character, and the heights of boxes [px].

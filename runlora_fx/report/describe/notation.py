@@ -39,7 +39,7 @@ from runlora_fx.passes.algebra.steps import (
     Sum,
 )
 from runlora_fx.passes.algebra.words import Factor, Word
-from runlora_fx.report.expert_notation import assignment_name, by_expert
+from runlora_fx.report.describe.expert_notation import assignment_name, by_expert
 
 
 class Names:

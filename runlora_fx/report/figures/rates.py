@@ -18,7 +18,7 @@ from runlora_fx.cost_model.published import (
     title_of,
 )
 from runlora_fx.passes.context import Context
-from runlora_fx.report.figures import Rates
+from runlora_fx.report.figures.figures import Rates
 
 
 def rates_of(context: Context, profiles: Mapping[str, MachineProfile]) -> tuple[Rates, ...]:

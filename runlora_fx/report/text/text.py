@@ -22,10 +22,10 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from textwrap import shorten
 from typing import TypeVar
 
-from runlora_fx.report.formulas import changes
 from runlora_fx.report.gathered import gathered
 from runlora_fx.report.kinds import Row, rows_of
 from runlora_fx.report.sites import Refusal, Site
+from runlora_fx.report.text.formulas import changes
 from runlora_fx.report.units import change, count, quantity
 
 _K = TypeVar("_K", bound=Hashable)

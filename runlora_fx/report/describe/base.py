@@ -21,10 +21,10 @@ from runlora_fx.passes.algebra.polynomials import Polynomial
 from runlora_fx.passes.algebra.posed import PosedProblem
 from runlora_fx.passes.algebra.problem import Problem
 from runlora_fx.passes.read.regions import Region
-from runlora_fx.report.causes import behind, has_base
-from runlora_fx.report.origin import modules_of
+from runlora_fx.report.describe.causes import behind, has_base
+from runlora_fx.report.describe.origin import modules_of
 
-#: How a base product is written, with the letters of :data:`~runlora_fx.report.text.LEGEND`.
+#: How a base product is written, with the letters of :data:`~runlora_fx.report.text.text.LEGEND`.
 FORMULA = "Y0 = X0 W'"
 
 

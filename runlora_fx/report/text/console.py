@@ -17,7 +17,7 @@ from rich.text import Text
 
 from runlora_fx.report.kinds import Row, rows_of
 from runlora_fx.report.sites import Refusal, Site
-from runlora_fx.report.text import COLUMNS, HEADS, NUMBERS, cells, refusal_text
+from runlora_fx.report.text.text import COLUMNS, HEADS, NUMBERS, cells, refusal_text
 
 
 def as_rich(

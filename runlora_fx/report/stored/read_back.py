@@ -18,10 +18,10 @@ from typing import Any
 import sympy
 
 from runlora_fx.passes.context import Recomputation
-from runlora_fx.report.as_json import EXPRESSIONS, SCHEMA
 from runlora_fx.report.data import Report
-from runlora_fx.report.figures import Rates
+from runlora_fx.report.figures.figures import Rates
 from runlora_fx.report.sites import Candidate, Cause, Refusal, Site
+from runlora_fx.report.stored.as_json import EXPRESSIONS, SCHEMA
 
 #: The errors that reading a damaged or foreign report raises.
 UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
@@ -61,6 +61,7 @@ def report_from(data: Any) -> Report:
         planning_seconds=_time(data["planning_seconds"]),
         note=_text(data["note"]),
         rates=tuple(map(_rates, data["rates"])),
+        of_other_sizes=data["of_other_sizes"] is True,
     )
 
 
@@ -73,7 +74,7 @@ def _rates(data: Mapping[str, Any]) -> Rates:
 
 
 def _site(data: Mapping[str, Any]) -> Site:
-    expressions = {name: _expression(_text(data[name])) for name in EXPRESSIONS}
+    expressions = {name: expression(_text(data[name])) for name in EXPRESSIONS}
     saved = data["saved"]
     return Site(
         modules=tuple(map(_text, data["modules"])),
@@ -142,7 +143,7 @@ def _times(data: Mapping[str, Any] | None) -> tuple[float, float] | None:
     return before, after
 
 
-def _expression(text: str) -> sympy.Expr:
+def expression(text: str) -> sympy.Expr:
     """A sum of products of letters; any other text becomes a symbol that is printed as the text."""
     terms = list(_TERM.finditer(text))
     if "".join(term.group() for term in terms) != text.rstrip():

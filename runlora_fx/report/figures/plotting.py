@@ -21,9 +21,9 @@ from runlora_fx.passes.algebra.polynomials import Polynomial, Scalar
 from runlora_fx.passes.algebra.posed import PosedProblem
 from runlora_fx.passes.algebra.problem import Dims
 from runlora_fx.passes.search.decide import Decision
-from runlora_fx.report.drawing import MOST_STEPS, drawn
-from runlora_fx.report.figures import Curve, Figures
-from runlora_fx.report.notation import Names, first_step
+from runlora_fx.report.describe.notation import Names, first_step
+from runlora_fx.report.figures.drawing import MOST_STEPS, drawn
+from runlora_fx.report.figures.figures import Curve, Figures
 
 _log = logging.getLogger("runlora_fx")
 

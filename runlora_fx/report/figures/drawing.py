@@ -17,8 +17,8 @@ from runlora_fx.passes.algebra.plan import Plan, step_operations, total_cost
 from runlora_fx.passes.algebra.polynomials import IDENTITY, Polynomial, Scalar, leaf
 from runlora_fx.passes.algebra.problem import Problem, Value, is_broadcast
 from runlora_fx.passes.algebra.steps import Accumulate, Keep, Product, Step, Sum
-from runlora_fx.report.figures import Box, Drawing, Edge, Kind
-from runlora_fx.report.notation import Names, Printer, scalar
+from runlora_fx.report.describe.notation import Names, Printer, scalar
+from runlora_fx.report.figures.figures import Box, Drawing, Edge, Kind
 
 #: The largest plan that is drawn [steps]. The plan of a LoRA layer has about ten.
 MOST_STEPS = 60

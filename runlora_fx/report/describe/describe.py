@@ -28,13 +28,13 @@ from runlora_fx.passes.read.regions import Region
 from runlora_fx.passes.search.decide import Decision
 from runlora_fx.passes.search.ranges import break_even
 from runlora_fx.passes.search.varying import Varying
-from runlora_fx.report.base import FORMULA, Base
-from runlora_fx.report.causes import causes_of
 from runlora_fx.report.data import Candidate, Site
-from runlora_fx.report.notation import Names, algebra, first_step
-from runlora_fx.report.origin import modules_of
-from runlora_fx.report.plotting import figures_of
-from runlora_fx.report.price_causes import LeftAlone
+from runlora_fx.report.describe.base import FORMULA, Base
+from runlora_fx.report.describe.causes import causes_of
+from runlora_fx.report.describe.notation import Names, algebra, first_step
+from runlora_fx.report.describe.origin import modules_of
+from runlora_fx.report.describe.price_causes import LeftAlone
+from runlora_fx.report.figures.plotting import figures_of
 from runlora_fx.report.sites import Cause
 
 _log = logging.getLogger("runlora_fx")

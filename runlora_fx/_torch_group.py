@@ -1,0 +1,44 @@
+"""Process groups of torch: what all ranks agree on without a collective.
+
+    agree_in_group("rates", measure)      the first rank measures, the others use what it found
+
+Invariant: without a group nothing is shared, and nobody waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+
+#: How long a rank waits for what another one measures [s].
+_GROUP_WAIT_S = 60
+
+
+def agree_in_group(name: str, make: Callable[[], str]) -> str:
+    """What a function returns, the same on all ranks of a process group: the first rank calls it.
+
+    Without a group the function is called. No collective is used, so ranks need not compile the
+    same graphs at the same time.
+
+    Args:
+        name: Of what they agree on.
+        make: What the first rank calls; if it raises, the others raise after a while.
+
+    Raises:
+        Exception: What ``make`` raises, or what the group's store raises if nobody answers.
+    """
+    distributed = torch.distributed
+    is_group = distributed.is_available() and distributed.is_initialized()
+    if not is_group or distributed.get_world_size() < 2:
+        return make()
+    from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+
+    shared = PrefixStore("runlora", _get_default_store())
+    if shared.add(f"{name}/claimed", 1) == 1:
+        made = make()
+        shared.set(name, made)
+        return made
+    shared.wait([name], timedelta(seconds=_GROUP_WAIT_S))
+    return shared.get(name).decode()
