@@ -180,7 +180,8 @@ def _show(found: Sequence[Gain], device: str) -> None:
     )
     for column in ("layer", "recipe", "time, predicted", "saved, counted", "FLOPs, counted"):
         table.add_column(column, justify="left" if column in ("layer", "recipe") else "right")
-    table.add_column("advice")
+    # Wide enough for the longest name of an option.
+    table.add_column("advice", width=24)
     name = ""
     for gain in found:
         change = "" if gain.time_change is None else f"{gain.time_change:+.1%}"
