@@ -16,7 +16,7 @@ reason. Run ``python -m runlora_fx calibrate`` before: plans are then made for t
 else should run on it. Cases that are not asked for keep the results of an earlier run on the same
 machine, versions and commit.
 
-Invariant: data and weights are random, and all that is written is measured.
+Invariant: data and weights are random. Times and bytes are measured, and what is counted says so.
 """
 
 from __future__ import annotations

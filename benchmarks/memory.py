@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
+from measuring.run import kept_bytes
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from runlora_fx.cost_model.devices.machine import key_of
 from runlora_fx.cost_model.devices.peak import peak_bytes, peak_source
@@ -107,7 +108,7 @@ def rows(
         steps[name] = step = step_of(model, x, options, trains)
         step()
         step()
-        held[name] = held_bytes(model, x) if trains else 0
+        held[name] = kept_bytes(partial(model, x), (*model.parameters(), x)) if trains else 0
         peak[name] = peak_bytes(step, device)
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
@@ -154,21 +155,6 @@ def step_of(
             model(x)
 
     return train if trains else infer
-
-
-def held_bytes(model: nn.Module, x: Tensor) -> int:
-    """What a compiled forward keeps for its backward, weights and input apart [B]."""
-    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), x)}
-    saved: dict[int, Tensor] = {}
-
-    def keep(t: Tensor) -> Tensor:
-        saved[t.untyped_storage().data_ptr()] = t
-        return t
-
-    with saved_tensors_hooks(keep, lambda t: t):
-        outputs = model(x)
-    del outputs
-    return sum(t.untyped_storage().nbytes() for at, t in saved.items() if at not in known)
 
 
 if __name__ == "__main__":

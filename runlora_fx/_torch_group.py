@@ -16,6 +16,13 @@ import torch
 _GROUP_WAIT_S = 60
 
 
+def is_in_group() -> bool:
+    """True if this process is one of several ranks."""
+    distributed = torch.distributed
+    is_group = distributed.is_available() and distributed.is_initialized()
+    return is_group and distributed.get_world_size() > 1
+
+
 def agree_in_group(name: str, make: Callable[[], str]) -> str:
     """What a function returns, the same on all ranks of a process group: the first rank calls it.
 
@@ -29,9 +36,7 @@ def agree_in_group(name: str, make: Callable[[], str]) -> str:
     Raises:
         Exception: What ``make`` raises, or what the group's store raises if nobody answers.
     """
-    distributed = torch.distributed
-    is_group = distributed.is_available() and distributed.is_initialized()
-    if not is_group or distributed.get_world_size() < 2:
+    if not is_in_group():
         return make()
     from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -68,7 +68,8 @@ def measured(
             rows[name] |= _planned(runlora_fx.last_report())
         step()
         rows[name]["graphs"] = counters["stats"]["unique_graphs"]
-        rows[name]["kept_B"] = kept_bytes(step) if task.dy is not None else 0
+        inside = (*step.model.parameters(), *step.model.buffers(), *task.inputs)
+        rows[name]["kept_B"] = kept_bytes(step, inside) if task.dy is not None else 0
         step.release()
         rows[name]["peak_B"] = peak_bytes(step, task.device)
         steps[name] = step
@@ -101,9 +102,13 @@ def _removed(taken: list[float], times: Mapping[str, list[float]]) -> float:
     return saved / tax
 
 
-def kept_bytes(step: Step) -> int:
-    """What a forward keeps for its backward, weights and inputs apart; each storage once [B]."""
-    inside = (*step.model.parameters(), *step.model.buffers(), *step.task.inputs)
+def kept_bytes(run: Callable[[], Any], inside: Iterable[Tensor]) -> int:
+    """What a forward keeps for its backward; each storage once [B].
+
+    Args:
+        run: Runs the forward; it may run the backward too.
+        inside: Weights and inputs, which are there anyway and do not count.
+    """
     known = {t.untyped_storage().data_ptr() for t in inside}
     saved: dict[int, Tensor] = {}  # holds them, so that no address is used twice
 
@@ -112,7 +117,8 @@ def kept_bytes(step: Step) -> int:
         return t
 
     with saved_tensors_hooks(keep, lambda t: t):
-        step()
+        result = run()
+    del result
     return sum(t.untyped_storage().nbytes() for at, t in saved.items() if at not in known)
 
 

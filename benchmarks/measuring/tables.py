@@ -1,6 +1,6 @@
 """Tables: what was measured, as Markdown.
 
-Invariant: every number is measured, and a case that was refused has no times.
+Invariant: every number is measured, or said to be counted. A case that was refused has no times.
 """
 
 from __future__ import annotations

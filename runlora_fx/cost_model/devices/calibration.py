@@ -182,7 +182,7 @@ def _fit(
 
 
 def _pointwise(kind: torch.dtype, device: torch.device) -> dict[str, float]:
-    """The times of special functions and random numbers [s]; nothing where none compile."""
+    """The times of special functions, random numbers and picks [s]; nothing where none compile."""
     try:
         return pointwise_seconds(_DRAWN, kind, device)
     except Exception as error:  # a compiler raises what it likes

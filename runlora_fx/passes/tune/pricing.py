@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from runlora_fx._torch_group import is_in_group
 from runlora_fx.cost_model.devices.machine import Machine, settings_of
 from runlora_fx.cost_model.devices.measure import (
     matmul_seconds,
@@ -149,8 +150,7 @@ def _seconds(shape: Shape, dtype: torch.dtype, device: torch.device) -> float:
 
 def may_measure() -> bool:
     """True if this process may measure. Ranks of a group may not: they need equal plans."""
-    is_group = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if is_group and torch.distributed.get_world_size() > 1:
+    if is_in_group():
         _warn_of_group()
         return False
     return True
