@@ -229,7 +229,20 @@ def joins_in_place() -> bool:
 
     It does not where it tunes products: then it has fixed how each result lies.
     """
-    return not (inductor_config.max_autotune or inductor_config.max_autotune_gemm)
+    return not tunes_products()
+
+
+def tunes_products(settings: Mapping[str, Any] | None = None) -> bool:
+    """True if Inductor measures several implementations of each product and chooses one.
+
+    Args:
+        settings: Settings of Inductor that one compilation has of its own.
+    """
+    own = settings or {}
+    return any(
+        own.get(name, getattr(inductor_config, name))
+        for name in ("max_autotune", "max_autotune_gemm")
+    )
 
 
 def inductor_decompositions() -> dict[Any, Callable[..., Any]]:
@@ -320,6 +333,9 @@ def storage_of(tensor: torch.Tensor) -> object:
     except (NotImplementedError, RuntimeError):
         return id(tensor)
 
+
+#: Inductor's setting for a pass over what it compiles: an inference graph, a forward, a backward.
+LATE_PASS = "post_grad_custom_pre_pass"
 
 #: Inductor's setting for passes over joint and inference graphs. torch 2.11 takes one pass, later
 #: versions also take a list.

@@ -17,6 +17,7 @@ from torch import fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition as cut
 
+from runlora_fx.cost_model.devices.machine import Machine
 from runlora_fx.integrations.own_compile import own_backend
 from runlora_fx.joint_pass import run
 from runlora_fx.options import Options
@@ -42,6 +43,7 @@ def aot_backend(
     see: Callable[[fx.GraphModule], None] = lambda _: None,
     parameters: Sequence[int] = (),
     *,
+    machine: Machine | None = None,
     joins_in_place: bool = False,
     decompositions: Mapping[Any, Callable[..., Any]] | None = None,
     compare: Callable[[Parts, Parts], None] | None = None,
@@ -52,6 +54,7 @@ def aot_backend(
         options: The options of the pass.
         see: Called with every rewritten joint or inference graph.
         parameters: Positions of the inputs that are parameters; used by the option ``reuse``.
+        machine: What plans are made for; the stored profiles of this machine if None.
         joins_in_place: True if the graphs are to be those that Inductor would compile: it joins
             matrices without copies.
         decompositions: By operator, how it is composed of others before the pass sees it.
@@ -64,6 +67,7 @@ def aot_backend(
             gm.graph,
             ATEN,
             options,
+            machine,
             may_guard=True,
             joins_in_place=joins_in_place,
             parameters=parameters,

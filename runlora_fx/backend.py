@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 from torch import fx
@@ -16,12 +17,13 @@ from torch._inductor import config as inductor_config
 
 from runlora_fx import _requirements as _requirements  # first: it names a torch that is too old
 from runlora_fx import history, stored_reports
-from runlora_fx._torch_compat import JOINT_PASSES, inductor_compiler, joint_passes
+from runlora_fx._torch_compat import JOINT_PASSES, LATE_PASS, inductor_compiler, joint_passes
 from runlora_fx._torch_debug import inductor_options, lacks_compiler
 from runlora_fx.aot import aot_backend, parameter_inputs
 from runlora_fx.integrations.install import make_traceable
 from runlora_fx.integrations.own_compile import own_backend
 from runlora_fx.joint_pass import RunloraPass
+from runlora_fx.late_pass import LatePass, machine_of
 from runlora_fx.options import split_options
 from runlora_fx.passes.tune.first_rates import measure_first_rates
 from runlora_fx.report.data import Report, combined
@@ -64,15 +66,20 @@ def runlora(
     inductor = inductor_compiler(mode, inductors)
     # The global config stays untouched. Passes that the user set there run before ours.
     before = [p for p in joint_passes(inductor) if not isinstance(p, RunloraPass)]
-    own_pass = RunloraPass(ours, before, parameter_inputs(example_inputs))
-    inductor.config[JOINT_PASSES] = own_pass
+    machine = machine_of(ours, inductor.config)
+    own_pass = RunloraPass(ours, before, parameter_inputs(example_inputs), machine)
+    late = LatePass(own_pass, machine, strict=ours.strict)
     settings = {name: value for name, value in inductor.config.items() if name != JOINT_PASSES}
+    inductor.config[JOINT_PASSES] = own_pass
+    if machine.upcasts:
+        inductor.config[LATE_PASS] = late
     try:
         with history.as_one() as parts:
             key = stored_reports.key_of(gm, example_inputs, own_pass.uuid(), settings)
             compiled = inductor(gm, example_inputs)
             if own_pass.ran and parts:
-                parts[:] = [stored_reports.stored(key, combined(parts))]
+                made = replace(combined(parts), upcast=late.upcasts)
+                parts[:] = [stored_reports.stored(key, made)]
     except Exception as error:
         if lacks_compiler(error):
             raise RuntimeError(f"{_NO_COMPILER} Inductor says: {error}") from error

@@ -125,6 +125,7 @@ class RunloraPass(CustomGraphPass):
 
     Attributes:
         ran: True once it was called. It is not called if the compiled code comes from a cache.
+        found: True if a graph had low-rank algebra.
     """
 
     def __init__(
@@ -132,6 +133,7 @@ class RunloraPass(CustomGraphPass):
         options: Options | None = None,
         before: Sequence[Callable[[fx.Graph], None]] = (),
         parameters: Sequence[int] = (),
+        machine: Machine | None = None,
     ) -> None:
         """Prepare the pass.
 
@@ -139,6 +141,8 @@ class RunloraPass(CustomGraphPass):
             options: The options of the pass.
             before: The user's own joint passes, run first.
             parameters: Positions of the inputs that are parameters; used by the option ``reuse``.
+            machine: What plans are made for; the stored profiles of this machine if None. It is a
+                snapshot, so that plans and cache key are made from the same numbers.
         """
         self._options = Options() if options is None else options
         self._before = tuple(before)
@@ -146,9 +150,12 @@ class RunloraPass(CustomGraphPass):
         if self._options.reuse:
             # Compiled code must not reuse the memory of a kept weight.
             never_overwrite(torch.ops.runlora.merged_weight.default)
-        # A snapshot, so that the plan and the cache key are made from the same numbers.
-        self._machine = machine_for(self._options.device, use_stored=self._options.tune != "off")
+        if machine is None:
+            uses_stored = self._options.tune != "off"
+            machine = machine_for(self._options.device, use_stored=uses_stored)
+        self._machine = machine
         self.ran = False
+        self.found = False
 
     def __call__(self, graph: fx.Graph) -> None:
         """Rewrite the graph in place."""
@@ -157,7 +164,7 @@ class RunloraPass(CustomGraphPass):
             user_pass(graph)
         if _is_seen(graph):
             return
-        run(
+        report = run(
             graph,
             ATEN,
             self._options,
@@ -166,17 +173,19 @@ class RunloraPass(CustomGraphPass):
             joins_in_place=inductor_joins_in_place(),
             parameters=self._parameters,
         )
+        self.found |= bool(report.sites)
         for node in graph.nodes:
             node.meta[_SEEN] = True
         plug_in.ran()
 
     def uuid(self) -> Any | None:
         """The key of the pass in Inductor's caches; None (no caching) if a user's pass has none."""
-        identity = self._identity()
+        identity = self.identity()
         plug_in.looked_for(identity)
         return identity
 
-    def _identity(self) -> Any | None:
+    def identity(self) -> Any | None:
+        """What the pass makes of a graph depends on it; None if a user's pass has none."""
         others = [getattr(user_pass, "uuid", lambda: None)() for user_pass in self._before]
         if not all(others):
             return None

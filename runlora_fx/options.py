@@ -53,6 +53,9 @@ class Options:
         numerics: ``"default"`` reassociates products and sums. ``"strict"`` adds no rounding to
             that of the model in dtypes of less than 32 bits. ``"relaxed"`` also reorders across
             casts between floating-point dtypes.
+        upcast: True if Inductor may compute products of 16-bit matrices in float32, where that was
+            measured to be faster, as on a CPU without instructions for them. ``numerics="strict"``
+            forbids it.
         memory_budget: What ``"fast"`` may save in one graph beyond ``"balanced"`` [B].
         device: The device to plan for, wherever the graph is compiled: a name such as ``"h100"``
             (rates that its maker publishes), or a file that ``calibrate --export`` wrote. Empty for
@@ -67,6 +70,7 @@ class Options:
     memory_budget: int = 0
     reuse: bool = False
     numerics: NumericsName = "default"
+    upcast: bool = True
     device: str = ""
 
     def __post_init__(self) -> None:
@@ -75,7 +79,7 @@ class Options:
         Raises:
             ValueError: If one is not valid. The message says which values are.
         """
-        for name in ("strict", "reuse"):
+        for name in ("strict", "reuse", "upcast"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(
                     f"runlora.{name} must be True or False, not {getattr(self, name)!r}"

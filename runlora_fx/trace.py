@@ -20,6 +20,7 @@ from runlora_fx.integrations.install import make_traceable
 from runlora_fx.integrations.own_compile import own_backend
 from runlora_fx.joint_pass import run
 from runlora_fx.keywords import split_keywords
+from runlora_fx.late_pass import machine_of
 from runlora_fx.options import Options
 from runlora_fx.passes.levels.differentiable import level_of
 from runlora_fx.passes.read.example_values import annotate
@@ -132,6 +133,7 @@ def explained(
     """
     backend = aot_backend(
         options,
+        machine=machine_of(options),
         joins_in_place=joins_in_place(),
         decompositions=inductor_decompositions(),
         compare=compare,

@@ -56,6 +56,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("passes.reproducer",),
     ("passes.stack", "passes.stack.*"),
     ("passes.recompute", "passes.recompute.*"),
+    ("passes.upcast",),
     ("passes.tune", "passes.tune.*"),
     # What was done.
     ("report", "report.*"),
@@ -66,6 +67,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("passes.planning", "passes.pipeline"),
     ("passes.rebuild",),
     ("joint_pass",),
+    ("late_pass",),
     ("estimator",),
     ("integrations", "integrations.*"),
     ("aot",),
@@ -99,6 +101,7 @@ PRIVATE_TORCH = {
         "aot",
         "backend",
         "joint_pass",
+        "late_pass",
     ),
     *("passes.read.example_values", "cli.doctor.inductor"),
 }

@@ -121,7 +121,8 @@ def _show(
     """The table of predicted against measured times."""
     key = key_of(device, dtype)
     itemsize = getattr(torch, dtype).itemsize
-    profile = store.load(key).profile(default_profile(device, dtype))
+    stored = store.load(key).profile(default_profile(device, dtype))
+    profile, upcast = stored.as_they_are, 0
     table = Table(title=f"{key.device}, {dtype}: products that the profile was not fitted to")
     for column in ("product", "layout", "GFLOP/s", "measured", "predicted", "error"):
         table.add_column(column, justify="left" if column == "layout" else "right")
@@ -129,6 +130,7 @@ def _show(
     for shape, seconds in checked.items():
         operation = shape.product(itemsize)
         predicted = profile.seconds(operation)
+        upcast += stored.upcasts(operation)
         errors.append(abs(predicted / seconds - 1))
         table.add_row(
             f"({shape.m}, {shape.k}) @ ({shape.k}, {shape.n})",
@@ -139,7 +141,9 @@ def _show(
             f"{predicted / seconds - 1:+.0%}",
         )
     console.print(table)
-    console.print(f"{dtype}: {_units(profile)}; median error {median(errors):.0%}.")
+    console.print(f"{dtype}: {_units(stored)}; median error {median(errors):.0%}.")
+    if stored.may_upcast:
+        console.print(f"{upcast} of these {len(checked)} products are faster in float32.")
 
 
 def _shown(seconds: float) -> str:
@@ -152,7 +156,9 @@ def _units(profile: MachineProfile) -> str:
     shown = {"flops": "FLOP/s", "bytes": "B/s"}
     units = []
     for name, term in TERMS.items():
-        seconds = profile.seconds_per[name]
+        seconds = profile.known.get(name, profile.seconds_per[name])
+        if name == "flops.upcast" and not profile.may_upcast:
+            continue
         if term.total in shown and seconds:
             units.append(f"{name} {1 / seconds / 1e9:.3g} G{shown[term.total]}")
         elif term.is_timed:

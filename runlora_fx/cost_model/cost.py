@@ -56,6 +56,7 @@ TERMS: dict[str, Term] = {
         Term("flops.nn", "flops", "FLOP where both operands lie as they are read"),
         Term("flops.nt", "flops", "FLOP where the right one lies transposed: X W'", "flops.nn"),
         Term("flops.tn", "flops", "FLOP where the left one lies transposed: dY' X", "flops.nn"),
+        Term("flops.upcast", "flops", "FLOP in float32, of 16-bit operands", "flops.nn"),
         Term("read", "bytes", "B of an operand of a product"),
         Term("written", "bytes", "B of the result of a product", "read"),
         Term("elementwise", "bytes", "B moved by arithmetic that is fused into others", "written"),

@@ -23,6 +23,9 @@ _FLOPS = {
     (True, True): "flops.nn",
 }
 
+#: The width of an element in float32 [B].
+_SINGLE = 4
+
 
 class GemmShape(NamedTuple):
     """Sizes and layouts of b products (m, k) @ (k, n): what a measured time is stored under.
@@ -100,6 +103,33 @@ class MatMul:
         """The key under which its measured time is stored. Its dimensions must be integers."""
         b, m, k, n = (int(size) for size in (self.b, self.m, self.k, self.n))
         return GemmShape(b, m, k, n, *self.turned).canonical
+
+
+@dataclass(frozen=True)
+class UpcastMatMul:
+    """A product of 16-bit matrices that is computed in float32: casts, a product, and a cast back.
+
+    Attributes:
+        product: The product as the graph has it.
+    """
+
+    product: MatMul
+
+    @property
+    def cost(self) -> Cost:
+        """Its FLOPs in float32; all three matrices read and written by casts; 4 kernels.
+
+        That is the most it may take. Inductor fuses casts into the kernels before and after.
+        """
+        one = self.product
+        elements = one.b * (one.m * one.k + one.k * one.n + one.m * one.n)
+        return Cost(
+            {
+                "flops.upcast": one.cost.flops,
+                "elementwise": elements * (one.itemsize + _SINGLE),
+                "launches": 4,
+            }
+        )
 
 
 class MergeShape(NamedTuple):
@@ -304,4 +334,6 @@ class Hold:
         return Cost({"held": self.b * self.m * self.n * self.itemsize})
 
 
-Operation: TypeAlias = MatMul | Merge | Add | Elementwise | Gather | Launches | GroupedMatMul | Hold
+Operation: TypeAlias = (
+    MatMul | UpcastMatMul | Merge | Add | Elementwise | Gather | Launches | GroupedMatMul | Hold
+)

@@ -18,20 +18,30 @@ shape was tried. It spreads the noise of single measurements, and chose worse pl
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeAlias
 
 import sympy
 
 from runlora_fx.cost_model.cost import TERMS, Cost, Term
-from runlora_fx.cost_model.ops import MatMul, Merge, Operation, Shape
+from runlora_fx.cost_model.ops import MatMul, Merge, Operation, Shape, UpcastMatMul
 
 #: The dtypes whose products are planned for time.
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 #: The time of a unit that takes none [s]. A stored time must be positive.
 FREE = 1e-18
+
+#: The term of products that run in float32, and those of products that run as they are.
+_UPCAST = "flops.upcast"
+_AS_THEY_ARE = ("flops.nn", "flops.nt", "flops.tn")
+
+#: A cast of a 16-bit matrix moves three times its bytes.
+_CAST = 3
+
+#: The largest share of its time as it is that a product may take in float32, to run there.
+_UPCAST_SHARE = 0.8
 
 #: Seconds: a number, or an expression in the graph's symbols.
 Seconds: TypeAlias = float | sympy.Expr
@@ -52,14 +62,42 @@ class MachineProfile:
 
     @cached_property
     def seconds_per(self) -> Mapping[str, float]:
-        """By term, the time of one unit [s]."""
+        """By term, the time of one unit [s], of the faster way to compute products.
+
+        Where products of 16-bit matrices are faster in float32, casts of operands and results take
+        time, too. This is an average over products: :meth:`upcasts` decides about each.
+        """
 
         def time(term: Term) -> float:
             if term.name in self.known:
                 return self.known[term.name]
             return 0.0 if term.like is None else time(TERMS[term.like])
 
-        return {term.name: time(term) for term in TERMS.values()}
+        times = {term.name: time(term) for term in TERMS.values()}
+        slower = [name for name in _AS_THEY_ARE if times[name] > times[_UPCAST]]
+        if self.may_upcast and slower:
+            times |= dict.fromkeys(slower, times[_UPCAST])
+            cast = _CAST * times["elementwise"]
+            times |= {name: max(times[name], cast) for name in ("read", "written")}
+        return times
+
+    @property
+    def may_upcast(self) -> bool:
+        """True if products of 16-bit matrices were measured in float32."""
+        return _UPCAST in self.known
+
+    @cached_property
+    def as_they_are(self) -> MachineProfile:
+        """The profile of products that all run in the dtype of their operands."""
+        known = {name: time for name, time in self.known.items() if name != _UPCAST}
+        return replace(self, known=known)
+
+    def upcasts(self, product: MatMul) -> bool:
+        """True if a product of 16-bit matrices is predicted to be faster in float32."""
+        if not self.may_upcast:
+            return False
+        as_it_is = self.as_they_are.of(product.cost)
+        return self.of(UpcastMatMul(product).cost) < _UPCAST_SHARE * as_it_is
 
     @property
     def seconds_per_flop(self) -> float:
@@ -79,10 +117,11 @@ class MachineProfile:
     def measured_seconds(self, operation: Operation) -> float | None:
         """The measured time of an operation [s]; None if it was not measured.
 
-        A fused merge counts as measured only if ``addmm`` was measured too, and took longer.
+        Products that run in float32 have predicted times. A fused merge counts as measured only if
+        ``addmm`` was measured too, and took longer.
         """
         if self.measured and isinstance(operation, MatMul):
-            return self._times.get(operation.shape)
+            return None if self.upcasts(operation) else self._times.get(operation.shape)
         if self.measured and isinstance(operation, Merge):
             fused, plain = map(self._times.get, operation.shape.pair)
             return None if fused is None or plain is None or fused >= plain else fused

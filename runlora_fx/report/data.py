@@ -17,7 +17,13 @@ from runlora_fx.report.figures.figures import Rates
 from runlora_fx.report.sites import Candidate, Refusal, Site
 from runlora_fx.report.stored.as_json import as_json
 from runlora_fx.report.text.summary import advised, pay_back, steps_to_pay_back, verdict
-from runlora_fx.report.text.text import NOTHING_FOUND, lines, stacked_text, total
+from runlora_fx.report.text.text import (
+    NOTHING_FOUND,
+    lines,
+    stacked_text,
+    total,
+    upcast_text,
+)
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -41,6 +47,7 @@ class Report:
             added up.
         seconds: The predicted time of all products, before and after [s]; None if plans were ranked
             by FLOPs.
+        upcast: How many products of 16-bit matrices run in float32, which is faster on the machine.
         recomputation: What the backward recomputes besides what plans ask for.
         planning_seconds: How long the pass took, measured [s]; None if it was not measured. For a
             report that is stored, with the searches for its causes and break-evens.
@@ -64,6 +71,7 @@ class Report:
     note: str = ""
     rates: tuple[Rates, ...] = ()
     of_other_sizes: bool = False
+    upcast: int = 0
 
     def __str__(self) -> str:
         """The verdict, what to do, a table of all sites, their formulas, what was left alone."""
@@ -132,6 +140,7 @@ class Report:
             return ()
         said = [*advised(self.sites, self.recomputation)] if self.sites else []
         said += [stacked_text(self.stacked)] if self.stacked else []
+        said += [upcast_text(self.upcast)] if self.upcast else []
         if self.sites:
             said.append(pay_back(self.planning_seconds, self.seconds, was_cached=self.from_cache))
         if self.from_cache:
@@ -172,6 +181,7 @@ def combined(reports: Iterable[Report]) -> Report:
         note="; ".join(dict.fromkeys(p.note for p in parts if p.note)) if is_empty else "",
         rates=tuple(dict.fromkeys(rates for part in parts for rates in part.rates)),
         of_other_sizes=any(part.of_other_sizes for part in parts),
+        upcast=sum(part.upcast for part in parts),
     )
 
 

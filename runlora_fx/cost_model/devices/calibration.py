@@ -19,11 +19,17 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 
+from runlora_fx.cost_model.cost import Cost
 from runlora_fx.cost_model.devices.fit import fit
-from runlora_fx.cost_model.devices.measure import add_seconds, matmul_seconds, pointwise_seconds
+from runlora_fx.cost_model.devices.measure import (
+    add_seconds,
+    matmul_seconds,
+    pointwise_seconds,
+    upcast_seconds,
+)
 from runlora_fx.cost_model.devices.registry import entry_of
-from runlora_fx.cost_model.ops import Add, GemmShape, Operation
-from runlora_fx.cost_model.profile import MachineProfile
+from runlora_fx.cost_model.ops import Add, GemmShape, Operation, UpcastMatMul
+from runlora_fx.cost_model.profile import FREE, MachineProfile
 
 #: Sizes of LoRA layers: tokens, width, rank.
 Grid: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -52,6 +58,9 @@ _QUICK_ERROR = 0.3
 _ROUNDS, _QUICK_ROUNDS = 3, 2
 
 _ADDED = ((256, 256), (1024, 1024), (2048, 4096))
+
+#: How many of the largest products are measured in float32.
+_UPCAST = 5
 
 #: Elements of which special functions and random numbers are measured.
 _DRAWN = 1 << 22
@@ -129,7 +138,7 @@ def rates(device: torch.device, dtype: str, budget_s: float) -> dict[str, float]
     found = _fit(device, kind, shapes, times)
     if found is None:
         return None
-    profile = MachineProfile(found)
+    profile = MachineProfile(found).as_they_are
     errors = [
         abs(profile.seconds(shape.product(kind.itemsize)) / took - 1)
         for shape, took in times.items()
@@ -178,7 +187,28 @@ def _fit(
     known: dict[Operation, float] = {s.product(kind.itemsize): t for s, t in products.items()}
     for size in _ADDED:
         known[Add(1, *size, 2, kind.itemsize)] = add_seconds(*size, kind, device)
-    return fit(known)
+    found = fit(known)
+    if entry_of(device).may_upcast and kind.itemsize == 2:
+        found["flops.upcast"] = _upcast(device, kind, shapes, MachineProfile(found))
+    return found
+
+
+def _upcast(
+    device: torch.device, kind: torch.dtype, shapes: Sequence[GemmShape], known: MachineProfile
+) -> float:
+    """The time of a FLOP of a product that runs in float32, apart from that of its casts [s].
+
+    It is the median over large products. It is not fitted together with other terms, because casts
+    of small products take longer than the bytes that they move.
+    """
+    by_flops = sorted(shapes, key=lambda shape: shape.m * shape.k * shape.n)
+    found = []
+    for shape in by_flops[-_UPCAST:]:
+        cost = UpcastMatMul(shape.product(kind.itemsize)).cost
+        casts = Cost({name: amount for name, amount in cost.items() if name != "flops.upcast"})
+        took = upcast_seconds(shape, kind, device) - known.of(casts)
+        found.append(took / float(cost.flops))
+    return max(median(found), FREE)
 
 
 def _pointwise(kind: torch.dtype, device: torch.device) -> dict[str, float]:

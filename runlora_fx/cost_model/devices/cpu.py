@@ -42,6 +42,7 @@ class Cpu(Device):
 
     type = "cpu"
     is_host = True
+    may_upcast = True  # without instructions for 16 bits; with them, measurements say no
 
     def present(self) -> list[torch.device]:
         """One CPU."""

@@ -33,12 +33,14 @@ class Device(ABC):
         type: Its type in torch, such as ``"cuda"``.
         is_host: True for the CPU, which runs Python. A graph with tensors on the host and on
             another device computes on the other one.
+        may_upcast: True if products of 16-bit matrices may be faster in float32.
         draws_in_fours: True if Inductor's one-dimensional kernels draw four random numbers at a
             time, from some version of torch on.
     """
 
     type: str
     is_host: bool = False
+    may_upcast: bool = False
     draws_in_fours: bool = False
 
     @abstractmethod

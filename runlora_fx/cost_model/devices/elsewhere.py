@@ -52,15 +52,20 @@ class Elsewhere(Machine):
             _warn_missing(self.name, dtype)
         return self._profiles.get(dtype) or next(iter(self._profiles.values()))
 
+    @property
+    def upcasts(self) -> bool:
+        """False: what runs here is not what was planned for."""
+        return False
+
     def identity(self) -> str:
         """A digest of every number that a plan can depend on."""
         known = [(d, sorted(p.known.items()), p.measured) for d, p in self._profiles.items()]
         return hashlib.sha256(json.dumps([self.name, known]).encode()).hexdigest()
 
 
-def machine_for(name: str, *, use_stored: bool) -> Machine:
+def machine_for(name: str, *, use_stored: bool, upcasts: bool = False) -> Machine:
     """The machine to plan for: this one, or the named device."""
-    return Elsewhere(name) if name else Machine(use_stored=use_stored)
+    return Elsewhere(name) if name else Machine(use_stored=use_stored, upcasts=upcasts)
 
 
 def export(device: torch.device, path: Path) -> list[str]:

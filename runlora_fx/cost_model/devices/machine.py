@@ -55,13 +55,15 @@ def use(key: Key, record: Record) -> None:
 class Machine:
     """A snapshot of the stored times, so that one compilation plans by one state of them."""
 
-    def __init__(self, *, use_stored: bool) -> None:
+    def __init__(self, *, use_stored: bool, upcasts: bool = False) -> None:
         """Start empty. Records are loaded when they are first asked for.
 
         Args:
             use_stored: True to use times that were measured before.
+            upcasts: True if products of 16-bit matrices will run in float32 where that is faster.
         """
         self._use_stored = use_stored
+        self._upcasts = upcasts
         self._records: dict[Key, Record] = {}
 
     def record(self, device: torch.device, dtype: str) -> Record:
@@ -82,7 +84,17 @@ class Machine:
 
     def profile(self, device: torch.device, dtype: str) -> MachineProfile:
         """The profile of a device: calibrated or estimated times, and measured products."""
-        return self.record(device, dtype).profile(default_profile(device, dtype))
+        known = self.record(device, dtype).profile(default_profile(device, dtype))
+        return known if self._upcasts else known.as_they_are
+
+    @property
+    def upcasts(self) -> bool:
+        """True if products of 16-bit matrices on a device here are to run in float32."""
+        return any(
+            self.profile(device, dtype).may_upcast
+            for device in registry.present()
+            for dtype in ("bfloat16", "float16")
+        )
 
     def identity(self) -> str:
         """A digest of every number and setting that a plan can depend on."""

@@ -82,13 +82,19 @@ def matmul_seconds(shape: GemmShape, dtype: torch.dtype, device: torch.device) -
     Raises:
         RuntimeError: If the device lacks the memory.
     """
-    b, m, k, n, left_turned, right_turned = shape
-    left = _operand(b, m, k, left_turned, dtype, device)
-    right = _operand(b, k, n, right_turned, dtype, device)
-    out = torch.empty((b, m, n), dtype=dtype, device=device)
-    if b == 1:
-        left, right, out = left[0], right[0], out[0]
+    left, right = _operands(shape, dtype, device)
+    out = torch.empty((*left.shape[:-1], right.shape[-1]), dtype=dtype, device=device)
     return seconds(lambda: torch.matmul(left, right, out=out), device)
+
+
+def upcast_seconds(shape: GemmShape, dtype: torch.dtype, device: torch.device) -> float:
+    """The time of a product that is computed in float32, with the casts before and after [s].
+
+    Raises:
+        RuntimeError: If the device lacks the memory.
+    """
+    left, right = _operands(shape, dtype, device)
+    return seconds(lambda: torch.matmul(left.float(), right.float()).to(dtype), device)
 
 
 def runs_kernels(device: torch.device, dtype: str) -> bool:
@@ -170,6 +176,13 @@ def _picked_seconds(dtype: torch.dtype, device: torch.device) -> float:
     took = seconds(lambda: picks(x, stack, k), device)
     longer = took - seconds(lambda: plain(x, matrices), device)
     return max(longer / (2 * matrices.numel() * matrices.itemsize), FREE)
+
+
+def _operands(shape: GemmShape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    b, m, k, n, left_turned, right_turned = shape
+    left = _operand(b, m, k, left_turned, dtype, device)
+    right = _operand(b, k, n, right_turned, dtype, device)
+    return (left[0], right[0]) if b == 1 else (left, right)
 
 
 def _operand(

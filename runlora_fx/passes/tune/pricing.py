@@ -26,12 +26,13 @@ from runlora_fx.cost_model.devices.measure import (
     undisturbed,
 )
 from runlora_fx.cost_model.objective import Objective
-from runlora_fx.cost_model.ops import MergeShape, Shape
-from runlora_fx.cost_model.profile import DEFAULT_PROFILE, DTYPES
+from runlora_fx.cost_model.ops import GemmShape, MergeShape, Shape
+from runlora_fx.cost_model.profile import DEFAULT_PROFILE, DTYPES, MachineProfile
 from runlora_fx.cost_model.store import Record
 from runlora_fx.options import Options
 from runlora_fx.passes.algebra.problem import Problem
 from runlora_fx.passes.search.frontiers import candidate_products
+from runlora_fx.passes.upcast import Profiles
 
 _log = logging.getLogger("runlora_fx")
 
@@ -88,6 +89,11 @@ class Pricing:
         return self._objectives[dtype]
 
     @property
+    def profiles(self) -> Profiles:
+        """What products take, by device and dtype."""
+        return self._machine.profile
+
+    @property
     def settings(self) -> str:
         """The settings of the process that times on the device depend on."""
         return settings_of(self.device)
@@ -109,8 +115,11 @@ class Pricing:
                 products = candidate_products(problem, self.objective(problem.dtype))
                 wanted.setdefault(problem.dtype, {}).update(dict.fromkeys(products))
         for dtype, shapes in wanted.items():
-            known = self.record(dtype).products
+            known, profile = self.record(dtype).products, self.objective(dtype).profile
             missing = [shape for shape in shapes if shape not in known]
+            if profile.may_upcast:
+                size = getattr(torch, dtype).itemsize
+                missing = [s for s in missing if not _upcasts(s, profile, size)]
             if not runs_kernels(self.device, dtype):
                 missing = [shape for shape in missing if not isinstance(shape, MergeShape)]
             if not missing:
@@ -139,6 +148,11 @@ class Pricing:
                     failed.add(shape)
                     _log.info("runlora could not measure %s in %s: %s", shape, dtype, error)
         return times
+
+
+def _upcasts(shape: Shape, profile: MachineProfile, itemsize: int) -> bool:
+    """True if a shape is that of a product that runs in float32."""
+    return isinstance(shape, GemmShape) and profile.upcasts(shape.product(itemsize))
 
 
 def _seconds(shape: Shape, dtype: torch.dtype, device: torch.device) -> float:

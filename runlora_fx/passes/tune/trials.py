@@ -40,6 +40,7 @@ from runlora_fx.passes.read.analysis import Analysis
 from runlora_fx.passes.search.decide import Decision, alternatives, judge
 from runlora_fx.passes.tune.pricing import Pricing
 from runlora_fx.passes.tune.region_graph import RegionGraph, region_graph
+from runlora_fx.passes.upcast import Profiles, upcast
 
 _log = logging.getLogger("runlora_fx")
 
@@ -131,7 +132,7 @@ def _tried(
     }
     if times.keys() != plans.keys():
         try:
-            times = _times(analysis, problem, plans, tried, pricing.device)
+            times = _times(analysis, problem, plans, tried, pricing)
         except Exception as error:  # a trial that fails must not break the compilation
             _log.info("runlora could not try the plans of a region: %r", error)
             return decision
@@ -162,7 +163,7 @@ def _times(
     problem: Problem,
     plans: dict[str, Plan | None],
     tried: RegionGraph,
-    device: torch.device,
+    pricing: Pricing,
 ) -> dict[str, float]:
     """The time of each plan, forward and backward [s].
 
@@ -173,11 +174,13 @@ def _times(
     graphs = {name: _planned(analysis, problem, plan, tried) for name, plan in plans.items()}
 
     def measure() -> dict[str, float]:
-        with undisturbed(device):
-            runs = {name: _compiled(graph, tried) for name, graph in graphs.items()}
+        with undisturbed(pricing.device):
+            runs = {
+                name: _compiled(graph, tried, pricing.profiles) for name, graph in graphs.items()
+            }
             rounds = [
                 {
-                    name: sum(seconds(run, device, repeats=1) for run in run_all)
+                    name: sum(seconds(run, pricing.device, repeats=1) for run in run_all)
                     for name, run_all in runs.items()
                 }
                 for _ in range(_ROUNDS)
@@ -209,7 +212,9 @@ def _planned(
     return module
 
 
-def _compiled(module: fx.GraphModule, tried: RegionGraph) -> list[Callable[[], object]]:
+def _compiled(
+    module: fx.GraphModule, tried: RegionGraph, profiles: Profiles
+) -> list[Callable[[], object]]:
     """Functions that run the forward and the backward, if there is one, on random data."""
     known = {n.name: _random(n) for n in module.graph.nodes if n.op == "placeholder"}
     parts: tuple[fx.GraphModule, ...] = (module,)
@@ -218,6 +223,7 @@ def _compiled(module: fx.GraphModule, tried: RegionGraph) -> list[Callable[[], o
     calls: list[Callable[[], object]] = []
     for part in parts:
         given = [known[node.name] for node in part.graph.nodes if node.op == "placeholder"]
+        upcast(part.graph, profiles)
         compiled = compile_graph(part, given)
         results = compiled(*given)
         (output,) = (node for node in part.graph.nodes if node.op == "output")

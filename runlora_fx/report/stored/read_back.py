@@ -62,6 +62,7 @@ def report_from(data: Any) -> Report:
         note=_text(data["note"]),
         rates=tuple(map(_rates, data["rates"])),
         of_other_sizes=data["of_other_sizes"] is True,
+        upcast=_whole(data["upcast"]),
     )
 
 
