@@ -77,8 +77,12 @@ def _is_chosen(node: fx.Node, profiles: Profiles) -> bool:
 def _product(left: torch.Tensor, right: torch.Tensor) -> MatMul:
     """A product as the cost model knows it; symbolic sizes are those of the trace."""
     mode = fake_mode_of([left])
-    *batch, m, k = (size_hint(dim_of(size), mode, 1) for size in left.shape)
-    n = size_hint(dim_of(right.shape[-1]), mode, 1)
+
+    def number(size: int | torch.SymInt) -> int:
+        return size if isinstance(size, int) else size_hint(dim_of(size), mode, 1)
+
+    *batch, m, k = map(number, left.shape)
+    n = number(right.shape[-1])
     turned = (_is_turned(left), _is_turned(right))
     return MatMul(batch[0] if batch else 1, m, k, n, left.element_size(), turned)
 
