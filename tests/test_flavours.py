@@ -13,7 +13,13 @@ from trainings import Trained, compiled, eager
 
 import runlora_fx
 
-every_flavour = pytest.mark.parametrize("name", FLAVOURS)
+#: Flavours that compile for long, and whose operators other flavours have too.
+LONG = ("X-LoRA", "LoRA on expert weights, batched")
+
+every_flavour = pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in FLAVOURS],
+)
 
 
 @cache

@@ -38,10 +38,7 @@ every_case = pytest.mark.parametrize(("name", "rank"), CASES)
 # The same for what Inductor compiles, once for this file.
 every_compiled_case = pytest.mark.parametrize(
     ("name", "rank"),
-    [
-        pytest.param(*case, marks=() if case in (("llama", 8), ("gpt2", 64)) else pytest.mark.slow)
-        for case in CASES
-    ],
+    [pytest.param(*case, marks=() if case == ("llama", 8) else pytest.mark.slow) for case in CASES],
 )
 every_dtype = pytest.mark.parametrize("dtype", RTOL, ids=str)
 
