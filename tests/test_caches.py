@@ -399,6 +399,7 @@ def test_identity_tells_every_option_and_every_users_pass(
     different += [Options(tune="off"), Options(memory="low"), Options(numerics="strict")]
     fast = Options(memory="fast", memory_budget=1)
     different += [fast, replace(fast, reuse=True), Options(device="h100")]
+    different += [Options(upcast=False)]
     assert len(different) == 1 + len(fields(Options))
     passes = [RunloraPass(options) for options in different]
     passes += [RunloraPass(before=[_UsersPass(name) for name in names]) for names in ("a", "ab")]

@@ -46,7 +46,8 @@ def test_it_measures_stores_and_shows_how_well_the_rates_predict(no_profile: Pat
     assert [path.name for path in no_profile.glob("*.json")] == [key_of(CPU, "float32").file_name]
     record = store.load(key_of(CPU, "float32"))
     assert not record.products
-    assert set(record.seconds_per) == {name for name, term in TERMS.items() if term.is_timed}
+    timed = {name for name, term in TERMS.items() if term.is_timed}
+    assert set(record.seconds_per) == timed - {"flops.upcast"}  # that is for 16 bits
     # Of no machine that runs this is a product slower or faster.
     assert 1e8 < 1 / record.seconds_per["flops.nt"] < 1e15
 

@@ -69,6 +69,7 @@ INVALID: dict[str, tuple[list[object], str]] = {
     "memory_budget": ([-1, 0.5, "1", None, True], "a number of bytes, 0 or more"),
     "reuse": ([1, "yes", None], "True or False"),
     "numerics": (["exact", "", None, 0], "'default', 'strict', 'relaxed'"),
+    "upcast": ([1, "yes", None], "True or False"),
     "device": (["h99", 1, None], "'h100', 'h200', 'a100'"),
 }
 
