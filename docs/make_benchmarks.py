@@ -2,7 +2,7 @@
 
     python docs/make_benchmarks.py
 
-A table stands between ``<!-- table: field_paper -->`` and ``<!-- end -->``. It is what the benchmark
+A table stands between ``<!-- table: field_paper -->`` and ``<!-- end -->``. It is what a benchmark
 wrote, with headings two levels deeper.
 
 Invariant: nothing but what stands between markers changes.
