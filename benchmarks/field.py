@@ -72,9 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = dict(SETS[given.set](given.scale))
     if unknown := set(given.cases) - set(cases):
         parser.error(f"unknown cases {sorted(unknown)}; valid are {list(cases)}")
-    known = {name: 0 for case in cases.values() for name in case.contenders | contenders.ON_REQUEST}
+    named = (name for case in cases.values() for name in case.contenders)
+    known = list(dict.fromkeys((*named, *contenders.ON_REQUEST)))
     if unknown := set(given.contenders) - set(known):
-        parser.error(f"unknown contenders {sorted(unknown)}; valid are {list(known)}")
+        parser.error(f"unknown contenders {sorted(unknown)}; valid are {known}")
     given.out.mkdir(parents=True, exist_ok=True)
     file = given.out / f"field_{given.set}.json"
     machine = about(given.device)

@@ -45,6 +45,14 @@ RECIPES: dict[str, Recipe] = {
 #: Who makes the layer, if not ``model_of``.
 MAKERS: dict[str, recipes.Make] = {"QLoRA, bitsandbytes": nf4_model_of}
 
+#: What a recipe does not say.
+NOTES = {
+    "QLoRA": ", 4-bit weights that the graph dequantises, as HQQ's",
+    "QLoRA, bitsandbytes": ", NF4 weights of bitsandbytes",
+    "MoE": ", 8 experts of which a token picks 2",
+    "MoE, 128 experts": ", 128 experts of which a token picks 8",
+}
+
 Set = Iterator[tuple[str, Case]]
 
 
@@ -60,7 +68,8 @@ def trained(scale: int) -> Set:
     for name, recipe in RECIPES.items():
         make = MAKERS.get(name, model_of)
         task = partial(recipes.task_of, recipe, scale, make=make)
-        yield name, Case(recipes.about(recipe, scale), task, contenders.RECIPES)
+        about = recipes.about(recipe, scale) + NOTES.get(name, "")
+        yield name, Case(about, task, contenders.RECIPES)
 
 
 def applied(scale: int) -> Set:

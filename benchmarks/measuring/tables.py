@@ -68,8 +68,8 @@ def section(case: Mapping[str, Any]) -> Iterator[str]:
         yield f"| {' | '.join(cells)} |"
     planned = {name: row for name, row in case["contenders"].items() if "sites" in row}
     if planned:
-        counts = (f"{n} {row['changed_sites']} of {row['sites']}" for n, row in planned.items())
-        yield from ("", f"Sites that plans change: {', '.join(counts)}.")
+        counts = (f"{row['changed_sites']} of {row['sites']} ({n})" for n, row in planned.items())
+        yield from ("", f"Sites that plans change: {'; '.join(counts)}.")
     if "removable" in case:
         removable = case["removable"]
         yield ""
