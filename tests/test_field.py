@@ -84,6 +84,7 @@ SLOW_CASES = (
     ("recipes", "MoE, 128 experts", 6),
     ("inference", "decode, mixed batch", 7),
     ("methods", "siamese encoder", 6),
+    ("methods", "ReLoRA", 7),
     ("methods", "LoRA-Pro", 7),
 )
 
@@ -91,7 +92,6 @@ SLOW_CASES = (
 @pytest.mark.parametrize(
     ("cases", "case", "sites"),
     (
-        ("methods", "ReLoRA", 7),
         ("methods", "Flora, accumulation", 2),
         ("methods", "Flora, momentum", 7),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES),
