@@ -3,15 +3,20 @@
     python benchmarks/field.py paper [CASE ...] [--rounds 20]
     python benchmarks/field.py recipes
     python benchmarks/field.py inference
+    python benchmarks/field.py methods
+    python benchmarks/field.py paper --contenders runlora 'runlora, tune="plans"'
 
 One command makes one table: ``results/field_paper.json``, ``.md`` and ``.svg``. Sets of cases:
 
 - ``paper``: the models of "Run LoRA Run" (arXiv 2312.03415), each cut to two layers.
 - ``recipes``: a Llama-3-8B layer as people train it, widths and tokens divided by ``--scale``.
-- ``inference``: the same layer without gradients.
+- ``inference``: the same layer without gradients, and mixed batches, whose samples have adapters of
+  their own.
+- ``methods``: a siamese encoder, cycles of ReLoRA, and optimizer steps of LoRA-Pro and Flora.
 
 Contenders take their steps in turn, in one process, on the same weights and data. A case in which
-one of them computes something else is refused. Libraries that are not installed are listed with the
+one of them computes something else is refused. Those that tune take minutes to compile, and run if
+``--contenders`` names them, in every set. Libraries that are not installed are listed with the
 reason. Run ``python -m runlora_fx calibrate`` before: plans are then made for this machine. Nothing
 else should run on it. Cases that are not asked for keep the results of an earlier run on the same
 machine, versions and commit.
@@ -24,86 +29,22 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from measuring import contenders, inference, models, recipes
+from measuring import contenders
+from measuring.cases import SETS, Case
 from measuring.compare import NotTheSame
 from measuring.plot import draw
 from measuring.run import about, measured
 from measuring.shares import shares
-from measuring.steps import Contender, Task
 from measuring.tables import heading, section
 
-from runlora_fx.cli.layers import Recipe
 from runlora_fx.cost_model.devices.registry import fastest
-
-
-class Case(NamedTuple):
-    """A case: what is said of it, what makes its task, and who runs it."""
-
-    about: str
-    make: Callable[[torch.device], Task]
-    contenders: Mapping[str, Contender]
-
-
-RECIPES: dict[str, Recipe] = {
-    "no dropout": Recipe(),
-    "dropout 0.05": Recipe(dropout=0.05),
-    "autocast, fp32 adapters": Recipe(autocast=True),
-    "autocast, dropout 0.05": Recipe(autocast=True, dropout=0.05),
-    "rank 8": Recipe(rank=8),
-    "DoRA": Recipe(dora=True),
-    "QLoRA": Recipe(quantised=True),
-    "checkpointing": Recipe(checkpointed=True),
-    "MoE": Recipe(shape="Mixtral-8x7B"),
-}
-
-
-def paper(scale: int) -> dict[str, Case]:
-    """The paper's models."""
-    known = contenders.RECIPES | contenders.others()[0]
-    return {
-        name: Case(cut.about, partial(models.task_of, cut), known)
-        for name, cut in models.PAPER.items()
-    }
-
-
-def trained(scale: int) -> dict[str, Case]:
-    """A layer as people train it."""
-    return {
-        name: Case(
-            f"{recipe.shape}, one layer, rank {recipe.rank}, bfloat16, {recipe.rows} x "
-            f"{recipe.length // scale} tokens, widths / {scale}",
-            partial(recipes.task_of, recipe, scale),
-            contenders.RECIPES,
-        )
-        for name, recipe in RECIPES.items()
-    }
-
-
-def applied(scale: int) -> dict[str, Case]:
-    """A layer without gradients."""
-    return {
-        name: Case(
-            f"Llama-3-8B, one layer, rank 16, bfloat16, {rows} x {max(length // scale, 1)} tokens, "
-            f"widths / {scale}",
-            partial(inference.task, name, scale),
-            contenders.INFERENCE,
-        )
-        for name, (rows, length, _) in inference.SHAPES.items()
-    }
-
-
-SETS: dict[str, Callable[[int], dict[str, Case]]] = {
-    "paper": paper,
-    "recipes": trained,
-    "inference": applied,
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -118,12 +59,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", type=torch.device, default=fastest())
     parser.add_argument("--scale", type=int, default=8, help="divide a layer's widths by this")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--contenders", nargs="+", default=[], help="PEFT + Inductor and these")
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="PEFT + Inductor and these; all that compile fast if none. Only on request: "
+        + ", ".join(f"'{name}'" for name in contenders.ON_REQUEST),
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     given = parser.parse_args(arguments)
-    cases = SETS[given.set](given.scale)
+    cases = dict(SETS[given.set](given.scale))
     if unknown := set(given.cases) - set(cases):
         parser.error(f"unknown cases {sorted(unknown)}; valid are {list(cases)}")
+    named = (name for case in cases.values() for name in case.contenders)
+    known = list(dict.fromkeys((*named, *contenders.ON_REQUEST)))
+    if unknown := set(given.contenders) - set(known):
+        parser.error(f"unknown contenders {sorted(unknown)}; valid are {known}")
     given.out.mkdir(parents=True, exist_ok=True)
     file = given.out / f"field_{given.set}.json"
     machine = about(given.device)
@@ -143,8 +95,10 @@ def outcome(name: str, case: Case, given: argparse.Namespace) -> dict[str, Any]:
     """The results of a case, or why there are none."""
     torch._dynamo.reset()
     gc.collect()
-    only = {*given.contenders, contenders.BASELINE} if given.contenders else set(case.contenders)
-    known = {name: made for name, made in case.contenders.items() if name in only}
+    known = dict(case.contenders)
+    if given.contenders:
+        only = {*given.contenders, contenders.BASELINE}
+        known = {n: c for n, c in (known | contenders.ON_REQUEST).items() if n in only}
     head = {"case": name, "about": case.about}
     try:
         task = case.make(given.device)

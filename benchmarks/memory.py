@@ -9,7 +9,6 @@ times are medians over the rounds, as ratios to Inductor's. It writes ``memory.m
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,12 +16,13 @@ from statistics import median
 
 import torch
 from measuring.run import kept_bytes
+from measuring.turns import seconds, take_turns
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from runlora_fx.cost_model.devices.machine import key_of
 from runlora_fx.cost_model.devices.peak import peak_bytes, peak_source
-from runlora_fx.cost_model.devices.registry import entry_of, fastest
+from runlora_fx.cost_model.devices.registry import fastest
 
 LAYERS, WIDTH, RANK = 4, 768, 64
 MIB = 1 << 20
@@ -100,7 +100,6 @@ def rows(
     """The lines of one case."""
     torch._dynamo.reset()  # the variants of all cases are more than Dynamo keeps of one function
     x = torch.randn(tokens, WIDTH, device=device, requires_grad=trains)
-    synchronise = entry_of(device).synchronise
     steps: dict[str, Callable[[], None]] = {}
     held, peak = {}, {}
     for name, options in {"Inductor": None, **policies}.items():
@@ -110,14 +109,7 @@ def rows(
         step()
         held[name] = kept_bytes(partial(model, x), (*model.parameters(), x)) if trains else 0
         peak[name] = peak_bytes(step, device)
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            synchronise(device)
-            start = time.perf_counter()
-            step()
-            synchronise(device)
-            times[name].append(time.perf_counter() - start)
+    times = take_turns({n: partial(seconds, step, device) for n, step in steps.items()}, rounds)
     inductor = median(times["Inductor"])
     return [
         f"| {case} | {name} | {held[name] / MIB:.1f} | {peak[name] / MIB:.1f} "

@@ -10,14 +10,14 @@ from __future__ import annotations
 import importlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
+from measuring.turns import Ratio, seconds, take_turns
 from torch import Tensor
-
-from runlora_fx.cost_model.devices.registry import entry_of
 
 #: Outputs and inputs of the layers; tokens; rank.
 LAYERS = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))
@@ -93,22 +93,16 @@ def compared(rival: Rival, device: torch.device) -> dict[str, Any]:
         return {"refused": f"{type(failed).__name__}: {failed}"}
     if not wrong <= allowed:
         return {"refused": f"relative error {wrong:.3g}, allowed {allowed:.3g}"}
-    synchronise = entry_of(device).synchronise
-
-    def seconds(call: Callable[..., Any]) -> float:
-        synchronise(device)
-        start = time.perf_counter()
-        for _ in range(CALLS):
-            call(*rival.operands)
-        synchronise(device)
-        return (time.perf_counter() - start) / CALLS
-
-    pairs = [(seconds(rival.fused), seconds(rival.plain)) for _ in range(ROUNDS)]
-    ratios = [fused / plain for fused, plain in pairs]
+    calls = {"kernel": rival.fused, "plain": rival.plain}
+    steps = {
+        name: partial(seconds, partial(call, *rival.operands), device, CALLS)
+        for name, call in calls.items()
+    }
+    times = take_turns(steps, ROUNDS)
     return {
-        "kernel_s": median(fused for fused, _ in pairs),
-        "plain_s": median(plain for _, plain in pairs),
-        "ratio": {"median": median(ratios), "min": min(ratios), "max": max(ratios)},
+        "kernel_s": median(times["kernel"]),
+        "plain_s": median(times["plain"]),
+        "ratio": asdict(Ratio.of(times["kernel"], times["plain"])),
         "error": wrong,
     }
 

@@ -34,5 +34,5 @@ def _times(row: Mapping[str, Any]) -> str:
     ratio = row["ratio"]
     return (
         f"{row['kernel_s'] * 1e3:.3f} | {row['plain_s'] * 1e3:.3f} | {ratio['median']:.3f} "
-        f"| {ratio['min']:.3f}, {ratio['max']:.3f}"
+        f"| {ratio['least']:.3f}, {ratio['most']:.3f}"
     )

@@ -5,6 +5,7 @@ import random
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from types import ModuleType
@@ -14,6 +15,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 CASE = "llama-250m, rank 128, bf16"
+TUNED = 'runlora, tune="shapes"'
 
 
 @pytest.fixture
@@ -21,7 +23,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The benchmark, with small models and contenders that compile in moments."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import field
-    from measuring import contenders, models
+    from measuring import contenders, inference, methods, models
     from measuring.steps import Contender
 
     quick = {
@@ -32,8 +34,14 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     small = {"width": 64, "inner": 128, "heads": 4, "rank": 8, "rows": 2, "length": 16}
     cuts = {name: replace(cut, layers=1, **small) for name, cut in models.PAPER.items()}
     monkeypatch.setattr(models, "PAPER", cuts)
-    monkeypatch.setattr(contenders, "RECIPES", quick)
-    monkeypatch.setattr(contenders, "INFERENCE", quick)
+    for name in ("ENCODER", "LLAMA"):
+        monkeypatch.setattr(methods, name, replace(getattr(methods, name), layers=1, **small))
+    for name in ("RECIPES", "INFERENCE", "FUNCTIONS"):
+        monkeypatch.setattr(contenders, name, quick)
+    table = Contender("runlora_eager", {"runlora.strict": True}, convert=inference.tabled)
+    monkeypatch.setattr(contenders, "MIXED", {**quick, "A[k]": table})
+    tuned = Contender("runlora_eager", contenders.ON_REQUEST[TUNED].options)
+    monkeypatch.setattr(contenders, "ON_REQUEST", {TUNED: tuned})
     monkeypatch.setattr(field, "shares", lambda task: {"flops": 0.5, "bytes": 0.25})
     monkeypatch.setattr(contenders, "others", lambda: ({}, {"other": "other is not installed"}))
     yield field
@@ -44,7 +52,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 def run(bench: Any, out: Path, *arguments: str) -> tuple[int, dict[str, Any], str]:
     """Its exit status, its JSON and its Markdown."""
-    status = bench.main([*arguments, "--device", "cpu", "--rounds", "6", "--out", str(out)])
+    status = bench.main(["--device", "cpu", "--rounds", "6", "--out", str(out), *arguments])
     file = out / f"field_{arguments[0]}.json"
     found = json.loads(file.read_text(encoding="utf-8"))
     return status, found, file.with_suffix(".md").read_text(encoding="utf-8")
@@ -68,6 +76,91 @@ def test_a_set_is_compared_timed_and_written(bench: Any, tmp_path: Path) -> None
     assert "1 of 24 layers" in text
     assert "Not run: other: other is not installed." in text
     assert found["machine"]["commit"] in text
+
+
+SLOW_CASES = (
+    ("recipes", "QLoRA, bitsandbytes", 7),
+    ("recipes", "MoE", 6),
+    ("recipes", "MoE, 128 experts", 6),
+    ("inference", "decode, mixed batch", 7),
+    ("methods", "siamese encoder", 6),
+    ("methods", "ReLoRA", 7),
+    ("methods", "LoRA-Pro", 7),
+)
+
+
+@pytest.mark.parametrize(
+    ("cases", "case", "sites"),
+    (
+        ("methods", "Flora, accumulation", 2),
+        ("methods", "Flora, momentum", 7),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES),
+    ),
+)
+def test_contenders_of_a_case_compute_the_same(
+    bench: Any, tmp_path: Path, cases: str, case: str, sites: int
+) -> None:
+    """And what there is for plans to find, they find."""
+    given = (cases, case, "--scale", "32", "--rounds", "1")
+    status, found, text = run(bench, tmp_path, *given)
+    assert status == 0, text
+    rows = found["cases"][0]["contenders"]
+    assert len(rows) >= 3
+    assert rows["A[k]" if "mixed" in case else "runlora"]["sites"] == sites
+    assert f" of {sites}" in text
+
+
+@pytest.mark.parametrize("cases", ("recipes", "inference", "methods"))
+def test_every_case_has_values_in_eager_mode(bench: Any, cases: str) -> None:
+    """Tables of adapters have those of PEFT's names."""
+    import torch
+    from measuring import compare, inference
+    from measuring.contenders import BASELINE
+    from measuring.steps import Contender, Step
+
+    for name, case in dict(bench.SETS[cases](32)).items():
+        if "bitsandbytes" in name:
+            pytest.importorskip("bitsandbytes")
+        task = case.make(torch.device("cpu"))
+        known = {BASELINE: Contender(None)}
+        if "mixed" in name:
+            known["A[k]"] = Contender(None, convert=inference.tabled)
+        values = {n: Step(contender, task).values() for n, contender in known.items()}
+        assert all(x.isfinite().all() and x.any() for x in values[BASELINE]), name
+        assert values.keys() == compare.compared(task, values).keys()
+
+
+def test_a_contender_on_request_runs_in_every_set(bench: Any, tmp_path: Path) -> None:
+    given = ("methods", "Flora, momentum", "--scale", "64", "--contenders", TUNED)
+    status, found, text = run(bench, tmp_path, *given)
+    assert status == 0, text
+    assert list(found["cases"][0]["contenders"]) == ["PEFT + Inductor", TUNED]
+
+
+def test_an_unknown_contender_is_refused(
+    bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run(bench, tmp_path, "paper", "--contenders", "fastest")
+    message = capsys.readouterr().err
+    assert "unknown contenders ['fastest']; valid are" in message and TUNED in message
+
+
+def test_a_cycle_leaves_the_weights_of_others_alone(bench: ModuleType) -> None:
+    """ReLoRA changes its base weights."""
+    import torch
+    from measuring import methods
+    from measuring.steps import Contender, Step
+
+    task = methods.relora(1, torch.device("cpu"))
+    before = {name: weight.clone() for name, weight in task.adapted.named_parameters()}
+    step = Step(Contender(None), task)
+    step()
+    changed = {
+        name for name, weight in step.model.named_parameters() if weight.ne(before[name]).any()
+    }
+    assert changed == {name for name in before if "norm" not in name}
+    assert all(weight.equal(before[name]) for name, weight in task.adapted.named_parameters())
 
 
 @pytest.mark.slow
@@ -131,6 +224,34 @@ def test_another_library_computes_the_same(bench: ModuleType, library: str) -> N
     values = {n: Step(c, task).values() for n, c in {BASELINE: Contender(None), "x": known}.items()}
     assert len(values["x"]) == len(values[BASELINE]) == 2 + 2 * 6
     assert compare.compared(task, values)["x"] < 1e-5
+
+
+def test_an_adapter_of_lorafusion_calls_its_operator(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The package needs a GPU, so a function with its signature stands for it."""
+    import torch
+    from measuring import compare, libraries, models
+    from measuring.contenders import BASELINE
+    from measuring.libraries import lorafusion
+    from measuring.steps import Contender, Step
+    from torch.nn.functional import linear
+
+    assert libraries.contender(lorafusion, None) == "lorafusion is not installed"
+    operator = ModuleType("lorafusion.ops.lora_v1")
+    operator.fused_linear_lora = lambda x, linear_w, lora_a, lora_b, alpha, linear_bias: (  # type: ignore[attr-defined]
+        linear(x, linear_w, linear_bias) + alpha * linear(linear(x, lora_a), lora_b)
+    )
+    monkeypatch.setitem(sys.modules, operator.__name__, operator)
+    for name in ("lorafusion", "lorafusion.ops"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    task = models.task_of(models.PAPER["opt-350m, rank 128, bf16"], torch.device("cpu"))
+    task = task.exact(torch.float32)
+    convert = partial(libraries.replaced, make=lorafusion.layer)
+    known = {BASELINE: Contender(None), "LoRAFusion": Contender(None, convert=convert)}
+    values = {name: Step(contender, task).values() for name, contender in known.items()}
+    assert len(values["LoRAFusion"]) == len(values[BASELINE]) == 2 + 2 * 6
+    assert compare.compared(task, values)["LoRAFusion"] < 1e-5
 
 
 def test_an_interval_contains_the_median_as_often_as_it_says(bench: ModuleType) -> None:

@@ -9,8 +9,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from measuring.inference import merged
-from measuring.libraries import axolotl, contender, loralib, run_lora_run, torchtune, unsloth
+from measuring.inference import merged, tabled
+from measuring.libraries import (
+    axolotl,
+    contender,
+    lorafusion,
+    loralib,
+    run_lora_run,
+    torchtune,
+    unsloth,
+)
 from measuring.steps import Contender
 
 BASELINE = "PEFT + Inductor"
@@ -29,12 +37,17 @@ AUTOTUNED = {"max_autotune": True}
 #: A budget that holds every merged weight.
 FAST = ours(memory="fast", memory_budget=1 << 40)
 
-#: Ours under each policy, PEFT, and the floor.
-RECIPES: dict[str, Contender] = {
-    FROZEN: Contender("inductor", is_adapted=False),
+#: The layer as PEFT has it, and under both backends.
+FUNCTIONS: dict[str, Contender] = {
     EAGER: Contender(None),
     BASELINE: Contender("inductor"),
     OURS: ours(),
+}
+
+#: Ours under each policy (plain is "balanced"), PEFT, and the floor.
+RECIPES: dict[str, Contender] = {
+    FROZEN: Contender("inductor", is_adapted=False),
+    **FUNCTIONS,
     'runlora, memory="low"': ours(memory="low"),
     'runlora, memory="fast"': FAST,
 }
@@ -47,14 +60,27 @@ TUNED: dict[str, Contender] = {
     "runlora, max-autotune": Contender("runlora", AUTOTUNED),
 }
 
+#: What takes minutes to compile, in every set, if it is asked for.
+ON_REQUEST: dict[str, Contender] = {
+    **{name: tuned for name, tuned in TUNED.items() if tuned.options == AUTOTUNED},
+    'runlora, tune="shapes"': ours(tune="shapes"),
+    'runlora, tune="plans"': ours(tune="plans"),
+}
+
 #: Merged weights that are kept from call to call, and weights that PEFT has merged for good.
 INFERENCE: dict[str, Contender] = {
     FROZEN: Contender("inductor", is_adapted=False),
-    EAGER: Contender(None),
-    BASELINE: Contender("inductor"),
-    OURS: ours(),
+    **FUNCTIONS,
     "runlora, merged and kept": ours(memory="fast", memory_budget=1 << 40, reuse=True),
     "merged by PEFT, Inductor": Contender("inductor", convert=merged),
+}
+
+#: Samples with adapters of their own: by their names as in PEFT, and from tables, ``A[k]``.
+MIXED: dict[str, Contender] = {
+    FROZEN: Contender("inductor", is_adapted=False),
+    **FUNCTIONS,
+    "A[k], Inductor": Contender("inductor", convert=tabled),
+    "A[k], runlora": Contender("runlora", convert=tabled),
 }
 
 
@@ -66,6 +92,7 @@ def others() -> tuple[dict[str, Contender], dict[str, str]]:
         'the paper\'s package "runlora", eager': contender(run_lora_run, None),
         "Unsloth's LoRA_W": contender(unsloth, None),
         "axolotl's LoRA_O": contender(axolotl, None),
+        "LoRAFusion's fused_linear_lora": contender(lorafusion, None),
     }
     known = {name: made for name, made in found.items() if isinstance(made, Contender)}
     return known, {name: why for name, why in found.items() if isinstance(why, str)}

@@ -10,8 +10,7 @@ Invariant: widths, heads and ranks are the model's own. What is cut is in ``Cut.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -109,52 +108,44 @@ class Layers(nn.Module):
         return x
 
 
-def _llama(cut: Cut) -> Layers:
-    config = transformers.LlamaConfig(
-        hidden_size=cut.width,
-        intermediate_size=cut.inner,
-        num_attention_heads=cut.heads,
-        num_hidden_layers=cut.layers,
-    )
-    config._attn_implementation = "sdpa"
-    layers: list[nn.Module] = [LlamaDecoderLayer(config, i) for i in range(cut.layers)]
-    return Layers(layers, LlamaRotaryEmbedding(config))
+@dataclass(frozen=True)
+class _Kind:
+    """Classes of transformers, and what they call their settings."""
 
+    config: Any
+    layer: Any
+    settings: dict[str, Any] = field(default_factory=dict)
+    rotary: Any = None
+    inner: str = "intermediate_size"
+    is_numbered: bool = True
 
-def _opt(cut: Cut) -> Layers:
-    config = transformers.OPTConfig(
-        hidden_size=cut.width,
-        ffn_dim=cut.inner,
-        num_attention_heads=cut.heads,
-        num_hidden_layers=cut.layers,
-        dropout=0.0,
-        do_layer_norm_before=False,
-    )
-    config._attn_implementation = "sdpa"
-    return Layers([OPTDecoderLayer(config, i) for i in range(cut.layers)], None)
-
-
-def _encoder(config: Any, layer: Callable[[Any], nn.Module]) -> Callable[[Cut], Layers]:
-    def made(cut: Cut) -> Layers:
-        settings = config(
+    def made(self, cut: Cut) -> Layers:
+        """The layers that are left of a model."""
+        config = self.config(
             hidden_size=cut.width,
-            intermediate_size=cut.inner,
             num_attention_heads=cut.heads,
             num_hidden_layers=cut.layers,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
+            **{self.inner: cut.inner},
+            **self.settings,
         )
-        settings._attn_implementation = "sdpa"
-        return Layers([layer(settings) for _ in range(cut.layers)], None)
+        config._attn_implementation = "sdpa"
+        numbers: list[tuple[int, ...]] = [(at,) * self.is_numbered for at in range(cut.layers)]
+        layers = [self.layer(config, *number) for number in numbers]
+        return Layers(layers, self.rotary and self.rotary(config))
 
-    return made
 
+_NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
-_KINDS: dict[str, Callable[[Cut], Layers]] = {
-    "llama": _llama,
-    "opt": _opt,
-    "roberta": _encoder(transformers.RobertaConfig, RobertaLayer),
-    "vit": _encoder(transformers.ViTConfig, ViTLayer),
+_KINDS: dict[str, _Kind] = {
+    "llama": _Kind(transformers.LlamaConfig, LlamaDecoderLayer, rotary=LlamaRotaryEmbedding),
+    "opt": _Kind(
+        transformers.OPTConfig,
+        OPTDecoderLayer,
+        {"dropout": 0.0, "do_layer_norm_before": False},
+        inner="ffn_dim",
+    ),
+    "roberta": _Kind(transformers.RobertaConfig, RobertaLayer, _NO_DROPOUT),
+    "vit": _Kind(transformers.ViTConfig, ViTLayer, _NO_DROPOUT, is_numbered=False),
 }
 
 
@@ -162,7 +153,7 @@ def task_of(cut: Cut, device: torch.device) -> Task:
     """A training step of a cut model, at a fixed seed."""
     torch.manual_seed(0)
     with on_meta(cut.dtype, device):
-        frozen, base = (_KINDS[cut.kind](cut).requires_grad_(False) for _ in range(2))
+        frozen, base = (_KINDS[cut.kind].made(cut).requires_grad_(False) for _ in range(2))
         config = LoraConfig(r=cut.rank, lora_alpha=2 * cut.rank, target_modules="all-linear")
         adapted = get_peft_model(base, config, autocast_adapter_dtype=False)
     randomise(adapted)

@@ -25,6 +25,7 @@ from torch.autograd.graph import saved_tensors_hooks
 import runlora_fx
 from measuring.compare import compared
 from measuring.contenders import BASELINE, FROZEN
+from measuring.quantised import constants
 from measuring.steps import Contender, Step, Task
 from measuring.turns import Ratio, take_turns
 from runlora_fx.cost_model.devices.machine import key_of
@@ -64,11 +65,12 @@ def measured(
         rows[name] = {"first_step_s": time.perf_counter() - start}
         if contender.is_adapted:
             values[name] = found
-        if contender.backend == "runlora":
+        if str(contender.backend).startswith("runlora"):
             rows[name] |= _planned(runlora_fx.last_report())
         step()
         rows[name]["graphs"] = counters["stats"]["unique_graphs"]
-        inside = (*step.model.parameters(), *step.model.buffers(), *task.inputs)
+        model = step.model
+        inside = (*model.parameters(), *model.buffers(), *constants(model), *task.inputs)
         rows[name]["kept_B"] = kept_bytes(step, inside) if task.dy is not None else 0
         step.release()
         rows[name]["peak_B"] = peak_bytes(step, task.device)
@@ -88,11 +90,15 @@ def measured(
 
 
 def _planned(report: runlora_fx.Report | None) -> dict[str, Any]:
-    """What our report says: how many sites changed, and how long planning took."""
+    """What our report says: how many sites there are and changed, and how long planning took."""
     if report is None or report.from_cache:
         return {}
     changed = sum(site.changed for site in report.sites)
-    return {"changed_sites": changed, "planning_s": report.planning_seconds}
+    return {
+        "sites": len(report.sites),
+        "changed_sites": changed,
+        "planning_s": report.planning_seconds,
+    }
 
 
 def _removed(taken: list[float], times: Mapping[str, list[float]]) -> float:

@@ -4,13 +4,12 @@
     step.values()       the output and all gradients
     step.seconds()      the time of one step
 
-Invariant: all contenders of a task share its data and its frozen weights.
+Invariant: all contenders of a task share its data, and its frozen weights if no step changes them.
 """
 
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -18,11 +17,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from runlora_fx.cost_model.devices.registry import entry_of
+from measuring.turns import seconds
 
 #: Puts the layers of another library in the place of PEFT's.
 Convert = Callable[[nn.Module, "Task"], nn.Module]
+
+#: Runs one step of a model on a task, and returns what it makes.
+Run = Callable[[nn.Module, "Task"], list[Tensor]]
+
+
+def once(model: nn.Module, task: Task) -> list[Tensor]:
+    """A forward, and the backward of its first output if the task is training."""
+    cast: Any = nullcontext()
+    if task.autocast:
+        cast = torch.autocast(task.device.type, torch.bfloat16)
+    with cast, torch.set_grad_enabled(task.dy is not None):
+        outputs: list[Tensor] = tree_leaves(model(*task.inputs))
+    if task.dy is not None:
+        outputs[0].backward(task.dy.to(outputs[0].dtype))
+    return outputs
 
 
 @dataclass(frozen=True)
@@ -55,6 +70,8 @@ class Task:
         dy: The gradient of the output; None if the task is inference.
         dropout: Of the adapters' inputs.
         autocast: Whether a step runs under autocast to bfloat16.
+        run: What a step is.
+        is_base_shared: Whether contenders share frozen weights; not if a step changes them.
     """
 
     adapted: nn.Module
@@ -63,6 +80,8 @@ class Task:
     dy: Tensor | None
     dropout: float = 0.0
     autocast: bool = False
+    run: Run = once
+    is_base_shared: bool = True
 
     @property
     def device(self) -> torch.device:
@@ -71,12 +90,13 @@ class Task:
 
     def exact(self, dtype: torch.dtype) -> Task:
         """The same numbers in a wider dtype, without autocast."""
-        x, *others = self.inputs
-        wide = x.detach().to(dtype).requires_grad_(x.requires_grad)
         return replace(
             self,
-            adapted=copy.deepcopy(self.adapted).to(dtype),
-            inputs=(wide, *others),
+            adapted=widened(self.adapted, dtype),
+            inputs=tuple(
+                x.detach().to(dtype).requires_grad_(x.requires_grad) if x.is_floating_point() else x
+                for x in self.inputs
+            ),
             dy=None if self.dy is None else self.dy.to(dtype),
             autocast=False,
         )
@@ -87,7 +107,8 @@ class Step:
 
     def __init__(self, contender: Contender, task: Task) -> None:
         """Make the contender's model; the first step compiles it."""
-        model = copy_of(task.adapted if contender.is_adapted else task.frozen)
+        model = task.adapted if contender.is_adapted else task.frozen
+        model = copy_of(model) if task.is_base_shared else copy.deepcopy(model)
         if contender.convert is not None:
             model = contender.convert(model, task)
         self.model, self.task, self.is_turned = model, task, contender.is_turned
@@ -96,18 +117,10 @@ class Step:
             options = dict(contender.options) or None
             model.compile(backend=contender.backend, dynamic=False, options=options)
 
-    def __call__(self) -> Tensor:
-        """The output; gradients are left on the adapters and on the input."""
+    def __call__(self) -> list[Tensor]:
+        """What a step makes; gradients are left on the adapters and on the input."""
         self.release()
-        task = self.task
-        cast: Any = nullcontext()
-        if task.autocast:
-            cast = torch.autocast(task.device.type, torch.bfloat16)
-        with cast, torch.set_grad_enabled(task.dy is not None):
-            y: Tensor = self.model(*task.inputs)
-        if task.dy is not None:
-            y.backward(task.dy.to(y.dtype))
-        return y.detach()
+        return [made.detach() for made in self.task.run(self.model, self.task)]
 
     def release(self) -> None:
         """Drop the gradients of the last step."""
@@ -115,23 +128,18 @@ class Step:
             tensor.grad = None
 
     def values(self) -> list[Tensor]:
-        """The output and all gradients in float64, at a fixed seed."""
+        """The outputs and all gradients in float64, at a fixed seed."""
         torch.manual_seed(1)
-        y = self()
+        outputs = self()
         turn = (lambda t: t.t()) if self.is_turned else (lambda t: t)
         trained = [turn(w.grad) for w in self.trained if w.grad is not None]
         given = self.task.inputs[0].grad
-        found = [y, *([] if given is None else [given]), *trained]
+        found = [*outputs, *([] if given is None else [given]), *trained]
         return [t.detach().double() for t in found]
 
     def seconds(self) -> float:
         """The time of one step [s]."""
-        synchronise, device = entry_of(self.task.device).synchronise, self.task.device
-        synchronise(device)
-        start = time.perf_counter()
-        self()
-        synchronise(device)
-        return time.perf_counter() - start
+        return seconds(self, self.task.device)
 
 
 def copy_of(model: nn.Module) -> nn.Module:
@@ -139,6 +147,15 @@ def copy_of(model: nn.Module) -> nn.Module:
     shared = {id(p): p for p in model.parameters() if not p.requires_grad}
     made: nn.Module = copy.deepcopy(model, shared)
     return made
+
+
+def widened(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy that computes with the same numbers in a wider dtype."""
+    made: Any = copy.deepcopy(model).to(dtype)
+    for module in made.modules():
+        if hasattr(module, "compute_dtype"):  # a 4-bit layer of bitsandbytes
+            module.compute_dtype = module.weight.quant_state.dtype = dtype
+    return made  # type: ignore[no-any-return]
 
 
 def error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
@@ -149,8 +166,12 @@ def error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     )
 
 
+#: What transformers' classes leave without values: the weights of experts and of their router.
+UNSET = ("gate_up_proj", "down_proj", "mlp.gate.weight")
+
+
 def randomise(model: nn.Module) -> None:
-    """Give B values: PEFT starts with zeros, whose gradients say little."""
+    """Give values to experts and to B: PEFT starts with zeros, whose gradients say little."""
     for name, weight in model.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or name.endswith(UNSET):
             nn.init.normal_(weight, std=0.02)

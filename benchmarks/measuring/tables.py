@@ -66,6 +66,10 @@ def section(case: Mapping[str, Any]) -> Iterator[str]:
             f"{row['first_step_s']:.1f}",
         ]
         yield f"| {' | '.join(cells)} |"
+    planned = {name: row for name, row in case["contenders"].items() if "sites" in row}
+    if planned:
+        counts = (f"{row['changed_sites']} of {row['sites']} ({n})" for n, row in planned.items())
+        yield from ("", f"Sites that plans change: {'; '.join(counts)}.")
     if "removable" in case:
         removable = case["removable"]
         yield ""

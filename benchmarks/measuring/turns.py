@@ -8,10 +8,16 @@ Invariant: a ratio compares the steps of one round, so what slows the machine do
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
 from statistics import median
+from typing import Any
+
+import torch
+
+from runlora_fx.cost_model.devices.registry import entry_of
 
 #: How often an interval contains the true median.
 CONFIDENCE = 0.95
@@ -57,6 +63,17 @@ def outside(count: int) -> int:
         if below > (1 - CONFIDENCE) / 2:
             return max(at - 1, 0)
     raise ValueError("there are no values")
+
+
+def seconds(call: Callable[[], Any], device: torch.device, calls: int = 1) -> float:
+    """The time of one of some calls in a row [s]."""
+    synchronise = entry_of(device).synchronise
+    synchronise(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    synchronise(device)
+    return (time.perf_counter() - start) / calls
 
 
 def take_turns(steps: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:

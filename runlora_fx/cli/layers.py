@@ -7,7 +7,7 @@ Invariant: data is random. Nothing is loaded, and nothing is fetched.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,10 @@ from transformers.models.mixtral.modeling_mixtral import (
     MixtralRotaryEmbedding,
 )
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RotaryEmbedding
+from transformers.models.qwen3_moe.modeling_qwen3_moe import (
+    Qwen3MoeDecoderLayer,
+    Qwen3MoeRotaryEmbedding,
+)
 from transformers.models.vit.modeling_vit import ViTLayer
 
 from runlora_fx.cli.without_weights import on_meta
@@ -35,7 +39,8 @@ class Shape:
         inner: Of the feed-forward part.
         heads: Of attention.
         groups: Heads of keys and values.
-        experts: Of the feed-forward part; 0 if it is dense. Every token picks two.
+        experts: Of the feed-forward part; 0 if it is dense.
+        picked: How many experts a token picks.
     """
 
     width: int
@@ -43,11 +48,13 @@ class Shape:
     heads: int
     groups: int
     experts: int = 0
+    picked: int = 2
 
     def scaled(self, by: int) -> Shape:
         """The same proportions, divided."""
         heads, groups = max(1, self.heads // by), max(1, self.groups // by)
-        return Shape(self.width // by, self.inner // by, heads, groups, self.experts)
+        widths = {"width": self.width // by, "inner": self.inner // by}
+        return replace(self, heads=heads, groups=groups, **widths)
 
 
 SHAPES = {
@@ -55,6 +62,7 @@ SHAPES = {
     "Qwen2.5-7B": Shape(3584, 18944, 28, 4),
     "ViT-L": Shape(1024, 4096, 16, 16),
     "Mixtral-8x7B": Shape(4096, 14336, 32, 8, experts=8),
+    "Qwen3-30B-A3B": Shape(2048, 768, 32, 4, experts=128, picked=8),
     "SmolLM2-135M": Shape(576, 1536, 9, 3),
 }
 
@@ -108,14 +116,21 @@ class Layer(nn.Module):
         sizes["num_key_value_heads"] = shape.groups
         made: Any = LlamaDecoderLayer, LlamaRotaryEmbedding
         if shape.experts:
+            sizes["num_experts_per_tok"] = shape.picked
+        if name.startswith("Qwen3"):
+            sizes |= {"moe_intermediate_size": shape.inner, "head_dim": 128}
+            config = transformers.Qwen3MoeConfig(num_experts=shape.experts, **sizes)
+            made = Qwen3MoeDecoderLayer, Qwen3MoeRotaryEmbedding
+        elif shape.experts:
             config = transformers.MixtralConfig(num_local_experts=shape.experts, **sizes)
-            config._experts_implementation = "grouped_mm"
             made = MixtralDecoderLayer, MixtralRotaryEmbedding
         elif name.startswith("Qwen"):
             config = transformers.Qwen2Config(**sizes)
             made = Qwen2DecoderLayer, Qwen2RotaryEmbedding
         else:
             config = transformers.LlamaConfig(**sizes)
+        if shape.experts:
+            config._experts_implementation = "grouped_mm"
         config._attn_implementation = "sdpa"
         self.layer, self.rotary = made[0](config, 0), made[1](config)
 
@@ -172,25 +187,30 @@ def quantise(model: nn.Module) -> None:
                 setattr(module, name, Quantised(child))
 
 
+def adapters_of(recipe: Recipe, shape: Shape) -> LoraConfig:
+    """PEFT's adapters on all projections, and on all experts."""
+    targets: dict[str, Any] = {"target_modules": "all-linear"}
+    if shape.experts:
+        targets = {
+            "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+            "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+        }
+    return LoraConfig(
+        r=recipe.rank,
+        lora_alpha=2 * recipe.rank,
+        lora_dropout=recipe.dropout,
+        use_dora=recipe.dora,
+        **targets,
+    )
+
+
 def model_of(recipe: Recipe, shape: Shape, device: torch.device, *, is_adapted: bool) -> nn.Module:
     """A layer in bfloat16, in training mode; on the meta device it has no data."""
     with on_meta(torch.bfloat16, device):
         layer = Layer(recipe.shape, shape, recipe.checkpointed).requires_grad_(False)
         if is_adapted:
-            targets: dict[str, Any] = {"target_modules": "all-linear"}
-            if shape.experts:
-                targets = {
-                    "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
-                    "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
-                }
-            config = LoraConfig(
-                r=recipe.rank,
-                lora_alpha=2 * recipe.rank,
-                lora_dropout=recipe.dropout,
-                use_dora=recipe.dora,
-                **targets,
-            )
             # PEFT leaves adapters in the weights' dtype or casts them to float32.
+            config = adapters_of(recipe, shape)
             layer = get_peft_model(layer, config, autocast_adapter_dtype=recipe.autocast)
         if recipe.quantised:
             quantise(layer)

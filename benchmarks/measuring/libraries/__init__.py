@@ -67,10 +67,15 @@ def replaced(model: nn.Module, task: Task, make: Make) -> nn.Module:
         ValueError: If a layer has no such counterpart.
     """
     rows = tuple(task.inputs[0].shape[:-1])
+    return each_replaced(model, partial(made, rows=rows, make=make))
+
+
+def each_replaced(model: nn.Module, by: Callable[[Any], nn.Module]) -> nn.Module:
+    """A model whose PEFT layers are what is made of them."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if hasattr(child, "lora_A"):
-                setattr(module, name, made(child, rows, make))
+                setattr(module, name, by(child))
     return model
 
 

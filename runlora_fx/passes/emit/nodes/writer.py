@@ -280,6 +280,8 @@ class Writer(NodeWriter):
                 # The operator reads rows or columns that are contiguous. PEFT's adapters of experts
                 # lie interleaved.
                 stack = self.laid_out(stack, (0, 1, 2))
+                # Inductor gives a copy the layout of what it reads, unless it is told otherwise.
+                stack.meta["inductor_realize_to_strides"] = True
             return self.call(_aten._grouped_mm.default, rows, stack, by.node)
         operator = torch.ops.transformers.grouped_mm_fallback.default
         return self.call(operator, rows, stack, by.node)
