@@ -58,6 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("cases", nargs="*", metavar="CASE", help="names of cases; all if none")
     parser.add_argument("--device", type=torch.device, default=fastest())
     parser.add_argument("--scale", type=int, default=8, help="divide a layer's widths by this")
+    parser.add_argument(
+        "--tokens", type=int, help="of the paper's models, one layer and at most so many tokens"
+    )
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument(
         "--contenders",
@@ -69,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     given = parser.parse_args(arguments)
-    cases = dict(SETS[given.set](given.scale))
+    cases = dict(SETS[given.set](given.scale, given.tokens))
     if unknown := set(given.cases) - set(cases):
         parser.error(f"unknown cases {sorted(unknown)}; valid are {list(cases)}")
     named = (name for case in cases.values() for name in case.contenders)

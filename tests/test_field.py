@@ -118,7 +118,7 @@ def test_every_case_has_values_in_eager_mode(bench: Any, cases: str) -> None:
     from measuring.contenders import BASELINE
     from measuring.steps import Contender, Step
 
-    for name, case in dict(bench.SETS[cases](32)).items():
+    for name, case in dict(bench.SETS[cases](32, None)).items():
         if "bitsandbytes" in name:
             pytest.importorskip("bitsandbytes")
         task = case.make(torch.device("cpu"))
@@ -272,3 +272,13 @@ def test_too_few_rounds_have_the_widest_interval(bench: ModuleType) -> None:
 
     found = Ratio.of([1.0, 2.0, 3.0], [1.0, 1.0, 1.0])
     assert (found.low, found.high) == (found.least, found.most) == (1.0, 3.0)
+
+
+def test_the_papers_models_can_be_shortened(bench: Any) -> None:
+    from measuring.models import PAPER
+
+    cut = replace(PAPER[CASE], rows=4, length=16, layers=2)
+    for tokens, rows, length in ((8, 1, 8), (16, 1, 16), (40, 2, 16), (1000, 4, 16)):
+        short = cut.shortened(tokens)
+        assert (short.layers, short.rows, short.length) == (1, rows, length)
+        assert f"1 of 24 layers, {rows} x {length} tokens" in short.about

@@ -56,14 +56,15 @@ NOTES = {
 Set = Iterator[tuple[str, Case]]
 
 
-def paper(scale: int) -> Set:
-    """The paper's models, which are cut and not scaled."""
+def paper(scale: int, tokens: int | None = None) -> Set:
+    """The paper's models, which are cut and not scaled; further if not all tokens are wanted."""
     known = contenders.RECIPES | contenders.others()[0]
-    for name, cut in models.PAPER.items():
+    for name, known_cut in models.PAPER.items():
+        cut = known_cut if tokens is None else known_cut.shortened(tokens)
         yield name, Case(cut.about, partial(models.task_of, cut), known)
 
 
-def trained(scale: int) -> Set:
+def trained(scale: int, tokens: int | None = None) -> Set:
     """A layer as people train it."""
     for name, recipe in RECIPES.items():
         make = MAKERS.get(name, model_of)
@@ -72,21 +73,21 @@ def trained(scale: int) -> Set:
         yield name, Case(about, task, contenders.RECIPES)
 
 
-def applied(scale: int) -> Set:
+def applied(scale: int, tokens: int | None = None) -> Set:
     """A layer without gradients."""
     for name, batch in inference.BATCHES.items():
         known = contenders.MIXED if batch.is_mixed else contenders.INFERENCE
         yield name, Case(batch.about(scale), partial(inference.task, batch, scale), known)
 
 
-def other(scale: int) -> Set:
+def other(scale: int, tokens: int | None = None) -> Set:
     """Other training methods, and steps of optimizers."""
     for name, method in methods.METHODS.items():
         known = contenders.RECIPES if method.is_model else contenders.FUNCTIONS
         yield name, Case(method.about(scale), partial(method.make, scale), known)
 
 
-SETS: dict[str, Callable[[int], Set]] = {
+SETS: dict[str, Callable[[int, int | None], Set]] = {
     "paper": paper,
     "recipes": trained,
     "inference": applied,

@@ -10,7 +10,7 @@ Invariant: widths, heads and ranks are the model's own. What is cut is in ``Cut.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -61,6 +61,12 @@ class Cut:
             f"{self.layers} of {self.depth} layers, {self.rows} x {self.length} tokens, "
             "no embeddings and no head, no dropout"
         )
+
+    def shortened(self, tokens: int) -> Cut:
+        """One layer, and at most so many tokens, in one sequence if one has as many."""
+        length = min(tokens, self.length)
+        rows = min(self.rows, max(1, tokens // length))
+        return replace(self, layers=1, rows=rows, length=length)
 
 
 #: The six models of the paper's tables 2 to 5.
