@@ -395,9 +395,7 @@ FLAVOURS: dict[str, Flavour] = {
         expects="alone",
         why="rows are gathered: A x is no product",
     ),
-    "LoRA on Conv2d": Flavour(
-        "PEFT", convolution, images, expects="alone", why="convolutions are not read"
-    ),
+    "LoRA on Conv2d": Flavour("PEFT", convolution, images),
     "LoRA on Conv1D": Flavour("PEFT; GPT-2's transposed layer", conv1d, tokens),
     # --- other libraries
     "loralib.Linear": Flavour("loralib", loralib_linear, tokens, needs=("loralib",)),

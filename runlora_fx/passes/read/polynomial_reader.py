@@ -20,6 +20,7 @@ from runlora_fx.passes.algebra.posed import Dim
 from runlora_fx.passes.levels.assigned import TokenAssignment
 from runlora_fx.passes.levels.cuts import Cut
 from runlora_fx.passes.levels.forms import Form
+from runlora_fx.passes.levels.geometry import Geometry, Patches
 from runlora_fx.passes.levels.origins import Origin
 from runlora_fx.passes.levels.sizes import shape_of
 from runlora_fx.passes.read.leaves import Leaves
@@ -56,6 +57,14 @@ class Tables:
     def virtual(self, origin: Origin, rows: Dim, cols: Dim) -> Polynomial:
         """A matrix that no node holds, and that emission writes where a plan needs it."""
         return self.leaves.virtual(self.values, origin, rows, cols)
+
+    def patches(self, origin: Patches, rows: Dim, cols: Dim) -> Polynomial:
+        """The patches of images that a convolution multiplies, as rows of a matrix."""
+        return self.leaves.patches(self.values, origin, rows, cols)
+
+    def kernel(self, p: Polynomial, geometry: Geometry) -> Polynomial:
+        """A matrix as a kernel that multiplies patches of a geometry."""
+        return self.leaves.kernel(p, geometry)
 
     def assignment(self, by: TokenAssignment) -> int:
         """The number of an assignment of tokens to experts."""
