@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from runlora_fx.cost_model.cost import Amount
 from runlora_fx.cost_model.ops import Add, Convolution, Elementwise, Hold, MatMul, Merge, Operation
 from runlora_fx.passes.algebra import expert_operations as experts
-from runlora_fx.passes.algebra.images import is_convolution, patch_size
+from runlora_fx.passes.algebra.images import are_images, is_convolution, patch_size
 from runlora_fx.passes.algebra.orientation import is_turned
 from runlora_fx.passes.algebra.polynomials import Polynomial
 from runlora_fx.passes.algebra.problem import Problem, is_broadcast
@@ -137,6 +137,7 @@ def is_merge(problem: Problem, core: Polynomial) -> bool:
         and all(length == 2 for length in lengths[1:])
         and not core.scalar_leaves
         and all(problem.leaves[leaf].kind == "matrix" for leaf in core.leaves)
+        and not are_images(problem.leaves, core)
     )
 
 

@@ -1,8 +1,8 @@
-"""Readers of convolutions without groups, whose spatial sizes are known numbers.
+"""Readers of convolutions without groups.
 
 Example: ``aten.convolution(x, w, b, ...)`` is ``P W' + 1 b'`` for the patches P of the images.
 
-Invariant: only the number of images may be a symbol.
+Invariant: channels are known numbers. A spatial size is too, or the step along it is one.
 """
 
 from __future__ import annotations
@@ -43,8 +43,7 @@ def convolution(
         return None
     if transposed:
         geometry = _geometry(weight, stride, padding, dilation, output_padding)
-        is_adjoint = geometry and geometry.results(geometry.images(_spatial(x))) == _spatial(x)
-        if geometry is None or not is_adjoint or bias is not None:
+        if geometry is None or bias is not None or not geometry.ends_at(_spatial(x)):
             return None
         return GradientOfImages(Operand(x, IMAGES), Operand(weight, WEIGHT), geometry)
     geometry = _of_images(x, weight, stride, padding, dilation)
@@ -72,12 +71,14 @@ def result(pair: Any, i: Any) -> Form | None:
 
 
 def _of_images(x: Any, weight: Any, stride: Any, padding: Any, dilation: Any) -> Geometry | None:
-    """The geometry of a convolution of images; None if a patch is larger than they are."""
+    """The geometry of a convolution of images; None if it depends on unknown sizes."""
     geometry = _geometry(weight, stride, padding, dilation, [0] * len(_spatial(x)))
-    if geometry is None or min(geometry.results(_spatial(x))) < 1:
+    sizes = _spatial(x)
+    if geometry is None or not geometry.knows(sizes):
         return None
-    reached = geometry.images(geometry.results(_spatial(x)))
-    rest = (size - end for size, end in zip(_spatial(x), reached, strict=True))
+    reached = geometry.images(geometry.results(sizes))
+    ends = zip(sizes, reached, strict=True)
+    rest = [size - end if isinstance(size, int) else 0 for size, end in ends]
     return geometry._replace(left_over=tuple(rest))
 
 
@@ -88,7 +89,7 @@ def _geometry(
     kernel = _spatial(weight)
     numbers = [tuple(given) for given in (stride, padding, dilation, left_over)]
     is_whole = all(len(given) == len(kernel) for given in numbers)
-    is_known = all(isinstance(number, int) for given in numbers for number in given)
+    is_known = all(isinstance(n, int) for given in (shape_of(weight), *numbers) for n in given)
     return Geometry(kernel, *numbers) if is_whole and is_known else None
 
 
@@ -97,8 +98,8 @@ def _spatial(node: Any) -> Any:
 
 
 def _is_known(*nodes: Any) -> bool:
-    """True if all are images or weights of known sizes, but for the number of images."""
+    """True if all are images or weights, of one rank and of known numbers of channels."""
     ranks = {None if (val := example_of(node)) is None else val.dim() for node in nodes}
     if len(ranks) != 1 or not ranks.issubset((3, 4, 5)):
         return False
-    return all(isinstance(size, int) and size for node in nodes for size in shape_of(node)[1:])
+    return all(isinstance(shape_of(node)[1], int) for node in nodes)

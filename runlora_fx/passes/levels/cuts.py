@@ -14,7 +14,7 @@ function says so. If that is not known for all values of symbolic sizes, the fun
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -38,9 +38,11 @@ class Images(NamedTuple):
         folded: None if the matrix has a row for each position, and a column for each channel. Else
             the tensor is the fold of a matrix of these extents: patches are added up where they
             overlap. Only sums and multiples of folds are read.
+        by: What a fold depends on besides: folds by different geometries are of different matrices.
     """
 
     folded: tuple[Dim, Dim] | None = None
+    by: Hashable = None
 
     def extents(self, shape: Shape) -> tuple[Dim, Dim, Dim]:
         """Sizes of batch, rows and columns."""
@@ -71,9 +73,9 @@ class Cut(NamedTuple):
 IMAGES = Cut(0, 0, Images())
 
 
-def fold(rows: Dim, cols: Dim) -> Cut:
-    """The cut that shows the matrix of which images are the fold."""
-    return Cut(0, 0, Images((rows, cols)))
+def fold(rows: Dim, cols: Dim, by: Hashable) -> Cut:
+    """The cut that shows the matrix of which images are the fold, by a geometry."""
+    return Cut(0, 0, Images((rows, cols), by))
 
 
 # Equal layers make equal calls, and the results depend on the arguments alone.

@@ -20,6 +20,7 @@ import torch
 from torch import fx
 
 from runlora_fx.passes.levels.origins import Held, LeafWriter, Numbers
+from runlora_fx.passes.levels.sizes import Shape
 
 
 class Geometry(NamedTuple):
@@ -50,19 +51,34 @@ class Geometry(NamedTuple):
         steps = zip(self.kernel, self.stride, self.padding, strict=True)
         return all(step == (1, 1, 0) for step in steps)
 
-    def results(self, image: tuple[int, ...]) -> tuple[int, ...]:
+    def results(self, image: Shape) -> Shape:
         """The spatial sizes of the result for those of an image."""
         return tuple(
-            (size + 2 * p - d * (k - 1) - 1) // s + 1
+            (size + 2 * p - d * (k - 1) - 1) // s + 1 if s > 1 else size + 2 * p - d * (k - 1)
             for size, k, s, p, d in zip(image, *self[:4], strict=True)
         )
 
-    def images(self, result: tuple[int, ...]) -> tuple[int, ...]:
+    def images(self, result: Shape) -> Shape:
         """The spatial sizes of the image for those of a result."""
         return tuple(
             (size - 1) * s - 2 * p + d * (k - 1) + 1 + rest
             for size, k, s, p, d, rest in zip(result, *self, strict=True)
         )
+
+    def ends_at(self, result: Shape) -> bool:
+        """True if images of the sizes :meth:`images` have a result of these sizes."""
+        is_known = all(isinstance(size, int) for size in result)
+        return all(rest < s for rest, s in zip(self.left_over, self.stride, strict=True)) and (
+            is_known or not any(self.left_over)
+        )
+
+    def knows(self, image: Shape) -> bool:
+        """True if it has a whole patch in an image, and its last step is known.
+
+        A size may be a symbol only if the step is one.
+        """
+        steps = zip(image, self.stride, self.results(image), strict=True)
+        return all(n >= 1 if isinstance(size, int) else s == 1 for size, s, n in steps)
 
 
 @dataclass(frozen=True)

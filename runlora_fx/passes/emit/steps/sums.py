@@ -87,8 +87,7 @@ class Sums:
         for part in vectors:
             vector = self._broadcasts.vector(part, False, backward)
             node = self._scope.scaled(vector.node, vector.scalar)
-            channels = (numel(shape_of(node)), *[1] * (len(shape_of(total)) - 2))
-            total = self._scope.writer.add(total, self._scope.writer.reshape(node, channels))
+            total = self._scope.writer.add_to_channels(total, node)
         return total
 
     def addend(self, part: Normalised, flip: bool, backward: bool) -> fx.Node:

@@ -127,7 +127,7 @@ class Convolution(_OfTwo):
     def operands(self, reading: Reading) -> tuple[Addends, Addends]:
         """The patches of the images, and the transposed kernels."""
         sizes = shape_of(self.left.node)
-        results = self.geometry.results(_known(sizes[2:]))
+        results = self.geometry.results(sizes[2:])
         patches = self._patches(self.left, numel((sizes[0], *results)), reading)
         return patches, transposed(self._kernels(self.right, reading))
 
@@ -142,7 +142,7 @@ class GradientOfImages(_OfTwo):
         if self.geometry.is_pointwise:
             return IMAGES
         _, results, _ = IMAGES.extents(shape_of(self.left.node))
-        return fold(results, numel(shape_of(self.right.node)[1:]))
+        return fold(results, numel(shape_of(self.right.node)[1:]), self.geometry)
 
     def operands(self, reading: Reading) -> tuple[Addends, Addends]:
         """The gradient of the result, and the kernels."""
@@ -191,8 +191,3 @@ class BiasOfChannels(Broadcast):
             return None
         ones = reading.ones(cut.extents(shape)[1])
         return tuple([ones @ p for p in reading.operand(self.source, _ROW)])
-
-
-def _known(sizes: Shape) -> tuple[int, ...]:
-    """Spatial sizes, which are read only if they are known."""
-    return tuple(int(size) for size in sizes)
