@@ -1,18 +1,24 @@
 """Adapters of convolutions: kernels are merged, forward and backward, for every geometry."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checks import RUNLORA_EAGER, assert_same_values, ours
+from checks import RUNLORA_EAGER, assert_same_values, ours, run_training
+from market import randomise_lora_b
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import runlora_fx
 from runlora_fx.passes.levels.geometry import Geometry
 
+ROOT = Path(__file__).parent.parent
 RANK = 2
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -113,7 +119,12 @@ def compared(model: nn.Module, x: Tensor) -> tuple[int, int]:
     return report.flops_before, report.flops_after
 
 
-@pytest.mark.parametrize("name", CASES)
+#: The cases that add least to the others.
+MORE = ("pointwise, strided", "patches of a transformer", "whole images", "lines", "volumes")
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in MORE]
+
+
+@pytest.mark.parametrize("name", [*(name for name in CASES if name not in MORE), *SLOW])
 def test_kernels_are_merged(name: str) -> None:
     case = CASES[name]
     torch.manual_seed(0)
@@ -128,9 +139,13 @@ def test_kernels_are_merged(name: str) -> None:
 def test_images_in_channels_last_keep_their_strides() -> None:
     model = Net(LoraConvolution(6, 10, 3, padding=1)).double().to(memory_format=torch.channels_last)
     x = images(2, 6, 18, 21).to(memory_format=torch.channels_last)
-    before, after = compared(model, x)
-    assert after < before
-    assert compiled(model)(x).is_contiguous(memory_format=torch.channels_last)
+    run = compiled(model)
+    found = trained(run, model, x)
+    assert_same_values(found, trained(model, model, x), 1e-12)
+    assert found["result"].is_contiguous(memory_format=torch.channels_last)
+    report = runlora_fx.last_report()
+    assert report is not None
+    assert [site.changed for site in report.sites] == [True]
 
 
 def test_gradients_of_an_image_that_two_geometries_read_are_added() -> None:
@@ -204,3 +219,42 @@ def test_a_geometry_gives_the_sizes_of_results_and_images() -> None:
     assert geometry.images(geometry.results((7, 9))) == (7, 9)
     assert geometry.taps == 6
     assert not geometry.is_pointwise
+
+
+def test_the_published_counts_are_those_of_this_code() -> None:
+    """`benchmarks/gathered_costs.py` wrote two tables of docs/flavours.md."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        from gathered_costs import LAYERS, convolution, table
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+    text = (ROOT / "docs" / "flavours.md").read_text(encoding="utf-8")
+    assert f"\n{table('embeddings')}\n" in text
+    assert all(f"\n| {case.name} | " in text for case in LAYERS)
+    assert f"\n| {' | '.join(convolution(LAYERS[-1]))} |\n" in text
+
+
+def test_a_head_that_is_tied_to_the_embedding_gains_as_a_linear_layer() -> None:
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=160,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    lora = LoraConfig(r=2, target_modules=["lm_head"], ensure_weight_tying=False)
+    model = get_peft_model(LlamaForCausalLM(config), lora).double()
+    randomise_lora_b(model)
+    ids = torch.randint(160, (2, 48), generator=torch.Generator().manual_seed(1))
+    batch = {"input_ids": ids, "labels": ids}
+    wanted = run_training(model, batch)
+    torch._dynamo.reset()
+    run = torch.compile(model, backend=RUNLORA_EAGER, options=ours(objective="flops"))
+    assert_same_values(run_training(run, batch), wanted, 1e-12)
+    report = runlora_fx.last_report()
+    assert report is not None
+    assert [(site.changed, site.modules) for site in report.sites] == [
+        (True, ("base_model.model.lm_head",))
+    ]
