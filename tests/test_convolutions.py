@@ -211,6 +211,39 @@ def test_images_of_any_size_are_read_if_the_kernel_moves_by_one() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+def test_adapters_in_a_wider_dtype_read_the_patches_of_their_layer() -> None:
+    """Under relaxed numerics the images and their cast are one leaf, and so are their patches."""
+
+    class Wider(LoraConvolution):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base(x) + 0.5 * self.b(self.a(x.float())).bfloat16()
+
+    layer = Wider(6, 10, 3, padding=1)
+    layer.base.bfloat16()
+    model, x = Net(layer), images(2, 6, 18, 21).bfloat16()
+    torch._dynamo.reset()
+    options = ours(objective="flops", numerics="relaxed")
+    run = torch.compile(model, backend=RUNLORA_EAGER, options=options)
+    assert_same_values(trained(run, model, x), trained(model, model, x), 2e-2)
+    report = runlora_fx.last_report()
+    assert report is not None
+    assert [site.changed for site in report.sites] == [True]
+
+
+def test_merged_kernels_are_not_kept_between_calls() -> None:
+    """A plan shows kernels through views, and a view need not have the versions of its weight."""
+    layer, x = LoraConvolution(6, 10, 3, padding=1).double(), images(2, 6, 18, 21)
+    budget = {"memory": "fast", "memory_budget": 1 << 20, "reuse": True}
+    runlora_fx.forget_merged_weights()
+    torch._dynamo.reset()
+    run = torch.compile(layer, backend=RUNLORA_EAGER, options=ours(objective="flops", **budget))
+    with torch.no_grad():
+        run(x)
+        layer.b.weight += 0.5
+        assert_same_values({"y": run(x)}, {"y": layer(x)}, 1e-12)
+    assert runlora_fx.forget_merged_weights() == 0
+
+
 def test_a_geometry_gives_the_sizes_of_results_and_images() -> None:
     geometry = Geometry((3, 2), (2, 1), (1, 0), (1, 2), (0, 0))
     x, y = torch.empty(1, 1, 7, 9), torch.empty(1, 1, 3, 2)
