@@ -393,11 +393,9 @@ FLAVOURS: dict[str, Flavour] = {
         embedding,
         indices,
         expects="alone",
-        why="rows are gathered: A x is no product",
+        why="rows are gathered, and merging pays only where the table has fewer rows than tokens",
     ),
-    "LoRA on Conv2d": Flavour(
-        "PEFT", convolution, images, expects="alone", why="convolutions are not read"
-    ),
+    "LoRA on Conv2d": Flavour("PEFT", convolution, images),
     "LoRA on Conv1D": Flavour("PEFT; GPT-2's transposed layer", conv1d, tokens),
     # --- other libraries
     "loralib.Linear": Flavour("loralib", loralib_linear, tokens, needs=("loralib",)),
@@ -408,9 +406,8 @@ FLAVOURS: dict[str, Flavour] = {
             "input": tokens()["input"],
             "target": tokens(width=3 * HIDDEN)["target"],
         },
-        expects="alone",
-        why="B A is made by a grouped convolution, and merged as it comes",
         needs=("loralib",),
+        substituted=True,
     ),
     "torchtune LoRALinear": Flavour(
         "torchtune", partial(torchtune_linear, "LoRALinear"), tokens, needs=("torchtune",)

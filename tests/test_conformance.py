@@ -24,6 +24,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from runlora_fx.passes.algebra.polynomials import Polynomial
 from runlora_fx.passes.algebra.words import Factor, Word
 from runlora_fx.passes.levels.aten import ATEN
+from runlora_fx.passes.levels.cuts import IMAGES, Cut
+from runlora_fx.passes.levels.geometry import KernelOf, Patches
 from runlora_fx.passes.levels.level import Dialect
 from runlora_fx.passes.levels.torch_functions import TORCH
 from runlora_fx.passes.read.analysis import Analysis
@@ -127,6 +129,61 @@ permutes = [
 ]
 transposes = [s(lambda t: (t("m", "n"), 0, 1)), s(lambda t: (t("b", "m", "n"), 1, -1))]
 ts = [s(lambda t: (t("m", "n"),)), s(lambda t: (t("n"),))]
+
+#: Stride, padding, dilation, transposed, output padding and groups of convolutions.
+convolutions = [
+    s(lambda t: (t("b", "k", 5, 6), t("n", "k", 3, 2), None, *_moves([1, 1], [1, 0]))),
+    s(lambda t: (t("b", "k", 6, 5), t("n", "k", 2, 2), t("n"), *_moves([2, 2], [0, 0], [2, 1]))),
+    s(lambda t: (t("b", "k", "m"), t("n", "k", 1), t("n"), *_moves([1], [0]))),
+    s(lambda t: (t("b", "k", 3, 3), t("k", "n", 1, 1), None, *_moves([1, 1], [0, 0], turned=True))),
+    s(
+        lambda t: (
+            *(t("b", "k", 3, 4), t("k", "n", 3, 3), None),
+            *_moves([2, 2], [1, 1], turned=True, left_over=[1, 0]),
+        )
+    ),
+    no(lambda t: (t("b", 4, 5, 5), t(6, 2, 3, 3), None, *_moves([1, 1], [1, 1], groups=2))),
+    no(
+        lambda t: (
+            t("b", "k", 3, 3),
+            t("k", "n", 2, 2),
+            t("n"),
+            *_moves([1, 1], [0, 0], turned=True),
+        )
+    ),
+]
+
+
+def _moves(
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int] | None = None,
+    *,
+    turned: bool = False,
+    left_over: list[int] | None = None,
+    groups: int = 1,
+) -> tuple[Any, ...]:
+    """How a convolution moves over images."""
+    ones, zeros = [1] * len(stride), [0] * len(stride)
+    return stride, padding, dilation or ones, turned, left_over or zeros, groups
+
+
+def _backward(t: Make, *moves: Any) -> Call:
+    """The gradients of a convolution of images of 6 x 6 with a kernel of 3 x 3."""
+    x, weight = torch.empty(2, 4, 6, 6), torch.empty(3, 4, 3, 3)
+    y = aten.convolution.default(x, weight, None, *moves)
+    sizes = (y.shape, x.shape, weight.shape)
+    args = (*[t(*size) for size in sizes], [3], *moves, [True, True, True])
+    return Call(aten.convolution_backward.default, args)
+
+
+gradients = [
+    s(lambda t: (_backward(t, *_moves([1, 1], [1, 1])), 0)),
+    s(lambda t: (_backward(t, *_moves([1, 1], [1, 1])), 1)),
+    s(lambda t: (_backward(t, *_moves([2, 3], [0, 1])), 0)),
+    s(lambda t: (_backward(t, *_moves([2, 3], [0, 1])), 1)),
+    no(lambda t: (_backward(t, *_moves([1, 1], [1, 1])), 2)),
+]
 
 
 def _stack(t: Make, *dims: str | int) -> Call:
@@ -312,7 +369,8 @@ ATEN_SAMPLES: dict[Any, list[Sample]] = {
     ],
     aten.index_put.default: sums_by_expert,
     aten._grouped_mm.default: grouped,
-    operator.getitem: results,
+    operator.getitem: [*results, *gradients],
+    aten.convolution.default: convolutions,
     aten.where.self: [
         s(lambda t: (_eye_condition(t), _full(1.0), _full(0.0))),
         no(lambda t: (_eye_condition(t), _full(2.0), _full(0.0))),
@@ -509,6 +567,10 @@ def _factor(leaves: Leaves, factor: Factor) -> Tensor:
     if leaf.picked is not None:
         base, k = leaf.picked
         matrix = _factor(leaves, Factor(base))[_experts(leaves, k)]
+    elif isinstance(leaf.origin, Patches):
+        matrix = _patches(leaf.origin)
+    elif leaf.images:
+        matrix = _matrix(leaf.node.meta["val"].double(), IMAGES)
     elif leaf.node is None:
         matrix = torch.ones(1, rows, cols, dtype=torch.float64)
     elif leaf.diagonal:
@@ -516,6 +578,34 @@ def _factor(leaves: Leaves, factor: Factor) -> Tensor:
     else:
         matrix = leaf.node.meta["val"].double().reshape(batch, rows, cols)
     return matrix.mT if factor.transposed else matrix
+
+
+def _matrix(val: Tensor, cut: Cut) -> Tensor:
+    """A tensor as a cut shows it; the same tensor if it is the fold of a matrix."""
+    if cut.images is None:
+        return val.reshape([int(n) for n in cut.extents(tuple(val.shape))])
+    return val if cut.images.folded else val.movedim(1, -1).reshape(1, -1, val.shape[1])
+
+
+def _patches(origin: Patches) -> Tensor:
+    """The patches of images, each a row."""
+    kernel, stride, padding, dilation, _ = origin.geometry
+    images = origin.image.meta["val"].double()
+    if images.dim() != 4:
+        raise NotImplementedError("patches of other images than planes")
+    found = F.unfold(images, kernel, dilation, padding, stride)
+    return found.transpose(1, 2).reshape(1, -1, found.shape[1])
+
+
+def _folded(p: Polynomial, leaves: Leaves, like: Tensor) -> Tensor:
+    """The fold of the matrix that a polynomial is."""
+    (word,) = p.words
+    kernels = leaves.matrices[word.factors[-1].leaf].origin
+    assert isinstance(kernels, KernelOf)
+    kernel, stride, padding, dilation, _ = kernels.geometry
+    rows = _word(leaves, word, 0) * p.terms[0][1]
+    columns = rows.reshape(like.shape[0], -1, rows.shape[2]).transpose(1, 2)
+    return F.fold(columns, like.shape[2:], kernel, dilation, padding, stride)
 
 
 def _experts(leaves: Leaves, k: int) -> Tensor:
@@ -560,8 +650,10 @@ def check(graph: fx.Graph, dialect: Dialect, node: fx.Node) -> bool:
     through = False
     for root in reader.roots:
         p, val = reader.expression(root), root.meta["val"]
-        like = val.double().reshape([int(n) for n in reader.cuts[root].extents(tuple(val.shape))])
-        found = evaluated(p, reader.leaves, like)
+        cut = reader.cuts[root]
+        like = _matrix(val.double(), cut)
+        is_fold = cut.images is not None and cut.images.folded is not None
+        found = (_folded if is_fold else evaluated)(p, reader.leaves, like)
         error = float((found - like).norm() / like.norm().clamp(min=1.0)) if like.numel() else 0.0
         assert error <= tolerance, f"{root.name}: relative error {error:.3g}, read as {p}"
         leaves = {reader.leaves.matrices[i].node for i in p.leaves}

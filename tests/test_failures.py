@@ -461,7 +461,7 @@ def _peft(layer: nn.Module, **more: nn.Module) -> PeftModel:
 def test_adapters_none_of_which_is_found_are_reported(
     training: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model, inputs = _peft(nn.Conv1d(4, 4, 3)), torch.randn(2, 4, 8)
+    model, inputs = _peft(nn.Conv1d(4, 4, 3, groups=2)), torch.randn(2, 4, 8)
     compiled = _compile(model)
     with torch.set_grad_enabled(training):
         torch.testing.assert_close(compiled(inputs), model(inputs))
@@ -476,7 +476,7 @@ def test_adapters_none_of_which_is_found_are_reported(
 def test_an_adapter_that_is_not_found_among_others_stands_in_the_report(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    model = _peft(nn.Conv1d(4, 4, 3), flat=nn.Flatten(), linear=nn.Linear(24, 24))
+    model = _peft(nn.Conv1d(4, 4, 3, groups=2), flat=nn.Flatten(), linear=nn.Linear(24, 24))
     inputs = torch.randn(TOKENS, 4, 8)
     torch.testing.assert_close(_compile(model)(inputs), model(inputs))
     assert not _warnings(caplog)

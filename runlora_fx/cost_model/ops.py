@@ -313,6 +313,41 @@ class GroupedMatMul:
 
 
 @dataclass(frozen=True)
+class Convolution:
+    """A convolution, or the gradient of its images or weight, as a product (m, k) @ (k, n).
+
+    One of the three dimensions is that of positions, over all images.
+
+    Attributes:
+        m: Rows of the result [elements].
+        k: Contracted dimension [elements].
+        n: Columns of the result [elements].
+        itemsize: Element width [B].
+        read: What both operands have in memory [elements]. Overlapping patches count once.
+        written: What the result has in memory [elements].
+    """
+
+    m: Amount
+    k: Amount
+    n: Amount
+    itemsize: int
+    read: Amount
+    written: Amount
+
+    @property
+    def cost(self) -> Cost:
+        """2 m k n FLOP; operands and result moved; 1 kernel."""
+        return Cost(
+            {
+                "flops.nn": 2 * self.m * self.k * self.n,
+                "read": self.read * self.itemsize,
+                "written": self.written * self.itemsize,
+                "launches": 1,
+            }
+        )
+
+
+@dataclass(frozen=True)
 class Hold:
     """A matrix (b, m, n) held from the forward to the backward.
 
@@ -335,5 +370,14 @@ class Hold:
 
 
 Operation: TypeAlias = (
-    MatMul | UpcastMatMul | Merge | Add | Elementwise | Gather | Launches | GroupedMatMul | Hold
+    MatMul
+    | UpcastMatMul
+    | Merge
+    | Add
+    | Elementwise
+    | Gather
+    | Launches
+    | GroupedMatMul
+    | Convolution
+    | Hold
 )

@@ -16,12 +16,13 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-from runlora_fx.integrations import peft_dora, peft_experts
+from runlora_fx.integrations import loralib_merged, peft_dora, peft_experts
 
 #: By module of another library, what is done to it.
 _SUBSTITUTES: dict[str, Callable[[ModuleType], None]] = {
     "peft.utils.integrations": peft_dora.substitute,
     "peft.tuners.lora.layer": peft_experts.substitute,
+    "loralib.layers": loralib_merged.substitute,
 }
 
 

@@ -15,8 +15,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from runlora_fx.cost_model.ops import Add, Elementwise, Hold, MatMul, Merge, Operation
+from runlora_fx.cost_model.cost import Amount
+from runlora_fx.cost_model.ops import Add, Convolution, Elementwise, Hold, MatMul, Merge, Operation
 from runlora_fx.passes.algebra import expert_operations as experts
+from runlora_fx.passes.algebra.images import are_images, is_convolution, patch_size
 from runlora_fx.passes.algebra.orientation import is_turned
 from runlora_fx.passes.algebra.polynomials import Polynomial
 from runlora_fx.passes.algebra.problem import Problem, is_broadcast
@@ -135,6 +137,7 @@ def is_merge(problem: Problem, core: Polynomial) -> bool:
         and all(length == 2 for length in lengths[1:])
         and not core.scalar_leaves
         and all(problem.leaves[leaf].kind == "matrix" for leaf in core.leaves)
+        and not are_images(problem.leaves, core)
     )
 
 
@@ -235,9 +238,38 @@ def _is_by_token(work: Work) -> bool:
     return any(a.kind == "indexed" and a.tokens == batch for a in work.problem.assignments)
 
 
-_MATMUL = Implementation(
-    "matmul", Product, lambda work: (_product(work),), lambda work: work.product is not None
-)
+def _multiplies_matrices(work: Work) -> bool:
+    step = work.product
+    return step is not None and not is_convolution(work.problem.leaves, step.left, step.right)
+
+
+_MATMUL = Implementation("matmul", Product, lambda work: (_product(work),), _multiplies_matrices)
+
+
+# -- convolutions ------------------------------------------------------------------------------
+
+
+def _multiplies_images(work: Work) -> bool:
+    step = work.product
+    return step is not None and is_convolution(work.problem.leaves, step.left, step.right)
+
+
+def _convolve(work: Work) -> tuple[Operation, ...]:
+    """A product with images. Of overlapping patches the images are moved, and not the patches."""
+    step, (_, m, n) = work.step, work.extents
+    assert isinstance(step, Product)
+    k = work.sizes[work.inner]
+    sides = ((m, k, step.left), (k, n, step.right), (m, n, work.core))
+    moved = [_in_memory(rows * cols, patch_size(work.problem.leaves, p)) for rows, cols, p in sides]
+    return (Convolution(m, k, n, work.itemsize, moved[0] + moved[1], moved[2]),)
+
+
+def _in_memory(elements: Amount, taps: int) -> Amount:
+    """The elements of images, for those of their patches at every position."""
+    return elements // taps if isinstance(elements, int) else elements / taps
+
+
+_CONVOLUTION = Implementation("convolution", Product, _convolve, _multiplies_images)
 
 
 # -- weights that are stored in few bits -------------------------------------------------------
@@ -298,7 +330,7 @@ REGISTERED = {
     one.name: one
     for one in (
         *(_SUM, _ADDMM, _KEPT, _MERGE_KERNEL, _KEEP),
-        *(_DIAGONAL, _REPEAT, _SCALE, _TOTAL, _GEMM_4BIT, _MATMUL, _UNPACK),
+        *(_DIAGONAL, _REPEAT, _SCALE, _TOTAL, _GEMM_4BIT, _MATMUL, _CONVOLUTION, _UNPACK),
         *(_PICK, _SCATTER, _GROUPED, _WITH_ALL, _GROUPED_OUTER),
     )
 }

@@ -41,6 +41,9 @@ class LeafSpec:
         packed: Bits per element of a weight that is stored packed; 0 for any other leaf. One
             operator multiplies by its transpose without unpacking it. Any other step needs a step
             that unpacks it.
+        images: True if its rows are the positions of images.
+        taps: For patches of images, and for kernels that multiply them: the elements of a patch, or
+            kernel, of one channel; 0 for any other leaf.
     """
 
     rows: int
@@ -51,6 +54,8 @@ class LeafSpec:
     held: bool = True
     picked: Picked | None = None
     packed: int = 0
+    images: bool = False
+    taps: int = 0
 
 
 class Value(NamedTuple):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from runlora_fx.passes.levels import experts
+from runlora_fx.passes.levels import convolutions, experts
 from runlora_fx.passes.levels import readers as builders
 from runlora_fx.passes.levels.forms import Form, Identity, MatrixProduct, RepeatedProduct
 from runlora_fx.passes.levels.level import Calls, Dialect
@@ -31,6 +31,11 @@ def _sub(a: Any, b: Any, alpha: Any = 1) -> Form | None:
 
 def _mul(a: Any, b: Any) -> Form | None:
     return builders.scale(a, b) or experts.outer_product(a, b)
+
+
+def _result(several: Any, i: Any) -> Form | None:
+    """One of several results of a call."""
+    return experts.result(several, i) or convolutions.result(several, i)
 
 
 def _merged(base: Any, left: Any, right: Any, alpha: Any) -> Form | None:
@@ -176,7 +181,8 @@ ATEN = Dialect(
         _aten.index_select.default: experts.index_select,
         _aten.index_put.default: experts.index_put,
         _aten._grouped_mm.default: experts.grouped_mm,
-        operator.getitem: experts.result,
+        _aten.convolution.default: convolutions.convolution,
+        operator.getitem: _result,
     },
     foreign={
         "runlora.fused_merge.default": _merged,

@@ -5,13 +5,16 @@ Example: a linear layer on ``x[b, s, i]`` sees the matrix ``(b s, i)``: ``Cut(0,
 A cut splits the dimensions of a tensor in three blocks: the leading block is the batch, the middle
 block, flattened, the rows, the last block the columns. ``view`` and ``permute`` only move cuts.
 
+A batch of images ``(n, c, h, w)`` is also seen as one matrix ``(n h w, c)``: the positions of all
+images are rows, and channels are columns. This is the cut :data:`IMAGES`. It is not moved.
+
 Invariant: a cut that a function here returns shows the same matrix, or its transpose if the
 function says so. If that is not known for all values of symbolic sizes, the function returns None.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -28,15 +31,51 @@ from runlora_fx.passes.levels.sizes import (
 )
 
 
-class Cut(NamedTuple):
-    """Where the rows begin and where the columns begin among a tensor's dimensions."""
+class Images(NamedTuple):
+    """How a cut shows images that are no block of dimensions.
 
-    rows: int
-    cols: int
+    Attributes:
+        folded: None if the matrix has a row for each position, and a column for each channel. Else
+            the tensor is the fold of a matrix of these extents: patches are added up where they
+            overlap. Only sums and multiples of folds are read.
+        by: What a fold depends on besides: folds by different geometries are of different matrices.
+    """
+
+    folded: tuple[Dim, Dim] | None = None
+    by: Hashable = None
 
     def extents(self, shape: Shape) -> tuple[Dim, Dim, Dim]:
         """Sizes of batch, rows and columns."""
-        return _extents(shape, *self)
+        return (1, *(self.folded or (numel((shape[0], *shape[2:])), shape[1])))
+
+
+class Cut(NamedTuple):
+    """Where the rows begin and where the columns begin among a tensor's dimensions.
+
+    Attributes:
+        rows: The dimension at which the rows begin.
+        cols: The dimension at which the columns begin.
+        images: How images are shown; None if the blocks of dimensions are shown.
+    """
+
+    rows: int
+    cols: int
+    images: Images | None = None
+
+    def extents(self, shape: Shape) -> tuple[Dim, Dim, Dim]:
+        """Sizes of batch, rows and columns."""
+        if self.images is not None:
+            return self.images.extents(shape)
+        return _extents(shape, self.rows, self.cols)
+
+
+#: Images as one matrix: a row for each position of each image, a column for each channel.
+IMAGES = Cut(0, 0, Images())
+
+
+def fold(rows: Dim, cols: Dim, by: Hashable) -> Cut:
+    """The cut that shows the matrix of which images are the fold, by a geometry."""
+    return Cut(0, 0, Images((rows, cols), by))
 
 
 # Equal layers make equal calls, and the results depend on the arguments alone.
@@ -50,11 +89,16 @@ def _extents(shape: Shape, rows: int, cols: int) -> tuple[Dim, Dim, Dim]:
 
 def same_matrix(shape: Shape, one: Cut, other: Cut) -> bool:
     """True if two cuts of a tensor are known to show the same batch of matrices."""
-    return one == other or same_shape(one.extents(shape), other.extents(shape))
+    if one == other:
+        return True
+    is_plain = one.images is other.images is None
+    return is_plain and same_shape(one.extents(shape), other.extents(shape))
 
 
 def turned_vector(shape: Shape, one: Cut, other: Cut) -> bool:
     """True if one cut of a tensor shows a row where the other shows a column, for each matrix."""
+    if one.images is not None or other.images is not None:
+        return False
     batch, rows, cols = one.extents(shape)
     is_vector = is_one(rows) != is_one(cols)
     return is_vector and same_shape((batch, cols, rows), other.extents(shape))
@@ -68,6 +112,8 @@ def last_dim_cut(ndim: int) -> Cut:
 @_remembered
 def recut(shape: Shape, cut: Cut, onto: Shape) -> Cut | None:
     """The cut of a reshaped tensor that leaves the matrix as it is; None if there is none."""
+    if cut.images is not None:
+        return cut if same_shape(shape, onto) else None
     batch, rows, _ = extents = cut.extents(shape)
     if any(map(is_zero, shape)):
         # Without elements all matrices of equal extents are the same.
@@ -88,6 +134,8 @@ def permuted_cut(shape: Shape, cut: Cut, dims: tuple[int, ...]) -> tuple[Cut, bo
         The cut of the permuted tensor and whether it shows the transpose, or None where the
         permutation mixes rows, columns or batch. Dimensions of size 1 may stand anywhere.
     """
+    if cut.images is not None:
+        return None
     blocks = (range(cut.rows), range(cut.rows, cut.cols), range(cut.cols, len(shape)))
     if dims == (*blocks[0], *blocks[2], *blocks[1]) and blocks[1] and blocks[2]:
         # A transpose. For a row or a column, the code below would take it for a reshape.
@@ -148,6 +196,10 @@ def repetition(term: Shape, shape: Shape, cut: Cut) -> Repetition | None:
     if cut.rows != 0 or lead < 0 or same_shape(term, shape):
         return None
     filled = (1,) * lead + tuple(term)
+    if cut.images is not None:
+        is_row = cut == IMAGES and lead < 2 and same_shape(filled[1:2], shape[1:2])
+        is_alone = all_one(filled[:1]) and all_one(filled[2:])
+        return Repetition(Cut(0, 1 - lead), rows=True) if is_row and is_alone else None
     above, behind = filled[: cut.cols], filled[cut.cols :]
     seen = Cut(0, max(cut.cols - lead, 0))
     if same_shape(behind, shape[cut.cols :]) and all_one(above):

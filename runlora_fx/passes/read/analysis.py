@@ -17,6 +17,7 @@ from torch import fx
 from runlora_fx._torch_compat import fake_mode_of, size_hint
 from runlora_fx.passes.algebra.posed import Dim, PosedProblem
 from runlora_fx.passes.levels.level import Dialect
+from runlora_fx.passes.levels.sizes import facts_of
 from runlora_fx.passes.read.casts import Casts
 from runlora_fx.passes.read.effects import Effects
 from runlora_fx.passes.read.patterns import Patterns
@@ -83,12 +84,17 @@ class Analysis:
         return hint_of(size, self._mode)
 
     def leaves_of(self, region: int, nodes: Collection[fx.Node]) -> frozenset[int]:
-        """The leaves of a region's problem that are held by some nodes, batches left out."""
-        matrices = self.reader.leaves.matrices
+        """The matrices of a region's problem that are held by some nodes, as they are.
+
+        Tensors of more dimensions are left out: a plan would show them through views.
+        """
+        leaves = self.reader.leaves.matrices
+        facts = ((node, facts_of(node)) for node in nodes)
+        found = {node for node, known in facts if known is not None and len(known.shape) < 3}
         return frozenset(
             own
             for own, leaf in enumerate(self.posed[region].matrices)
-            if matrices[leaf].node in nodes and not matrices[leaf].batched
+            if leaves[leaf].node in found
         )
 
 

@@ -7,9 +7,9 @@ Invariant: equal values that are seen as matrices of equal sizes have one number
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 from torch import fx
@@ -21,6 +21,7 @@ from runlora_fx.passes.algebra.posed import Dim
 from runlora_fx.passes.algebra.words import Factor, NotInNormalForm, Word
 from runlora_fx.passes.levels.assigned import PickedRows, TokenAssignment
 from runlora_fx.passes.levels.cuts import Cut
+from runlora_fx.passes.levels.geometry import Geometry, KernelOf, Patches
 from runlora_fx.passes.levels.origins import Held, OnesColumn, Origin
 from runlora_fx.passes.levels.sizes import Shape, equal, is_one, numel, same_shape, shape_of
 from runlora_fx.passes.read.value_numbers import ValueNumbers
@@ -38,6 +39,10 @@ class Leaf:
         batched: True if it is a batch of matrices.
         diagonal: True if it is the diagonal matrix of a vector.
         picked: The leaf of all experts and the assignment, if it has each token's matrix of them.
+        images: True if it is a batch of images: its rows are their positions.
+        taps: For patches of images, and for kernels that multiply them: the elements of a patch, or
+            kernel, of one channel; 0 for any other leaf.
+        kernel_of: For such a kernel, the leaf of the same matrix, whatever it multiplies.
     """
 
     origin: Origin
@@ -47,6 +52,9 @@ class Leaf:
     batched: bool
     diagonal: bool = False
     picked: Picked | None = None
+    images: bool = False
+    taps: int = 0
+    kernel_of: int | None = None
 
     @property
     def node(self) -> fx.Node | None:
@@ -84,17 +92,19 @@ class Leaves:
     def matrix(self, values: ValueNumbers, node: fx.Node, cut: Cut) -> Polynomial:
         """A tensor as a leaf; the same one for equal values seen as equal matrices."""
         extents, turned = _oriented(shape_of(node), cut)
-        key = (values.of(node), extents)
+        key = _key(values, node, cut, extents)
         index = self._index.get(key)
         if index is None:
-            index = self._added(key, Leaf(_held(values, node), *extents, not is_one(extents[0])))
+            is_batch, are_images = not is_one(extents[0]), cut.images is not None
+            leaf = Leaf(_held(values, node), *extents, is_batch, images=are_images)
+            index = self._added(key, leaf)
         found = self._polynomial(index)
         return found.T if turned else found
 
     def find(self, values: ValueNumbers, node: fx.Node, cut: Cut) -> Factor | None:
         """The factor of a tensor that is a leaf already; None if it is none."""
         extents, turned = _oriented(shape_of(node), cut)
-        index = self._index.get((values.of(node), extents))
+        index = self._index.get(_key(values, node, cut, extents))
         return None if index is None else Factor(index, turned)
 
     def ones(self, rows: Dim) -> Polynomial:
@@ -157,6 +167,35 @@ class Leaves:
             ),
         )
 
+    def patches(self, values: ValueNumbers, origin: Patches, rows: Dim, cols: Dim) -> Polynomial:
+        """The patches of images that a convolution multiplies, as rows of a matrix."""
+        taps, key = origin.geometry.taps, (origin.key(values), (1, rows, cols))
+        make = partial(Leaf, origin, 1, rows, cols, False, images=True, taps=taps)
+        return algebra.leaf(self._numbered(key, make))
+
+    def kernel(self, p: Polynomial, geometry: Geometry) -> Polynomial:
+        """A matrix as a kernel that multiplies patches of a geometry: its last leaves are kernels.
+
+        Raises:
+            NotInNormalForm: If a last factor is no matrix that a node holds.
+        """
+        found = []
+        for word, number in p.terms:
+            last = word.factors[-1] if word.factors else None
+            if last is None or last.transposed or last.diagonal or word.scattered:
+                raise NotInNormalForm("no matrix of the weight's own shape is its last factor")
+            leaf = Factor(self._kernel(last.leaf, geometry))
+            found.append((word._replace(factors=(*word.factors[:-1], leaf)), number))
+        return algebra.polynomial(found)
+
+    def _kernel(self, base: int, geometry: Geometry) -> int:
+        leaf = self.matrices[base]
+        if not isinstance(leaf.origin, Held) or leaf.batched or leaf.images:
+            raise NotInNormalForm(f"the leaf {leaf.origin.name} is no matrix that a node holds")
+        origin = KernelOf(leaf.origin.node, geometry)
+        make = partial(replace, leaf, origin=origin, taps=geometry.taps, kernel_of=base)
+        return self._numbered(("kernel", base, geometry), make)
+
     def multiplied(self, left: Polynomial, right: Polynomial) -> Polynomial:
         """``left @ right``, by ``sum_k(P) Q = sum_k(P Q[k])`` for scattered words.
 
@@ -209,6 +248,12 @@ def _held(values: ValueNumbers, node: fx.Node) -> Held:
     return Held(values.first(values.of(node)))
 
 
+def _key(values: ValueNumbers, node: fx.Node, cut: Cut, extents: tuple[Dim, Dim, Dim]) -> Hashable:
+    """What the leaves of a tensor have in common that are seen as equal matrices."""
+    number = values.of(node)
+    return (number, extents) if cut.images is None else (number, extents, cut.images)
+
+
 @lru_cache(maxsize=1 << 14)
 def _oriented(shape: Shape, cut: Cut) -> tuple[tuple[Dim, Dim, Dim], bool]:
     """A tensor's extents as a matrix, and whether the cut shows the transpose of it.
@@ -217,6 +262,8 @@ def _oriented(shape: Shape, cut: Cut) -> tuple[tuple[Dim, Dim, Dim], bool]:
     them transposed.
     """
     batch, rows, cols = extents = cut.extents(shape)
+    if cut.images is not None:
+        return extents, False
     if len(shape) > 1 and is_one(batch) and (is_one(rows) or is_one(cols)):
         stands = (numel(shape[:-1]), shape[-1])
         if same_shape(stands, (cols, rows)) and not same_shape(stands, (rows, cols)):

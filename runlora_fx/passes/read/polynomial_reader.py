@@ -20,8 +20,9 @@ from runlora_fx.passes.algebra.posed import Dim
 from runlora_fx.passes.levels.assigned import TokenAssignment
 from runlora_fx.passes.levels.cuts import Cut
 from runlora_fx.passes.levels.forms import Form
+from runlora_fx.passes.levels.geometry import Geometry, Patches
 from runlora_fx.passes.levels.origins import Origin
-from runlora_fx.passes.levels.sizes import shape_of
+from runlora_fx.passes.levels.sizes import example_of, same_shape, shape_of
 from runlora_fx.passes.read.leaves import Leaves
 from runlora_fx.passes.read.value_numbers import ValueNumbers
 
@@ -56,6 +57,29 @@ class Tables:
     def virtual(self, origin: Origin, rows: Dim, cols: Dim) -> Polynomial:
         """A matrix that no node holds, and that emission writes where a plan needs it."""
         return self.leaves.virtual(self.values, origin, rows, cols)
+
+    def patches(self, origin: Patches, rows: Dim, cols: Dim) -> Polynomial:
+        """The patches of images that a convolution multiplies, as rows of a matrix.
+
+        Casts that are read through are left out, as they are for other leaves.
+        """
+        image = origin.image
+        while (source := self._cast_of(image)) is not None:
+            image = source
+        return self.leaves.patches(self.values, Patches(image, origin.geometry), rows, cols)
+
+    def _cast_of(self, node: fx.Node) -> fx.Node | None:
+        """What a node casts, if the cast is read through; None if it is anything else."""
+        form = self.forms.get(node)
+        source = None if form is None else form.same_elements_as
+        here, there = example_of(node), example_of(source)
+        if source is None or here is None or there is None or here.dtype == there.dtype:
+            return None
+        return source if same_shape(shape_of(node), shape_of(source)) else None
+
+    def kernel(self, p: Polynomial, geometry: Geometry) -> Polynomial:
+        """A matrix as a kernel that multiplies patches of a geometry."""
+        return self.leaves.kernel(p, geometry)
 
     def assignment(self, by: TokenAssignment) -> int:
         """The number of an assignment of tokens to experts."""

@@ -52,6 +52,8 @@ class _LeafFacts(NamedTuple):
     backward: bool
     held: bool
     packed: int
+    images: bool
+    taps: int
 
 
 class _Numbers(NamedTuple):
@@ -219,7 +221,9 @@ class Poser:
         fused = leaf.origin.product if isinstance(leaf.origin, Computed) else None
         packed = 0 if fused is None else fused.bits
         sizes = (leaf.batch, leaf.rows, leaf.cols)
-        found = self._leaves[index] = _LeafFacts(sizes, leaf.batched, kind, backward, held, packed)
+        found = self._leaves[index] = _LeafFacts(
+            sizes, leaf.batched, kind, backward, held, packed, leaf.images, leaf.taps
+        )
         return found
 
     # -- a new problem -------------------------------------------------------------------------
@@ -292,8 +296,9 @@ class Poser:
     def _spec(self, own: int, index: int, dims: DimClasses) -> LeafSpec:
         """The specification of a leaf in a problem."""
         batch, rows, cols = dims.of(own)
-        _, _, kind, backward, held, packed = self._facts(index)
-        return LeafSpec(rows, cols, batch, kind, backward, held, dims.leaves[own].picked, packed)
+        _, _, kind, backward, held, packed, images, taps = self._facts(index)
+        picked = dims.leaves[own].picked
+        return LeafSpec(rows, cols, batch, kind, backward, held, picked, packed, images, taps)
 
 
 def _scaled_leaf(p: Polynomial) -> int | None:

@@ -16,6 +16,7 @@ from typing import NamedTuple, TypeAlias
 
 from runlora_fx.cost_model.objective import Objective, Price
 from runlora_fx.passes.algebra.factorise import components, factorisations
+from runlora_fx.passes.algebra.images import is_written
 from runlora_fx.passes.algebra.implementations import is_merge, is_mergeable, serving
 from runlora_fx.passes.algebra.polynomials import Polynomial
 from runlora_fx.passes.algebra.problem import Problem, Value, is_broadcast
@@ -150,7 +151,11 @@ class Ways:
         if found is None:
             steps = dict.fromkeys(self._steps(value, all_splits))
             found = self._listed[value, all_splits] = tuple(
-                [self._found(value, step) for step in steps if not _adds_vector(value, step)]
+                [
+                    self._found(value, step)
+                    for step in steps
+                    if not _adds_vector(value, step) and is_written(self.problem.leaves, step)
+                ]
             )
         return found
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from runlora_fx.cost_model.objective import Objective
-from runlora_fx.cost_model.ops import GroupedMatMul, MatMul, Merge, Operation
+from runlora_fx.cost_model.ops import Convolution, GroupedMatMul, MatMul, Merge, Operation
 from runlora_fx.passes.algebra.plan import Plan, step_operations, total_cost
 from runlora_fx.passes.algebra.polynomials import IDENTITY, Polynomial, Scalar, leaf
 from runlora_fx.passes.algebra.problem import Problem, Value, is_broadcast
@@ -181,6 +181,9 @@ class _Drawer:
 def _product(operation: Operation, turned: bool) -> str:
     """The sizes of the operands of a product; empty for other operations."""
     match operation:
+        case Convolution(m, k, n):
+            rows, cols = (n, m) if turned else (m, n)
+            return f"{rows}x{k} · {k}x{cols}, a convolution"
         case MatMul(b, m, k, n):
             rows, cols = (n, m) if turned else (m, n)
             both = f"{rows}x{k} · {k}x{cols}"

@@ -113,6 +113,21 @@ class Writer(NodeWriter):
         """``a + b``, without ``alpha``: Inductor 2.13 drops it when it fuses ``mm`` and ``add``."""
         return self.call(self._calls.add, a, b)
 
+    def add_to_channels(self, images: fx.Node, vector: fx.Node) -> fx.Node:
+        """Images plus a number for each channel, which is the bias of a convolution that was new.
+
+        Before -> after: ``convolution(x, w, None, ...)`` -> ``convolution(x, w, vector, ...)``.
+        """
+        channels = shape_of(images)[1]
+        is_new = images in self.own and not images.users
+        if is_new and images.target is _aten.convolution.default and not images.args[6]:
+            x, weight, bias, *moves = images.args
+            if bias is None:
+                vector = self.reshape(vector, (channels,))
+                return self.call(_aten.convolution.default, x, weight, vector, *moves)
+        spread = (channels, *[1] * (len(shape_of(images)) - 2))
+        return self.add(images, self.reshape(vector, spread))
+
     def scale(self, a: fx.Node, by: float | fx.Node) -> fx.Node:
         """``a * by`` for a number or a scalar node; ``a`` itself if the number is 1."""
         return a if by == 1.0 else self.call(self._calls.mul, a, by)

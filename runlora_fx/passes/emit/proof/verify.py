@@ -13,9 +13,10 @@ from __future__ import annotations
 from torch import fx
 
 from runlora_fx.passes.algebra.addends import Addends, total
-from runlora_fx.passes.algebra.polynomials import Polynomial, of_factors
+from runlora_fx.passes.algebra.images import is_fold
+from runlora_fx.passes.algebra.polynomials import Polynomial, of_factors, polynomial
 from runlora_fx.passes.algebra.replacement import replaced
-from runlora_fx.passes.algebra.words import NotInNormalForm
+from runlora_fx.passes.algebra.words import Factor, NotInNormalForm
 from runlora_fx.passes.emit.nodes.layout import is_relied_on
 from runlora_fx.passes.levels.cuts import Cut
 from runlora_fx.passes.levels.sizes import (
@@ -42,9 +43,10 @@ class _ReadBack(PolynomialReader):
 
     def __init__(self, reader: GraphReader, leaves: frozenset[int]) -> None:
         super().__init__(reader.values, reader.leaves, reader.forms)
-        picked = (reader.leaves.matrices[leaf].picked for leaf in leaves)
-        bases = {of.base for of in picked if of is not None}
-        self._expected = leaves | bases
+        expected = [reader.leaves.matrices[leaf] for leaf in leaves]
+        bases = {leaf.picked.base for leaf in expected if leaf.picked is not None}
+        kernels = {leaf.kernel_of for leaf in expected if leaf.kernel_of is not None}
+        self._expected = leaves | bases | kernels
 
     def operand(self, node: fx.Node, cut: Cut) -> Addends:
         factor = self.leaves.find(self.values, node, cut)
@@ -78,8 +80,31 @@ def verify(reader: GraphReader, emitted: fx.Node, root: fx.Node, expected: Polyn
         found = total(_ReadBack(reader, expected.leaves).operand(emitted, reader.cuts[root]))
     except (_Unreadable, NotInNormalForm) as error:
         raise VerificationError(f"{root.name}: cannot read {error} back") from error
+    found, expected = _without_kernels(reader, found), _without_kernels(reader, expected)
     if not found.unmirrored.close_to(expected.unmirrored):
         raise VerificationError(f"{root.name}: emitted {found}, expected {expected}")
+
+
+def _without_kernels(reader: GraphReader, p: Polynomial) -> Polynomial:
+    """A polynomial with kernels of convolutions as plain matrices, but for those that make folds.
+
+    A matrix is the same tensor, whatever it multiplies. Folds depend on the geometry.
+    """
+    leaves = reader.leaves.matrices
+    if all(leaves[leaf].kernel_of is None for leaf in p.leaves):
+        return p
+
+    def bare(factor: Factor) -> Factor:
+        base = leaves[factor.leaf].kernel_of
+        return factor if base is None else factor._replace(leaf=base)
+
+    terms = []
+    for word, number in p.terms:
+        alone = Polynomial(((word, number),))
+        if not (is_fold(leaves, alone) or is_fold(leaves, alone.T)):
+            word = word._replace(factors=tuple([bare(factor) for factor in word.factors]))
+        terms.append((word, number))
+    return polynomial(terms)
 
 
 def _written_out(reader: GraphReader, p: Polynomial) -> Polynomial:

@@ -180,7 +180,9 @@ class Emitter:
     def matrix(self, value: Value, transposed: bool) -> fx.Node:
         """A value or its transpose as a matrix."""
         node, lies = self._laid(value, transposed)
-        if lies == transposed or value.core.is_diag_part:  # a vector has no transpose
+        # A vector has no transpose, and images are the nodes of both matrices.
+        has_transpose = not value.core.is_diag_part and not self._scope.are_images(value.core)
+        if lies == transposed or not has_transpose:
             return node
         return self._scope.writer.transpose(self._scope.plain(value.core, node))
 
@@ -234,6 +236,8 @@ class Emitter:
         if known is not None:
             if is_repeated:
                 self._recomputed.append(known.node)
+            if self._scope.are_images(value.core):
+                return known
             seen = self._scope.reader.cuts[known.node].extents(shape_of(known.node))
             return Laid(
                 self._scope.writer.reshape(known.node, matrix_shape(*seen)), known.transposed

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import fx
 
+from runlora_fx.passes.algebra.images import are_images
 from runlora_fx.passes.algebra.polynomials import Polynomial, Scalar
 from runlora_fx.passes.algebra.posed import Dim
 from runlora_fx.passes.algebra.problem import Value
@@ -71,6 +72,8 @@ class Scope:
     def leaf(self, factor: Factor) -> fx.Node:
         """A leaf as a matrix; activations keep their shape if products take it."""
         leaf, node = self.leaves.matrices[factor.leaf], self.leaf_node(factor)
+        if leaf.images:
+            return node
         as_it_is = (
             not self.writer.flattens
             and len(shape_of(node)) > 1
@@ -81,10 +84,14 @@ class Scope:
         return self.writer.transpose(node) if factor.transposed else node
 
     def plain(self, p: Polynomial, node: fx.Node) -> fx.Node:
-        """A node of a polynomial with its rows flattened; a batch of matrices is left as it is."""
+        """A node of a polynomial with its rows flattened; batches and images are left alone."""
         is_batch = any(self.leaves.matrices[leaf].batched for leaf in p.leaves)
-        is_plain = is_batch or len(shape_of(node)) == 2
+        is_plain = is_batch or len(shape_of(node)) == 2 or self.are_images(p)
         return node if is_plain else self.writer.reshape(node, flattened(node))
+
+    def are_images(self, p: Polynomial) -> bool:
+        """True if a node of a polynomial, or of its transpose, is a batch of images."""
+        return are_images(self.leaves.matrices, p)
 
     def flat(self, leaf: int, node: fx.Node) -> fx.Node:
         """The node of a leaf, reshaped to a matrix or a batch of matrices."""

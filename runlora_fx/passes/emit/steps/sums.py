@@ -8,6 +8,8 @@ Invariant: the order of addends is fixed: repeated vectors, leaves, products, th
 
 from __future__ import annotations
 
+from functools import reduce
+
 from torch import fx
 
 from runlora_fx.passes.algebra.polynomials import IDENTITY, Normalised
@@ -46,6 +48,8 @@ class Sums:
             flip: True to write the transpose.
             backward: The phase that the sum is computed in.
         """
+        if any(self._scope.are_images(part.core) for part in parts):
+            return self._images(parts, backward)
         kinds = [self._kind(part, backward) for part in parts]
         # A sum with diagonal parts is a vector. A leaf in it may be held as a row or a column.
         makes_vector = any(part.core.is_diag_part for part in parts)
@@ -74,6 +78,17 @@ class Sums:
             takes_product, lacks = False, NOTHING
         assert total is not None
         return self._broadcasts.filled(total, lacks)
+
+    def _images(self, parts: list[Normalised], backward: bool) -> fx.Node:
+        """The sum of images, and of vectors with an entry for each channel."""
+        vectors = [part for part in parts if self._kind(part, backward) == "vector"]
+        images = [self._matrix(part, False, backward) for part in parts if part not in vectors]
+        total = reduce(self._scope.writer.add, images)
+        for part in vectors:
+            vector = self._broadcasts.vector(part, False, backward)
+            node = self._scope.scaled(vector.node, vector.scalar)
+            total = self._scope.writer.add_to_channels(total, node)
+        return total
 
     def addend(self, part: Normalised, flip: bool, backward: bool) -> fx.Node:
         """The addend that ``addmm`` adds a product to: a vector to broadcast, or a matrix."""

@@ -19,6 +19,7 @@ from runlora_fx.passes.algebra.polynomials import Polynomial, Scalar
 from runlora_fx.passes.algebra.posed import Dim
 from runlora_fx.passes.levels.assigned import TokenAssignment
 from runlora_fx.passes.levels.cuts import Cut
+from runlora_fx.passes.levels.geometry import Geometry, Patches
 from runlora_fx.passes.levels.origins import Origin
 from runlora_fx.passes.levels.sizes import Shape
 
@@ -73,6 +74,16 @@ class Reading(Diagonals, Protocol):
 
     def virtual(self, origin: Origin, rows: Dim, cols: Dim) -> Polynomial:
         """A matrix that no node holds, and that emission writes where a plan needs it."""
+
+    def patches(self, origin: Patches, rows: Dim, cols: Dim) -> Polynomial:
+        """The patches of images that a convolution multiplies, as rows of a matrix."""
+
+    def kernel(self, p: Polynomial, geometry: Geometry) -> Polynomial:
+        """A matrix as a kernel that multiplies patches of a geometry.
+
+        Raises:
+            NotInNormalForm: If a last factor is no matrix that a node holds.
+        """
 
     def assignment(self, by: TokenAssignment) -> int:
         """The number of an assignment of tokens to experts."""

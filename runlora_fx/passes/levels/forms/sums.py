@@ -17,6 +17,7 @@ from runlora_fx.passes.algebra.addends import Addends, scaled
 from runlora_fx.passes.algebra.polynomials import Polynomial, Scalar
 from runlora_fx.passes.levels.cuts import Cut
 from runlora_fx.passes.levels.forms.broadcasts import Broadcast, RepeatedRow
+from runlora_fx.passes.levels.forms.convolutions import Convolution
 from runlora_fx.passes.levels.forms.form import Cuts, Factors, Form, LinearNodes, Reading
 from runlora_fx.passes.levels.forms.products import MatrixProduct
 from runlora_fx.passes.levels.origins import Origin
@@ -27,13 +28,15 @@ from runlora_fx.passes.levels.sizes import Shape, same_shape, shape_of
 class WeightedSum(Form):
     """``sum(c * term)``."""
 
-    terms: tuple[tuple[Broadcast | RepeatedRow | MatrixProduct, float], ...]
+    terms: tuple[tuple[Broadcast | RepeatedRow | MatrixProduct | Convolution, float], ...]
 
     adds: ClassVar[bool] = True
     is_leaf_alone: ClassVar[bool] = True
 
     @staticmethod
-    def of(*terms: tuple[fx.Node | RepeatedRow | MatrixProduct, float]) -> WeightedSum:
+    def of(
+        *terms: tuple[fx.Node | Broadcast | RepeatedRow | MatrixProduct | Convolution, float],
+    ) -> WeightedSum:
         """The sum of nodes, which broadcast where they are smaller, and of products."""
         return WeightedSum(
             tuple((Broadcast(x) if isinstance(x, fx.Node) else x, c) for x, c in terms)
