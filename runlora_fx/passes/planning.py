@@ -240,6 +240,7 @@ class _Planner:
         """
         pending = [chosen]
         is_fresh = True
+        last: Exception = LookupError("the regions are others than before")
         while pending:
             names = pending.pop()
             if not is_fresh:  # earlier transactions may have changed the graph
@@ -248,6 +249,9 @@ class _Planner:
             is_fresh = False
             indices = {_name(region): i for i, region in enumerate(analysis.regions.regions)}
             here = {name: indices[name] for name in names if name in indices}
+            lost = [name for name in names if name not in indices]
+            if lost:  # they share a root with a region that was written, and are other regions now
+                note_failure(self._context, lost, last)
             found = {i: _chosen(decisions[i]) for i in here.values()}
             plans = {i: plan for i, plan in found.items() if plan is not None}
             try:
@@ -263,6 +267,7 @@ class _Planner:
             except Exception as error:
                 if self._options.strict:
                     raise
+                last = error
                 if len(names) == 1:
                     self._note(names[0], error)
                 else:
