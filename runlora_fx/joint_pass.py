@@ -201,10 +201,21 @@ class RunloraPass(CustomGraphPass):
         others = [getattr(user_pass, "uuid", lambda: None)() for user_pass in self._before]
         if not all(others):
             return None
-        # FLOPs do not depend on the machine.
-        machine = self._machine.identity() if self._options.objective == "time" else None
-        settings = (astuple(self._options), self._parameters)
-        return ("runlora", __version__, _source_hash(), settings, machine, tuple(others))
+        try:
+            # FLOPs do not depend on the machine.
+            machine = self._machine.identity() if self._options.objective == "time" else None
+            settings = (astuple(self._options), self._parameters)
+            return ("runlora", __version__, _source_hash(), settings, machine, tuple(others))
+        except Exception as error:
+            if self._options.strict:
+                raise
+            _log.warning(
+                "runlora could not identify itself, so the code of this graph goes to no cache; "
+                "please report this (options={'runlora.strict': True} raises instead): %s: %s",
+                type(error).__name__,
+                error,
+            )
+            return None
 
 
 @cache

@@ -15,6 +15,7 @@ import gc
 import os
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 import runlora_fx
+
+#: What `functools.cache` and `lru_cache` make.
+_Cache = type(cache(lambda: None))
 
 WIDTH, RANK, LENGTHS = 24, 2, (16, 24, 40, 56)
 
@@ -56,7 +60,7 @@ def _tables() -> Iterator[tuple[str, int]]:
 
 
 def _sizes(name: str, value: Any) -> Iterator[tuple[str, int]]:
-    if hasattr(value, "cache_info"):
+    if isinstance(value, _Cache):
         yield name, value.cache_info().currsize
     elif isinstance(value, dict | list | set) and not name.endswith("__"):
         yield name, len(value)
@@ -71,7 +75,7 @@ def bound_of(name: str) -> int | None:
             found: Any = module
             for part in (*path[cut:], attribute):
                 found = getattr(found, part)
-            return found.cache_info().maxsize if hasattr(found, "cache_info") else None
+            return found.cache_info().maxsize if isinstance(found, _Cache) else None
     return None
 
 

@@ -260,7 +260,7 @@ class _Planner:
                     apply(analysis, plans, probes=self._options.strict)
                 self._changed |= {name for name, i in here.items() if i in plans}
             except NotAppliedError as failure:
-                mine = self._of_root(analysis, here, failure.root.node)
+                mine = _of_root(analysis, here, failure.root.node)
                 self._note(failure.root.node.name, failure.cause)
                 rest = [name for name in names if name not in mine]
                 pending += [rest] if rest and mine else []
@@ -321,13 +321,14 @@ class _Planner:
             after += runs if name in self._changed else came
         return before, after
 
-    def _of_root(self, analysis: Analysis, here: dict[str, int], root: fx.Node) -> set[str]:
-        """The names of the regions that have a part of a root."""
-        return {
-            name
-            for name, i in here.items()
-            if any(other.node is root for other, _ in analysis.regions.regions[i].demands)
-        }
+
+def _of_root(analysis: Analysis, here: dict[str, int], root: fx.Node) -> set[str]:
+    """The names of the regions that have a part of a root."""
+    return {
+        name
+        for name, i in here.items()
+        if any(other.node is root for other, _ in analysis.regions.regions[i].demands)
+    }
 
 
 def _chosen(decision: Decision) -> Plan | None:

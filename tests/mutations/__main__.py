@@ -21,7 +21,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutations", description=__doc__)
     parser.add_argument("--strict", action="store_true", help="with probes, and errors")
     parser.add_argument("--graph", choices=GRAPHS, action="append", help="default: all")
-    parser.add_argument("--every", type=int, default=1, help="only every such place")
+    parser.add_argument("--every", type=int, default=3, help="only every such place")
     parser.add_argument("--write", action="store_true", help=f"the table into {PAGE.name}")
     asked = parser.parse_args()
     torch.set_num_threads(1)

@@ -194,7 +194,7 @@ def _of(
 
 def _stacks() -> Came:
     torch.manual_seed(0)
-    graph = joint(Layer(_attention, **_STACKS), _tokens(1024, 128))
+    graph = joint(Layer(_attention, **_STACKS), _tokens(256, 128))
     return Came(graph, Options(device="h100"), joins=True)
 
 

@@ -108,7 +108,7 @@ def _dropped_term(call: Call, place: Place) -> Iterator[Call]:
         yield _with(call, 3, False)
 
 
-def _likes(node: fx.Node, nodes: Sequence[fx.Node], most: int = 3) -> list[fx.Node]:
+def _likes(node: fx.Node, nodes: Sequence[fx.Node], most: int = 2) -> list[fx.Node]:
     """The nearest nodes that hold other tensors of the same shape and dtype."""
     val = node.meta["val"]
     found = [
@@ -136,10 +136,8 @@ def _other_value(call: Call, place: Place) -> Iterator[Call]:
 def _wrong_dtype(call: Call, place: Place) -> Iterator[Call]:
     dtype = place.value.dtype
     if dtype.is_floating_point:
-        for narrow in (torch.bfloat16, torch.float16):
-            cast = Call(_prims.convert_element_type.default, (call, narrow))
-            yield cast
-            yield Call(_prims.convert_element_type.default, (cast, dtype))
+        cast = Call(_prims.convert_element_type.default, (call, torch.bfloat16))
+        yield from (cast, Call(_prims.convert_element_type.default, (cast, dtype)))
 
 
 def _wrong_strides(call: Call, place: Place) -> Iterator[Call]:

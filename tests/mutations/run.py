@@ -339,11 +339,12 @@ def outcomes(
         came: The graph.
         mistake: Its name.
         strict: The option of the pass.
-        every: Only every such place.
+        every: Only every such place; mistakes that are no calls are made everywhere.
         see: Called with every outcome, place and variant.
     """
     wanted, counts = values_of(came, came.module), Counter[str]()
-    for place in range(0, places_of(came, mistake), every):
+    step = 1 if mistake in OTHERS else every
+    for place in range(0, places_of(came, mistake), step):
         variant, variants = 0, 1
         while variant < variants:
             worker: Any

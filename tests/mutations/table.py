@@ -1,7 +1,7 @@
 """The table of docs/reliability.md: by mistake and graph, how many mistakes were made and caught.
 
-    | lost scale | 6 | 10 | ... |       all were caught
-    | wrong mask | · | · | 4 | ...      nothing there to mistake
+| lost scale | 6 | 10 | ... |       all were caught
+| wrong mask | · | · | 4 | ...      nothing there to mistake
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ def table(found: Counts) -> str:
     whole = sum(found.values(), Counter[str]())
     caught, same = whole["caught"], whole["same"]
     others = sum(whole.values()) - caught - same
-    lines += ["", f"{caught} mistakes were caught, {others} were not. {same} more change no result."]
+    lines += [
+        "",
+        f"{caught} mistakes were caught, {others} were not. {same} more change no result.",
+    ]
     return "\n".join(lines)
 
 

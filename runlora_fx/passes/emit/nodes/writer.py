@@ -18,9 +18,8 @@ from torch import fx
 
 from runlora_fx._torch_compat import in_fake_mode
 from runlora_fx.passes.algebra.posed import Dim
-from runlora_fx.passes.emit.nodes.claims import holds
 from runlora_fx.passes.emit.nodes.example_results import values_of
-from runlora_fx.passes.emit.nodes.node_writer import EmissionError, NodeWriter
+from runlora_fx.passes.emit.nodes.node_writer import NodeWriter
 from runlora_fx.passes.levels.assigned import TokenAssignment
 from runlora_fx.passes.levels.cuts import inverse
 from runlora_fx.passes.levels.forms import (
@@ -28,7 +27,6 @@ from runlora_fx.passes.levels.forms import (
     Copy,
     DiagonalMultiple,
     DiagonalOfProduct,
-    Form,
     Operand,
     Reshape,
     Total,
@@ -60,7 +58,6 @@ class Writer(NodeWriter):
     """Writes the calls that the steps of plans are made of.
 
     Attributes:
-        claimed: The nodes whose forms were not read, but given.
         materialised: The nodes that compute virtual leaves.
         picked: The nodes that pick each token's matrix. Such a tensor is large, and cheap to
             recompute in the backward.
@@ -69,7 +66,6 @@ class Writer(NodeWriter):
     def __init__(self, graph: fx.Graph, reader: GraphReader, dialect: Dialect) -> None:
         """Write into the graph that the reader has read."""
         super().__init__(graph, reader, dialect.calls)
-        self.claimed: set[fx.Node] = set()
         self.materialised: list[fx.Node] = []
         self.picked: list[fx.Node] = []
         self._viewable: dict[Hashable, bool] = {}
@@ -78,20 +74,6 @@ class Writer(NodeWriter):
     def flattens(self) -> bool:
         """True if products take matrices only, so that activations must be flattened."""
         return self._calls.stacked is None
-
-    def claim(self, node: fx.Node, form: Form) -> None:
-        """Say which form a call has that no reader can tell.
-
-        Raises:
-            EmissionError: If the call does not compute it.
-        """
-        if not holds(node, form, self._calls, self._reader.values):
-            raise EmissionError(
-                f"{node.name} is written as {type(form).__name__}, which {node.target} on "
-                f"{node.args} does not compute"
-            )
-        self.claimed.add(node)
-        self._reader.forms[node] = form
 
     # -- calls ---------------------------------------------------------------------------------
 

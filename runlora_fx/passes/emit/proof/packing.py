@@ -58,7 +58,8 @@ def check_packing(mask: fx.Node, unpacked: fx.Node, dim: int) -> None:
             made = _run(unpacked, {mask: bits}, {size: first})
         except Exception as error:
             raise VerificationError(f"{mask.name}: its bits cannot be unpacked: {error}") from error
-    if made.dtype != bits.dtype or not torch.equal(made, bits):
+        is_same = made.dtype == bits.dtype and torch.equal(made, bits)
+    if not is_same:
         raise VerificationError(f"{mask.name}: {unpacked.name} unpacks other bits than were packed")
 
 
