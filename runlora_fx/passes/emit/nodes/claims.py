@@ -103,12 +103,22 @@ def _calls_of(form: Form, node: fx.Node, calls: Calls, values: ValueNumbers) -> 
             _require(_is_copy(node, source, calls, values))
         case Written(OnesColumn()):
             yield _Expected(node, calls.full, (args[0], 1.0), dict(node.kwargs))
-        case Written(Computed(target, given)):
-            yield _Expected(node, target, given)
+        case Written(Computed() as origin):
+            yield from _computed(node, origin)
         case Written(Attribute(target)):
             _require((node.op, node.target) == ("get_attr", target))
         case _:
             raise _NotSo
+
+
+def _computed(node: fx.Node, origin: Computed) -> Iterator[_Expected]:
+    """The call of a computed tensor, and those among its arguments."""
+    pairs: list[tuple[Any, Any]] = list(zip(origin.args, node.args, strict=True))
+    args = tuple(arg if isinstance(x, Computed) else x for x, arg in pairs)
+    yield _Expected(node, origin.target, args)
+    for x, arg in pairs:
+        if isinstance(x, Computed):
+            yield from _computed(arg, x)
 
 
 def _product_with_all(
