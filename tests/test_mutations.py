@@ -91,10 +91,10 @@ def test_without_mistakes_the_graphs_are_rewritten_right(graph: str) -> None:
 
 def _graph() -> tuple[Analysis, dict[str, fx.Node]]:
     def calls(m: Tensor, v: Tensor) -> list[Tensor]:
-        column = v[:, None]
+        column, turned = v[:, None], m.permute(1, 0).contiguous()
         return [
             *(m.sum([0], True), m.sum([1], True), m * v, m * column),
-            *(v.expand(5, 4), m.t().contiguous().t(), m.t().contiguous(), column),
+            *(v.expand(5, 4), turned.permute(1, 0), turned, column),
         ]
 
     gm = make_fx(calls, tracing_mode="fake")(torch.randn(4, 4), torch.randn(4))
