@@ -19,10 +19,10 @@ from tests.mutations.run import ALL, OTHERS, are_same, outcomes, places_of, rewr
 from tests.mutations.table import PAGE, rows_of
 
 #: Of so many places, one is tried here.
-EVERY = {"DoRA": 9, "experts": 11, "recompute": 7}
+EVERY = {"DoRA": 9, "experts": 11, "recompute": 2}
 
 #: The graphs that the table lacks, as the page says.
-LACKING = {"stacks", "per sample"}
+LACKING = {"stacks"}
 
 #: Of so many places, one is tried for the table.
 TABLE = 3
@@ -36,7 +36,7 @@ def test_mistakes_are_caught(graph: str) -> None:
         counts = outcomes(came, mistake, every=EVERY[graph])
         assert set(counts) <= {"caught", "same"}, (mistake, counts)
         caught += counts["caught"]
-    assert caught > 10
+    assert caught > 5
 
 
 @pytest.mark.parametrize("mistake", ("lost scale", "stale leaf", "wrong dtype"))
