@@ -8,6 +8,7 @@ Invariant: threads that compile at the same time do not mix their reports.
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator
@@ -16,6 +17,8 @@ from dataclasses import dataclass, field
 
 from runlora_fx._torch_compat import compile_call_of, compiled_for
 from runlora_fx.report.data import Report, combined
+
+_log = logging.getLogger("runlora_fx")
 
 _lock = threading.Lock()
 _last: Report | _Parts | None = None
@@ -87,13 +90,22 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
+def _compiling() -> tuple[object, Hashable, object] | None:
+    """What Dynamo compiles in this thread; None also if torch cannot be asked."""
+    try:
+        return compiled_for()
+    except Exception as error:  # the report is the latest one then, and nothing else is lost
+        _log.info("runlora could not find what is compiled: %s: %s", type(error).__name__, error)
+        return None
+
+
 def record(report: Report) -> None:
     """Make a report the latest one, or a part of it inside :func:`as_one`."""
     global _last
     if _thread.pending is not None:
         _thread.pending.append(report)
         return
-    found = compiled_for()
+    found = _compiling()
     with _lock:
         _last = report
         if found is not None:
@@ -112,7 +124,7 @@ def expect(read: Callable[[], Report]) -> None:
         read: Reads the report of code that comes from a cache.
     """
     global _last
-    found = None if is_inside() else compiled_for()
+    found = None if is_inside() else _compiling()
     if found is None:
         return
     with _lock:
@@ -126,7 +138,7 @@ def amend(change: Callable[[Report], Report]) -> None:
     Args:
         change: Makes the new report, of the old one of all its graphs.
     """
-    found = compiled_for()
+    found = _compiling()
     if found is None:
         return
     with _lock:

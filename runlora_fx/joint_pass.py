@@ -8,7 +8,8 @@ Invariant: a failure of the pass never breaks a compilation, unless ``strict`` i
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple, replace
 from functools import cache
 from pathlib import Path
@@ -64,7 +65,9 @@ def run(
     Raises:
         Exception: Under ``strict``, whatever went wrong.
     """
-    began, came = perf_counter(), logs.before(graph)
+    began, came = perf_counter(), ""
+    with _telling(options):
+        came = logs.before(graph)
     try:
         report = rewrite_graph(
             graph,
@@ -93,9 +96,27 @@ def run(
     if not report.sites:
         report = replace(report, refusals=(*report.refusals, *_inactive()))
     report = replace(report, planning_seconds=perf_counter() - began)
-    logs.show(report, came, graph)
-    history.record(report)
+    with _telling(options):
+        logs.show(report, came, graph)
+    with _telling(options):
+        history.record(report)
     return report
+
+
+@contextmanager
+def _telling(options: Options) -> Iterator[None]:
+    """A context in which the user is told what was done: a failure costs no compilation."""
+    try:
+        yield
+    except Exception as error:
+        if options.strict:
+            raise
+        _log.warning(
+            "runlora could not say what it did; please report this "
+            "(options={'runlora.strict': True} raises instead): %s: %s",
+            type(error).__name__,
+            error,
+        )
 
 
 def _inactive() -> tuple[Refusal, ...]:
@@ -189,10 +210,21 @@ class RunloraPass(CustomGraphPass):
         others = [getattr(user_pass, "uuid", lambda: None)() for user_pass in self._before]
         if not all(others):
             return None
-        # FLOPs do not depend on the machine.
-        machine = self._machine.identity() if self._options.objective == "time" else None
-        settings = (astuple(self._options), self._parameters)
-        return ("runlora", __version__, _source_hash(), settings, machine, tuple(others))
+        try:
+            # FLOPs do not depend on the machine.
+            machine = self._machine.identity() if self._options.objective == "time" else None
+            settings = (astuple(self._options), self._parameters)
+            return ("runlora", __version__, _source_hash(), settings, machine, tuple(others))
+        except Exception as error:
+            if self._options.strict:
+                raise
+            _log.warning(
+                "runlora could not identify itself, so the code of this graph goes to no cache; "
+                "please report this (options={'runlora.strict': True} raises instead): %s: %s",
+                type(error).__name__,
+                error,
+            )
+            return None
 
 
 @cache

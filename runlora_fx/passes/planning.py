@@ -240,6 +240,7 @@ class _Planner:
         """
         pending = [chosen]
         is_fresh = True
+        last: Exception = LookupError("the regions are others than before")
         while pending:
             names = pending.pop()
             if not is_fresh:  # earlier transactions may have changed the graph
@@ -248,6 +249,9 @@ class _Planner:
             is_fresh = False
             indices = {_name(region): i for i, region in enumerate(analysis.regions.regions)}
             here = {name: indices[name] for name in names if name in indices}
+            lost = [name for name in names if name not in indices]
+            if lost:  # they share a root with a region that was written, and are other regions now
+                note_failure(self._context, lost, last)
             found = {i: _chosen(decisions[i]) for i in here.values()}
             plans = {i: plan for i, plan in found.items() if plan is not None}
             try:
@@ -256,13 +260,14 @@ class _Planner:
                     apply(analysis, plans, probes=self._options.strict)
                 self._changed |= {name for name, i in here.items() if i in plans}
             except NotAppliedError as failure:
-                mine = self._of_root(analysis, here, failure.root.node)
+                mine = _of_root(analysis, here, failure.root.node)
                 self._note(failure.root.node.name, failure.cause)
                 rest = [name for name in names if name not in mine]
                 pending += [rest] if rest and mine else []
             except Exception as error:
                 if self._options.strict:
                     raise
+                last = error
                 if len(names) == 1:
                     self._note(names[0], error)
                 else:
@@ -316,13 +321,14 @@ class _Planner:
             after += runs if name in self._changed else came
         return before, after
 
-    def _of_root(self, analysis: Analysis, here: dict[str, int], root: fx.Node) -> set[str]:
-        """The names of the regions that have a part of a root."""
-        return {
-            name
-            for name, i in here.items()
-            if any(other.node is root for other, _ in analysis.regions.regions[i].demands)
-        }
+
+def _of_root(analysis: Analysis, here: dict[str, int], root: fx.Node) -> set[str]:
+    """The names of the regions that have a part of a root."""
+    return {
+        name
+        for name, i in here.items()
+        if any(other.node is root for other, _ in analysis.regions.regions[i].demands)
+    }
 
 
 def _chosen(decision: Decision) -> Plan | None:

@@ -6,7 +6,7 @@
 - ``steps/`` writes the steps of plans. It imports ``nodes``.
 - ``proof/`` reads back what was written, and compares numbers. It imports ``nodes``.
 - ``copies/`` writes a root as a copy of an equal one. It imports ``steps`` and ``proof``.
-- ``graph/`` changes whole graphs: transactions, recompute tags, results. It imports ``nodes``.
+- ``graph/`` changes whole graphs: transactions, tags, results. It imports ``nodes``, ``proof``.
 - ``apply.py`` calls all of them. The planner calls it inside a transaction.
 
 Invariant: a graph contains either all nodes that were proven for a region, or none of them.

@@ -7,7 +7,7 @@ Invariant: no old root is replaced before all new roots are proven.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import fx
@@ -20,7 +20,9 @@ from runlora_fx.passes.emit.graph.results import keep_results_apart, memory_of_r
 from runlora_fx.passes.emit.nodes.inserter import hand_over
 from runlora_fx.passes.emit.nodes.layout import is_relied_on
 from runlora_fx.passes.emit.nodes.writer import Writer
+from runlora_fx.passes.emit.proof.order import check_order
 from runlora_fx.passes.emit.proof.probe import probe
+from runlora_fx.passes.emit.proof.verify import VerificationError
 from runlora_fx.passes.emit.steps.emitter import Emitted, Emitter
 from runlora_fx.passes.emit.steps.task import Task
 from runlora_fx.passes.levels.level import asks_about
@@ -81,12 +83,16 @@ def _replace(task: Task, writer: Writer, *, probes: bool) -> None:
         with _of_root(root):
             # All roots are proven before any is replaced: until then nodes are only added.
             emitted.append((root, copies.write(root)))
+    _check_order(task, emitted)
     for root, new in emitted if probes else ():
         with _of_root(root):
             probe(task.analysis, root.node, new.node, writer.written)
     for root, new in emitted:
         with _of_root(root):
+            readers = list(root.node.users)
             hand_over(root.node, new.node)
+            if not all(reader in new.node.users for reader in readers):
+                raise VerificationError(f"{root.node.name}: its readers read another root")
     for call, holder in reader.linear.asked_sizes.items():
         call.args = holder  # so that no product stays only because its size is read
     # Without the tag the partitioner would save them. A saved merged weight is a second copy of the
@@ -103,6 +109,14 @@ def _replace(task: Task, writer: Writer, *, probes: bool) -> None:
             if not node.users:
                 graph.erase_node(node)
     _drop_copies(graph, [both for _, new in emitted for both in new.copied])
+
+
+def _check_order(task: Task, emitted: Sequence[tuple[Root, Emitted]]) -> None:
+    """Check on which side of writes to memory everything was written."""
+    graph, effects = task.analysis.graph, task.analysis.effects
+    for root, new in emitted if effects.writing else ():
+        with _of_root(root):
+            check_order(graph, effects, [(root.node, new.written)])
 
 
 def _ask_another(reader: GraphReader, node: fx.Node) -> None:

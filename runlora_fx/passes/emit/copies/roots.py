@@ -11,7 +11,9 @@ counterpart of the same layout: the leaf of the same number, the same product of
 the copy of the same node, or the node that makes the same call on counterparts. So the copies
 compute the same polynomial over the leaves of the other root.
 
-Invariant: a root is proven, or it is a copy of a proven one.
+Copies are read back too, so that a wrong counterpart is found.
+
+Invariant: every root is proven.
 """
 
 from __future__ import annotations
@@ -115,8 +117,13 @@ class Copies:
         for first in () if key is None else self._firsts[key]:
             emitted = self.copied(first, root, slots)
             if emitted is not None:
+                self._prove(emitted, root)
                 return emitted
         return self._emitted(root, key, slots)
+
+    def _prove(self, emitted: Emitted, root: Root) -> None:
+        self._find_forms(emitted.node)
+        verify(self._reader, emitted.node, root.node, root.polynomial)
 
     # -- the first of its kind -----------------------------------------------------------------
 
@@ -127,8 +134,7 @@ class Copies:
             self._task.take_up(region)
             self._catch_up(region)
         emitted = self._emitter.emit(root)
-        self._find_forms(emitted.node)
-        verify(self._reader, emitted.node, root.node, root.polynomial)
+        self._prove(emitted, root)
         first = None if key is None else self._first(emitted, slots)
         for region in regions:
             self._of_region(region).extend(emitted.written)
@@ -251,8 +257,10 @@ class Copies:
             if node in self._formless:
                 was, nodes = self._formless.pop(node)
                 self._find_forms(was)
-                if was in self._reader.forms:
-                    self._reader.forms[node] = _on_nodes(self._reader.forms[was], nodes)
+                if was in self._writer.claimed:
+                    self._writer.claim(node, _on_nodes(self._reader.forms[was], nodes))
+                else:
+                    self._reader.classify(node)
 
 
 def _made_of(emitted: Emitted, known: Collection[fx.Node | None]) -> list[fx.Node] | None:

@@ -14,7 +14,7 @@ Invariant: ``unpack(pack(mask))`` equals ``mask``, and only the backward reads i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -22,6 +22,8 @@ from torch import fx
 
 from runlora_fx.passes.emit.graph.recompute import keep, leave_open, recompute
 from runlora_fx.passes.emit.nodes.inserter import Inserter
+from runlora_fx.passes.emit.proof.packing import check_packing
+from runlora_fx.passes.emit.proof.verify import VerificationError
 from runlora_fx.passes.levels.operators import CASTS, VIEWS, is_pointwise
 from runlora_fx.passes.levels.sizes import example_of
 from runlora_fx.passes.read.phases import recomputed
@@ -93,9 +95,11 @@ class MaskPacker:
                 now[node] = self._copied(node, now)
             else:
                 now[node] = self._unpacked(node, dim, self._packed(node, dim), anchors[node])
+                check_packing(node, now[node], dim)
             for reader in readers:
                 reader.replace_input_with(node, now[node])
         copied = set(now).difference(packed)
+        _check_copies(now, copied)
         leave_open(copied)
         return copied
 
@@ -197,3 +201,17 @@ class MaskPacker:
             recompute(steps, steps)
             self._powers[key] = steps[-1]
         return self._powers[key]
+
+
+def _check_copies(now: Mapping[fx.Node, fx.Node], copied: Collection[fx.Node]) -> None:
+    """Check that copies make the calls of their nodes on the same values.
+
+    Raises:
+        VerificationError: If one does not.
+    """
+    was = {new: old for old, new in now.items()}
+    for node in copied:
+        copy = now[node]
+        args, kwargs = fx.node.map_arg((copy.args, copy.kwargs), lambda n: was.get(n, n))
+        if (copy.target, args, kwargs) != (node.target, node.args, node.kwargs):
+            raise VerificationError(f"{node.name}: {copy.name} is no copy of it")

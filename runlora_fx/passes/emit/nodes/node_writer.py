@@ -19,9 +19,11 @@ from torch import fx
 
 from runlora_fx._torch_compat import fake_like, is_sym_int
 from runlora_fx.passes.algebra.posed import Dim
+from runlora_fx.passes.emit.nodes.claims import holds
 from runlora_fx.passes.emit.nodes.example_results import Layout
 from runlora_fx.passes.emit.nodes.inserter import Inserter, label_of
 from runlora_fx.passes.emit.nodes.rules import Rule, name_in, text_of
+from runlora_fx.passes.levels.forms import Form
 from runlora_fx.passes.levels.level import Calls
 from runlora_fx.passes.levels.sizes import (
     Shape,
@@ -46,6 +48,7 @@ class NodeWriter:
     Attributes:
         own: All nodes that were written.
         rules: The rule that each node was written for. Copied nodes have none here.
+        claimed: The nodes whose forms were not read, but given.
     """
 
     def __init__(self, graph: fx.Graph, reader: GraphReader, calls: Calls) -> None:
@@ -56,6 +59,7 @@ class NodeWriter:
         self._position = {node: i for i, node in enumerate(graph.nodes)}
         self.own: set[fx.Node] = set()
         self.rules: dict[fx.Node, Rule] = {}
+        self.claimed: set[fx.Node] = set()
         self._rule: Rule = ()
 
     def move_to(self, anchor: fx.Node) -> None:
@@ -170,6 +174,20 @@ class NodeWriter:
         self._position[node] = self._position[self.anchor] - 1
         self.own.add(node)
         return node
+
+    def claim(self, node: fx.Node, form: Form) -> None:
+        """Say which form a call has that no reader can tell.
+
+        Raises:
+            EmissionError: If the call does not compute it.
+        """
+        if not holds(node, form, self._calls, self._reader.values):
+            raise EmissionError(
+                f"{node.name} is written as {type(form).__name__}, which {node.target} on "
+                f"{node.args} does not compute"
+            )
+        self.claimed.add(node)
+        self._reader.forms[node] = form
 
     # -- sizes ---------------------------------------------------------------------------------
 

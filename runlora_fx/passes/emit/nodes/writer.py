@@ -140,7 +140,7 @@ class Writer(NodeWriter):
         """``a * vector``: every row of a matrix, or every column, times one entry of the vector."""
         node = self.call(self._calls.mul, a, vector)
         # The reader could take a column times a column for an elementwise product.
-        self._reader.forms[node] = DiagonalMultiple(a, vector, rows)
+        self.claim(node, DiagonalMultiple(a, vector, rows))
         return node
 
     def divide(self, a: fx.Node, by: fx.Node) -> fx.Node:
@@ -156,7 +156,7 @@ class Writer(NodeWriter):
         node = self.call(self._calls.cast, a, dtype)
         # The reader does not read through a cast of a leaf to a narrower dtype. This one is part of
         # the plan, so it is read through.
-        self._reader.forms[node] = Reshape(a)
+        self.claim(node, Reshape(a))
         return node
 
     def laid_out(self, a: fx.Node, order: Sequence[int]) -> fx.Node:
@@ -166,9 +166,9 @@ class Writer(NodeWriter):
         # The reader does not read through a copy that changes the layout, so both forms are stored.
         # The result is a copy of ``a`` itself: a cut of ``a`` that flattens two dimensions has no
         # counterpart in the permuted copy.
-        self._reader.forms[copied] = Copy(permuted)
+        self.claim(copied, Copy(permuted))
         result = self._permute(copied, inverse(tuple(order)))
-        self._reader.forms[result] = Copy(a)
+        self.claim(result, Copy(a))
         return result
 
     def _permute(self, a: fx.Node, dims: Sequence[int]) -> fx.Node:
@@ -220,7 +220,7 @@ class Writer(NodeWriter):
             return origin.node
         begin = len(self.written)
         node = origin.write(self)
-        self._reader.forms[node] = Written(origin)
+        self.claim(node, Written(origin))
         if isinstance(origin, Computed):
             self.materialised += [node, *self.written[begin:]]
         return node
@@ -249,7 +249,7 @@ class Writer(NodeWriter):
     def outer(self, column: fx.Node, row: fx.Node) -> fx.Node:
         """Columns (b, m, 1) times rows (b, 1, n), as an elementwise multiplication."""
         node = self.call(self._calls.mul, column, row)
-        self._reader.forms[node] = OuterProduct(Operand(column, STACK), Operand(row, STACK), STACK)
+        self.claim(node, OuterProduct(Operand(column, STACK), Operand(row, STACK), STACK))
         return node
 
     def pick(self, stack: fx.Node, by: TokenAssignment) -> fx.Node:
@@ -278,14 +278,14 @@ class Writer(NodeWriter):
         )
         node = self.call(_aten.index.Tensor, every, [own, None, by.node])
         # Nothing else in a graph says that two dimensions of a product are picked together.
-        self._reader.forms[node] = ProductOfBatch(by, Operand(rows, STACK), Operand(stack, STACK))
+        self.claim(node, ProductOfBatch(by, Operand(rows, STACK), Operand(stack, STACK)))
         return node
 
     def summed_by_expert(self, rows: fx.Node, by: TokenAssignment) -> fx.Node:
         """For each expert the sum of its tokens' matrices."""
         zeros = self.zeros((by.experts, *shape_of(rows)[1:]))
         node = self.call(_aten.index_put.default, zeros, [by.node], rows, True)
-        self._reader.forms[node] = SumOfRows(by, rows, zeros)
+        self.claim(node, SumOfRows(by, rows, zeros))
         return node
 
     def grouped_product(self, rows: fx.Node, stack: fx.Node, by: TokenAssignment) -> fx.Node:
@@ -316,7 +316,7 @@ class Writer(NodeWriter):
         """One row repeated ``times`` times, or one column."""
         sizes = [self._size(times), -1] if rows else [-1, self._size(times)]
         node = self.call(self._calls.expand, a, sizes)
-        self._reader.forms[node] = Broadcast(a)
+        self.claim(node, Broadcast(a))
         return node
 
     def total(self, a: fx.Node, *, rows: bool) -> fx.Node:
@@ -324,7 +324,7 @@ class Writer(NodeWriter):
         n = len(shape_of(a))
         dims = list(range(n - 1)) if rows else [n - 1]
         node = self.call(self._calls.sum, a, dims, True)
-        self._reader.forms[node] = Total(a, rows)
+        self.claim(node, Total(a, rows))
         return self.reshape(node, (1, shape_of(a)[-1])) if rows else node
 
     def row_dots(self, a: fx.Node, b: fx.Node, *, rows: bool) -> fx.Node:
@@ -333,7 +333,7 @@ class Writer(NodeWriter):
         node = self.call(self._calls.sum, multiplied, [1 if rows else 0])
         # The reader reads such a sum only if nothing else reads the multiplication, and if a factor
         # is made of a product.
-        self._reader.forms[node] = DiagonalOfProduct(*aligned_factors(a, b, 2, rows=rows))
+        self.claim(node, DiagonalOfProduct(*aligned_factors(a, b, 2, rows=rows)))
         return node
 
 

@@ -2,7 +2,7 @@
 
 Example: ``addmm(w, b, a), permute, mm`` is read back as ``X W' + X A' B'``. So was the old root.
 
-``copies`` and ``apply`` import this folder. It imports ``nodes`` alone of ``emit``.
+``copies``, ``graph`` and ``apply`` import this folder. It imports ``nodes`` alone of ``emit``.
 
 Invariant: nothing here changes the graph.
 """

@@ -64,6 +64,8 @@ class Task:
         self.plans = plans
         regions = analysis.regions
         touched = {root.node for i in plans for root, _ in regions.regions[i].demands}
+        # A root that is also a part of a region without a problem has no steps for that part.
+        touched -= {root.node for region, _ in analysis.failures for root, _ in region.demands}
         self.roots = tuple(root for root in regions.roots if root.node in touched)
         self.places = {
             (root.node, part): (i, k)
