@@ -3,8 +3,8 @@
     sum(m, [0, 1], True)  is written as  Total(m, rows=True)      ->      the claim holds
     sum(m, [2], True)     is written as  Total(m, rows=True)      ->      an EmissionError
 
-The readers cannot tell what some calls mean (:mod:`runlora_fx.passes.emit.nodes.writer`), so the
-writer says it. Without this check, verification would believe the writer.
+The readers cannot tell what some calls mean (:mod:`runlora_fx.passes.emit.nodes.matrices`), so
+the writer says it. Without this check, verification would believe the writer.
 
 Invariant: calls are compared by value numbers. A claim that holds names what the call computes.
 """
