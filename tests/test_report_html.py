@@ -87,6 +87,12 @@ def test_the_time_of_planning_has_two_digits() -> None:
     assert '<dd class="big">876 ms</dd>' in replace(report(), planning_seconds=0.876).to_html()
 
 
+def test_products_in_float32_are_counted() -> None:
+    words = "Products of 16-bit matrices in float32"
+    assert words in replace(report(), upcast=7).to_html()
+    assert words not in report().to_html()
+
+
 def test_a_report_of_other_sizes_says_so() -> None:
     words = "It was compiled for other sizes, and the numbers hold for those."
     assert words in replace(report(), from_cache=True, of_other_sizes=True).to_html()

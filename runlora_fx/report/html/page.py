@@ -93,6 +93,10 @@ class Reported(Protocol):
         """By stack, how many products run as one."""
 
     @property
+    def upcast(self) -> int:
+        """How many products of 16-bit matrices run in float32."""
+
+    @property
     def seconds(self) -> tuple[float, float] | None:
         """The predicted time of all products, before and after [s]."""
 
