@@ -27,7 +27,7 @@ OPTIONS = Options(objective="flops")
 MACHINE = Machine(use_stored=False)
 
 #: Calls of Python functions for each node of the graph.
-READING, WHOLE_PASS = 84, 240
+READING, WHOLE_PASS = 84, 250
 
 
 @cache
