@@ -66,12 +66,11 @@ def _is_chosen(node: fx.Node, profiles: Profiles) -> bool:
     made = example_of(node)
     if node.target not in _FACTORS or made is None or made.dtype not in _SIXTEEN_BITS:
         return False
-    factors = [example_of(node.args[at]) for at in _FACTORS[node.target]]
-    left, right = factors
+    left, right = (example_of(node.args[at]) for at in _FACTORS[node.target])
     if left is None or right is None or {left.dtype, right.dtype} != {made.dtype}:
         return False
     profile = profiles(made.device, str(made.dtype).removeprefix("torch."))
-    return profile.may_upcast and profile.upcasts(_product(left, right))
+    return profile.upcasts(_product(left, right))
 
 
 def _product(left: torch.Tensor, right: torch.Tensor) -> MatMul:

@@ -125,8 +125,8 @@ def upcast_text(products: int) -> str:
         products: How many.
     """
     return (
-        f"{count(products, 'product')} of 16-bit matrices run in float32, which was measured to be "
-        f"faster here; operands are cast, and results are rounded to 16 bits."
+        f"{count(products, 'product')} of 16-bit matrices run in float32, which is faster by the "
+        f"rates that were measured here; operands are cast, and results are rounded to 16 bits."
     )
 
 
