@@ -4,6 +4,7 @@ Plans depend on the profile of the machine. The tests count FLOPs, so they store
 bytes and launches cost just enough to break ties.
 """
 
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -44,6 +45,20 @@ def _flops_bound_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
         for dtype in DTYPES:
             store.add(key_of(torch.device("cpu"), dtype), Record(FLOPS_BOUND))
         yield folder
+
+
+@pytest.fixture(autouse=True)
+def _machine_stays(_flops_bound_machine: Path) -> Iterator[None]:
+    """A test that stores times uses ``no_profile``, so that all others plan for one machine."""
+    yield
+    for path in _flops_bound_machine.glob("*.json"):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["seconds_per"] != FLOPS_BOUND or record["products"] or record["plans"]:
+            path.write_text(
+                json.dumps({**record, "seconds_per": FLOPS_BOUND, "products": [], "plans": {}}),
+                encoding="utf-8",
+            )
+            raise AssertionError(f"the test stored times in {path.name} and lacks `no_profile`")
 
 
 @pytest.fixture

@@ -130,6 +130,7 @@ def test_every_case_has_values_in_eager_mode(bench: Any, cases: str) -> None:
         assert values.keys() == compare.compared(task, values).keys()
 
 
+@pytest.mark.usefixtures("no_profile")
 def test_a_contender_on_request_runs_in_every_set(bench: Any, tmp_path: Path) -> None:
     given = ("methods", "Flora, momentum", "--scale", "64", "--contenders", TUNED)
     status, found, text = run(bench, tmp_path, *given)
