@@ -15,12 +15,14 @@ from typing import Any, NamedTuple
 
 import sympy
 from torch import fx
-from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch._functorch import config as functorch_config
-from torch._inductor import config as inductor_config
-from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-from runlora_fx._torch_compat import FakeTensorMode
+from runlora_fx._torch_names import (
+    FakeTensorMode,
+    InstructionTranslator,
+    cache_dir,
+    functorch_config,
+    inductor_config,
+)
 
 
 class Compiling(NamedTuple):

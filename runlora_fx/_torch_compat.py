@@ -1,10 +1,10 @@
-"""Compatibility: all code that depends on the version of torch, and the private names that we use.
+"""Compatibility: all code that depends on the version of torch, and the uses of its private names.
 
 ``free_unbacked_symbols``, ``_TorchCompileInductorWrapper``, ``env.optimization_hint`` -> functions
 with names and docstrings of ours.
 
-Invariant: a new version of torch breaks this module, if any; ``tests/test_layering.py`` lists the
-six other modules that import private names.
+Invariant: a new version of torch breaks this module and its neighbours of the same prefix, if any.
+The private names themselves are imported in ``_torch_names.py``.
 """
 
 from __future__ import annotations
@@ -20,25 +20,40 @@ from typing import Any, cast
 import sympy
 import torch
 from torch import fx
-from torch._C._dynamo.eval_frame import get_eval_frame_callback, reset_code
-from torch._dynamo import config as dynamo_config
-from torch._dynamo import convert_frame, pgo
-from torch._dynamo import utils as dynamo_utils
-from torch._dynamo.eval_frame import _TorchDynamoContext, skip_code
-from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch._functorch import config as functorch_config
-from torch._functorch.partitioners import min_cut_rematerialization_partition
-from torch._inductor import config as inductor_config
-from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
-from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
-from torch.fx import proxy as _proxy
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-from torch.utils import _pytree as _pytree
-from torch.utils._python_dispatch import _disable_current_modes
+
+from runlora_fx import _torch_names as names
+from runlora_fx._torch_names import (
+    DispatchKey,
+    FakeTensor,
+    FakeTensorMode,
+    InstructionTranslator,
+    OpOverload,
+    _disable_current_modes,
+    _DisablePythonDispatcher,
+    _DisableTorchDispatch,
+    _set_throw_on_mutable_data_ptr,
+    _set_warn_deprecated_on_mutable_data_ptr,
+    _TorchCompileInductorWrapper,
+    _TorchCompileWrapper,
+    _TorchDynamoContext,
+    compile_fx_graph,
+    convert_frame,
+    dynamo_config,
+    dynamo_utils,
+    functorch_config,
+    get_eval_frame_callback,
+    inductor_config,
+    make_subclass,
+    min_cut_rematerialization_partition,
+    pgo,
+    reset_code,
+    skip_code,
+)
 
 try:
-    from torch._inductor.custom_graph_pass import CustomRuntimeEstimator as CustomRuntimeEstimator
-except ImportError:  # an older torch
+    CustomRuntimeEstimator = names.custom_graph_pass.CustomRuntimeEstimator
+except AttributeError:  # an older torch
 
     class CustomRuntimeEstimator:  # type: ignore[no-redef]
         """What torch has no class for."""
@@ -51,7 +66,7 @@ TAKES_ESTIMATORS = CustomRuntimeEstimator.__module__.startswith("torch.")
 COPIED_META: tuple[str, ...] = tuple(
     dict.fromkeys(
         [
-            *getattr(_proxy, "_COPY_META_FIELDS", ()),
+            *getattr(names.fx_proxy, "_COPY_META_FIELDS", ()),
             "nn_module_stack",
             "fwd_nn_module_stack",
             "source_fn_stack",
@@ -155,17 +170,17 @@ def fake_like(
         strides: Its strides [elements].
         base: What it is a view of instead, at the same offset as ``known`` is.
     """
-    with torch._C._DisableTorchDispatch():
+    with _DisableTorchDispatch():
         made = torch.empty_strided(shape, strides, dtype=known.dtype, device="meta")
         if base is not None:
             made.set_(base.untyped_storage(), known.storage_offset(), shape, strides)
-        fake = torch.Tensor._make_subclass(
+        fake = make_subclass(
             FakeTensor, made, False, dispatch_device=True, device_for_backend_keys=known.fake_device
         )
     if known.fake_mode._allow_unsafe_data_ptr_access:
-        torch._C._set_warn_deprecated_on_mutable_data_ptr(fake)
+        _set_warn_deprecated_on_mutable_data_ptr(fake)
     else:
-        torch._C._set_throw_on_mutable_data_ptr(fake)
+        _set_throw_on_mutable_data_ptr(fake)
     fake.__dict__.update(known.__dict__)
     return fake
 
@@ -173,7 +188,7 @@ def fake_like(
 @contextmanager
 def outside_all_modes() -> Iterator[None]:
     """A context in which operators run on real tensors while a graph is being traced."""
-    with _disable_current_modes(), torch._C._DisablePythonDispatcher():
+    with _disable_current_modes(), _DisablePythonDispatcher():
         yield
 
 
@@ -247,10 +262,7 @@ def tunes_products(settings: Mapping[str, Any] | None = None) -> bool:
 
 def inductor_decompositions() -> dict[Any, Callable[..., Any]]:
     """By operator, how Inductor has AOTAutograd compose it of others."""
-    # Imported here because the import takes seconds.
-    from torch._inductor.decomposition import select_decomp_table
-
-    return select_decomp_table()
+    return names.select_decomp_table()
 
 
 def draws_again(*, in_fours: bool) -> bool:
@@ -266,9 +278,7 @@ def draws_again(*, in_fours: bool) -> bool:
         return False
     if not in_fours or getattr(inductor_config, "align_random_eager", False):
         return True
-    from torch._inductor.codegen.triton import TritonOverrides
-
-    return not hasattr(TritonOverrides, "_can_use_4x_random")
+    return not hasattr(names.TritonOverrides, "_can_use_4x_random")
 
 
 def partitioned(
@@ -280,25 +290,21 @@ def partitioned(
 
 def compile_graph(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
     """Compile a graph of ATen operators with Inductor, without any custom pass."""
-    compiled = torch._inductor.compile(gm, inputs, options=dict.fromkeys(_CUSTOM_PASSES))
+    compiled = compile_fx_graph(gm, inputs, options=dict.fromkeys(_CUSTOM_PASSES))
     return cast(Callable[..., Any], compiled)
 
 
 @cache
-def never_overwrite(operator: torch._ops.OpOverload) -> None:
+def never_overwrite(operator: OpOverload) -> None:
     """Make Inductor call an operator unchanged, and never reuse the memory of its result."""
-    # Imported here because the import takes seconds.
-    from torch._inductor.lowering import fallback_handler, register_lowering
-    from torch._inductor.virtualized import V
-
-    call = fallback_handler(operator, add_to_fallback_set=False)  # type: ignore[no-untyped-call]
+    call = names.fallback_handler(operator, add_to_fallback_set=False)  # type: ignore[no-untyped-call]
 
     def lowered(*args: Any) -> Any:
         result = call(*args)
-        V.graph.never_reuse_buffers.add(result.get_name())
+        names.V.graph.never_reuse_buffers.add(result.get_name())
         return result
 
-    register_lowering(operator, type_promotion_kind=None)(lowered)
+    names.register_lowering(operator, type_promotion_kind=None)(lowered)
 
 
 def inductor_compiler(mode: str | None, options: Mapping[str, Any]) -> Any:
@@ -307,7 +313,7 @@ def inductor_compiler(mode: str | None, options: Mapping[str, Any]) -> Any:
     Raises:
         RuntimeError: If an option is unknown or its value is not valid.
     """
-    return torch._TorchCompileInductorWrapper(mode, options, None)  # type: ignore[no-untyped-call]
+    return _TorchCompileInductorWrapper(mode, options, None)  # type: ignore[no-untyped-call]
 
 
 def is_sym_int(node: fx.Node) -> bool:
@@ -320,9 +326,9 @@ def must_run_backward(node: fx.Node) -> bool:
     return node.meta.get("partitioner_tag") in ("is_backward", "must_be_in_backward")
 
 
-def is_composite(operator: torch._ops.OpOverload) -> bool:
+def is_composite(operator: OpOverload) -> bool:
     """True if an operator is composed of others, in training as well as in inference."""
-    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    key = DispatchKey.CompositeImplicitAutograd
     return bool(operator.has_kernel_for_dispatch_key(key))
 
 
@@ -344,7 +350,7 @@ JOINT_PASSES = "joint_custom_pre_pass"
 
 def joint_passes(backend: Callable[..., Any]) -> tuple[Any, ...]:
     """The custom joint passes of a backend, in the order they run; none if it is not Inductor."""
-    if not isinstance(backend, torch._TorchCompileInductorWrapper):
+    if not isinstance(backend, _TorchCompileInductorWrapper):
         return ()
     setting = backend.config.get(JOINT_PASSES, getattr(inductor_config, JOINT_PASSES))
     if setting is None:
@@ -369,7 +375,7 @@ def active_backend() -> Callable[..., Any] | None:
 
 
 #: What ``torch.compile`` makes of a backend.
-_COMPILE_CALLS = (torch._TorchCompileWrapper, torch._TorchCompileInductorWrapper)
+_COMPILE_CALLS = (_TorchCompileWrapper, _TorchCompileInductorWrapper)
 
 
 def compiled_for() -> tuple[Any, Hashable, object] | None:

@@ -2,8 +2,7 @@
 
 ``TORCH_LOGS``, ``TORCH_TRACE`` and ``TORCH_COMPILE_DEBUG`` -> functions with names of ours.
 
-Invariant: nothing here changes what is compiled. Private names of torch that serve logs, messages
-and reproducers alone are in this module, and the others in ``_torch_compat.py``.
+Invariant: nothing here changes what is compiled.
 """
 
 from __future__ import annotations
@@ -17,20 +16,23 @@ from typing import cast
 
 import torch
 from torch import fx, nn
-from torch._dispatch.python import enable_python_dispatcher
-from torch._dynamo.source import ConstantSource
-from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch._dynamo.utils import get_debug_dir
-from torch._functorch._aot_autograd.logging_utils import get_aot_graph_name
-from torch._inductor import config as inductor_config
-from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
-from torch._logging import _internal as torch_logging
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
-from torch.fx.node import _get_qualified_name
-from torch.utils._sympy.printers import PythonPrinter
 
 from runlora_fx._torch_compat import size_hint
+from runlora_fx._torch_names import (
+    ConstantSource,
+    CppCompileError,
+    FakeTensorMode,
+    InstructionTranslator,
+    InvalidCxxCompiler,
+    PythonPrinter,
+    _get_qualified_name,
+    enable_python_dispatcher,
+    get_aot_graph_name,
+    get_debug_dir,
+    inductor_config,
+    torch_logging,
+)
 
 #: The name of our logger, and of the package: ``TORCH_LOGS`` takes names of modules.
 LOGGER = "runlora_fx"

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import timedelta
 
-import torch
+from torch import distributed
+
+from runlora_fx import _torch_names as names
 
 #: How long a rank waits for what another one measures [s].
 _GROUP_WAIT_S = 60
@@ -18,7 +20,6 @@ _GROUP_WAIT_S = 60
 
 def is_in_group() -> bool:
     """True if this process is one of several ranks."""
-    distributed = torch.distributed
     is_group = distributed.is_available() and distributed.is_initialized()
     return is_group and distributed.get_world_size() > 1
 
@@ -38,9 +39,9 @@ def agree_in_group(name: str, make: Callable[[], str]) -> str:
     """
     if not is_in_group():
         return make()
-    from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+    from torch.distributed.distributed_c10d import PrefixStore  # not in every build of torch
 
-    shared = PrefixStore("runlora", _get_default_store())
+    shared = PrefixStore("runlora", names._get_default_store())
     if shared.add(f"{name}/claimed", 1) == 1:
         made = make()
         shared.set(name, made)

@@ -12,11 +12,10 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
-from functorch.compile import make_boxed_func
 from torch import fx, nn
-from torch._dynamo.backends.common import aot_autograd
-from torch._functorch.partitioners import min_cut_rematerialization_partition as cut
 
+from runlora_fx._torch_names import aot_autograd, make_boxed_func
+from runlora_fx._torch_names import min_cut_rematerialization_partition as cut
 from runlora_fx.cost_model.devices.machine import Machine
 from runlora_fx.integrations.own_compile import own_backend
 from runlora_fx.joint_pass import run

@@ -13,12 +13,12 @@ from dataclasses import replace
 from typing import Any, cast
 
 from torch import fx
-from torch._inductor import config as inductor_config
 
 from runlora_fx import _requirements as _requirements  # first: it names a torch that is too old
 from runlora_fx import history, stored_reports
 from runlora_fx._torch_compat import JOINT_PASSES, LATE_PASS, inductor_compiler, joint_passes
 from runlora_fx._torch_debug import inductor_options, lacks_compiler
+from runlora_fx._torch_names import inductor_config
 from runlora_fx.aot import aot_backend, parameter_inputs
 from runlora_fx.integrations.install import make_traceable
 from runlora_fx.integrations.own_compile import own_backend

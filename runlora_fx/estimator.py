@@ -28,7 +28,7 @@ from runlora_fx._torch_compat import (
     in_fake_mode,
     size_hint,
 )
-from runlora_fx._torch_compat import _pytree as pytree
+from runlora_fx._torch_names import pytree
 from runlora_fx.cost_model.cost import FREE, Cost
 from runlora_fx.cost_model.devices.elsewhere import machine_for
 from runlora_fx.cost_model.profile import DTYPES

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 from runlora_fx import __version__, history, logs, plug_in
 from runlora_fx._torch_compat import joins_in_place as inductor_joins_in_place
 from runlora_fx._torch_compat import never_overwrite
 from runlora_fx._torch_debug import compiled_modules
+from runlora_fx._torch_names import CustomGraphPass, get_hash_for_files
 from runlora_fx.cost_model.devices.elsewhere import machine_for
 from runlora_fx.cost_model.devices.machine import Machine
 from runlora_fx.inactive import inactive

@@ -14,10 +14,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import fx
-from torch._inductor import config as inductor_config
-from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from runlora_fx._torch_compat import LATE_PASS, tunes_products
+from runlora_fx._torch_names import CustomGraphPass, inductor_config
 from runlora_fx.cost_model.devices.elsewhere import machine_for
 from runlora_fx.cost_model.devices.machine import Machine
 from runlora_fx.joint_pass import RunloraPass

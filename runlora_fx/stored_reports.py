@@ -34,7 +34,8 @@ from runlora_fx._torch_caches import (
     guards_on,
     keeps_compiled_graphs,
 )
-from runlora_fx._torch_compat import FakeTensorMode, fake_mode_of, size_hint
+from runlora_fx._torch_compat import fake_mode_of, size_hint
+from runlora_fx._torch_names import FakeTensorMode
 from runlora_fx.cost_model.store import drop_oldest, write_json
 from runlora_fx.passes.levels.sizes import dim_of
 from runlora_fx.report.data import Report

@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from runlora_fx._torch_compat import FakeTensor, FakeTensorMode
-from runlora_fx._torch_compat import _pytree as pytree
+from runlora_fx._torch_names import FakeTensor, FakeTensorMode, pytree
 from runlora_fx.passes.pipeline import collection_paused
 
 Inputs = tuple[Sequence[Any], Mapping[str, Any]]

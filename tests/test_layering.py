@@ -37,6 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("keywords",),
     # The machine.
     ("_requirements",),
+    ("_torch_names",),
     ("_torch_compat", "_torch_debug", "_torch_caches", "_torch_group"),
     # Fused kernels for GPUs. Whoever uses them imports them where they are called.
     ("kernels", "kernels.*"),
@@ -90,21 +91,9 @@ WITHOUT_TORCH = (
     ),
 )
 
-# The modules that may import private parts of torch, and the one private attribute that any may
+# The module that imports private parts of torch, and the one private attribute that any may
 # use: `torch._ops` has the types of operators, which are public objects.
-PRIVATE_TORCH = {
-    *(
-        "_torch_compat",
-        "_torch_debug",
-        "_torch_caches",
-        "_torch_group",
-        "aot",
-        "backend",
-        "joint_pass",
-        "late_pass",
-    ),
-    *("passes.read.example_values", "cli.doctor.inductor"),
-}
+PRIVATE_TORCH = {"_torch_names"}
 PRIVATE_ATTRIBUTE = "torch._ops"
 
 
@@ -218,7 +207,7 @@ def _is_private_torch(name: str) -> bool:
     )
 
 
-def test_private_parts_of_torch_are_imported_in_few_modules() -> None:
+def test_private_parts_of_torch_are_imported_in_one_module() -> None:
     found = {module for module in MODULES if any(map(_is_private_torch, _imported(module)))}
     assert found == PRIVATE_TORCH
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from runlora_fx._torch_compat import FakeTensor
+from runlora_fx._torch_names import FakeTensor
 from runlora_fx.integrations.own_compile import is_own_compilation
 
 #: Parameters that are not quantised; a model without data has fake ones.

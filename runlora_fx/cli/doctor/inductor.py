@@ -13,11 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from torch._functorch import config as functorch_config
-from torch._inductor import config as inductor_config
-from torch._inductor import cpp_builder
-from torch._inductor.runtime.cache_dir_utils import cache_dir
 
+from runlora_fx._torch_names import cache_dir, cpp_builder, functorch_config, inductor_config
 from runlora_fx.cli.doctor.finding import Finding
 from runlora_fx.cli.doctor.folders import folder_finding
 

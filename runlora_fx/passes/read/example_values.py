@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
-from torch.utils import _pytree as pytree
+
+from runlora_fx._torch_names import FakeTensor, FakeTensorMode, pytree
 
 
 def annotate(gm: fx.GraphModule, example_inputs: Sequence[Any] | None) -> None:
