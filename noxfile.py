@@ -19,8 +19,9 @@ nox.options.error_on_missing_interpreters = False
 
 CONSTRAINTS = Path(__file__).parent / "constraints.txt"
 
-#: Versions that a row takes instead of those of constraints.txt. A torch brings its setuptools.
-_OWN = ("torch", "setuptools", "transformers", "peft")
+#: What has other versions in a row than in constraints.txt, with what a torch and a transformers
+#: ask for.
+_OWN = ("torch", "setuptools", "transformers", "huggingface-hub", "tokenizers", "peft")
 
 #: Row -> Python, and requirements. "oldest" has the oldest that pyproject.toml admits.
 ROWS = {

@@ -1,5 +1,7 @@
 """Files for those who join or cite the project: they parse, and name what exists."""
 
+import ast
+import importlib.util
 import re
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,32 @@ def test_the_workflow_runs_what_the_local_checks_run() -> None:
     assert named <= project["optional-dependencies"].keys()
     tests = {path for text in commands for path in re.findall(r"tests/[\w*]+\.py", text)}
     assert [path for path in tests if not list(ROOT.glob(path))] == []
+
+
+def test_the_nightly_workflow_runs_the_rows_and_commands_that_exist() -> None:
+    jobs = parsed(ROOT / ".github" / "workflows" / "nightly.yml")["jobs"]
+    rows = {(row["row"], row["python"]) for row in jobs["matrix"]["strategy"]["matrix"]["include"]}
+    tree = ast.parse((ROOT / "noxfile.py").read_text(encoding="utf-8"))
+    (table,) = (
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "ROWS"
+    )
+    assert rows == {(name, python) for name, (python, *_) in table.items()}
+    for command in jobs["sweeps"]["strategy"]["matrix"]["command"]:
+        module = re.fullmatch(r"python -m (pytest|tests\.\w+)( .*)?", command)[1]
+        assert importlib.util.find_spec(module) is not None
+
+
+def test_the_oldest_row_has_the_oldest_that_is_asked_for() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    asked = {*project["dependencies"], *project["optional-dependencies"]["demo"]}
+    source = (ROOT / "noxfile.py").read_text(encoding="utf-8")
+    oldest = re.search(r'"oldest": \((.*)\)', source)[1]
+    assert f'"{project["requires-python"].partition(",")[0].removeprefix(">=")}"' in oldest
+    for name in ("torch", "transformers", "peft"):
+        (wanted,) = (r for r in asked if r.startswith(f"{name}>="))
+        assert wanted.replace(">=", "==") in oldest
 
 
 def test_the_citation_is_of_this_version() -> None:
