@@ -17,7 +17,7 @@ LEGEND = (
     "of what the adapters take beyond the frozen model under Inductor that a contender does not "
     "take. Kept: what the forward keeps for the backward, weights and inputs apart. Peak: what a "
     "step holds beyond what was held before it, by {peak}. Error: the largest relative error of "
-    "the output and the gradients. First step: with compiling."
+    "the output and the gradients. First step: with compiling, each with empty caches of torch."
 )
 
 
