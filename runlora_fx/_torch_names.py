@@ -50,6 +50,7 @@ from torch.fx import proxy as fx_proxy
 from torch.fx.node import _get_qualified_name
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._sympy.functions import FloorDiv, Max
 from torch.utils._sympy.printers import PythonPrinter
 
 make_subclass = Tensor._make_subclass
@@ -78,8 +79,10 @@ __all__ = [
     "DispatchKey",
     "FakeTensor",
     "FakeTensorMode",
+    "FloorDiv",
     "InstructionTranslator",
     "InvalidCxxCompiler",
+    "Max",
     "OpOverload",
     "PythonPrinter",
     "TritonOverrides",

@@ -178,6 +178,20 @@ def test_sizes_that_change_become_symbols_by_themselves() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
 
 
+@pytest.mark.parametrize("grad", (True, False))
+def test_batch_and_sequence_of_one_size_are_one_symbol(grad: bool) -> None:
+    """AOTAutograd then writes the sequence as ``(s**2) // s``, in shapes as in strides."""
+    torch._dynamo.reset()
+    model = model_of()
+    compiled = torch.compile(
+        model, backend=RUNLORA_EAGER, fullgraph=True, dynamic=True, options=our_options()
+    )
+    for size, pays in ((12, True), (5, False)):  # 144 tokens and 25
+        x = torch.randn(size, size, HIDDEN, requires_grad=grad)
+        assert_same_outputs_and_grads(model, compiled, [x], RTOL)
+        assert [site.changed for site in report().sites] == [pays, pays]
+
+
 # --- autocast
 
 

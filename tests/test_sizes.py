@@ -48,6 +48,19 @@ def test_questions_about_symbols_add_no_guards() -> None:
     assert len(env.guards) == before
 
 
+def test_a_size_that_a_view_computes_is_the_size_it_equals() -> None:
+    """Of ``x.view(s, -1, i)``: (s * t) // s, and Max(1, ...) in its strides."""
+    node = _node((6, 4, 8), ShapeEnv())
+    val = node.meta["val"]
+    s, t, i = val.shape
+    assert sizes.dim_of((s * s) // s) == sizes.dim_of(s)
+    assert sizes.dim_of((6 * s * t * i) // (2 * s)) == sizes.dim_of(3 * t * i)
+    assert sizes.dim_of((s + 1) // s) != 1
+    assert sizes.dim_of((s * t) // 2) != sizes.dim_of(s * t)
+    assert sizes.dim_of(i * torch.sym_max(1, (s * s) // s)) == sizes.dim_of(i * s)
+    assert sizes.dim_of(torch.sym_max(1, s - 5)) != sizes.dim_of(s - 5)  # it may be 0
+
+
 @pytest.mark.parametrize(
     ("shape", "cut", "onto", "moved"),
     [

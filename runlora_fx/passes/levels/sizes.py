@@ -21,6 +21,7 @@ import sympy
 import torch
 from torch import fx
 
+from runlora_fx._torch_names import FloorDiv, Max
 from runlora_fx.passes.algebra.posed import Dim
 
 Shape: TypeAlias = tuple[Dim, ...]
@@ -229,5 +230,24 @@ def is_column_major(node: fx.Node) -> bool:
 @lru_cache(maxsize=1 << 14)
 def _multiplied_out(size: sympy.Expr) -> Dim:
     """The one way to write an expression here, so that equal products are written alike."""
+    if size.has(FloorDiv, Max):  # -1 in a view of (s, s, i): (s**2) // s
+        size = size.replace(FloorDiv, _quotient).replace(Max, _largest)
     expanded = sympy.expand(size)
     return int(expanded) if expanded.is_Integer else expanded
+
+
+def _quotient(size: sympy.Expr, divisor: sympy.Expr) -> sympy.Expr:
+    """``size // divisor``, without the division where it leaves no rest for any size.
+
+    Whoever divides by a size has sizes that are not 0.
+    """
+    divided = sympy.cancel(size / divisor)
+    return divided if sympy.fraction(divided)[1] == 1 else FloorDiv(size, divisor)
+
+
+def _largest(*sizes: sympy.Expr) -> sympy.Expr:
+    """The largest size; the others if one of them is 1 and another one is known to be positive."""
+    others = [size for size in sizes if size != 1]
+    is_at_least_one = any(size.is_integer and size.is_positive for size in others)
+    largest: sympy.Expr = Max(*(others if is_at_least_one else sizes))  # type: ignore[no-untyped-call]
+    return largest
