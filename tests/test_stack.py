@@ -106,6 +106,50 @@ def test_products_of_one_tensor_become_one_with_the_same_results() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "is_compiled", (False, pytest.param(True, marks=pytest.mark.slow)), ids=("aot", "inductor")
+)
+def test_any_number_of_tokens_is_stacked(is_compiled: bool) -> None:
+    """Sizes along which matrices are joined are numbers; all others may be symbols."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, seen = adapted(), list[fx.GraphModule]()
+    backend = aot_backend(Options(strict=True, device="h100"), seen.append, joins_in_place=True)
+    compiled = (
+        torch.compile(model, backend="runlora", dynamic=True, options=ours(device="h100"))
+        if is_compiled
+        else torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
+    )
+    for batch, length in ((4, TOKENS // 4), (3, 700)):
+        x = torch.randn(batch, length, WIDTH, requires_grad=True)
+        assert_same_values(
+            outputs_and_grads(compiled, [x]), outputs_and_grads(model, [x]), rtol=RTOL
+        )
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    if is_compiled:
+        report = runlora_fx.last_report()
+        assert report is not None
+        assert len(report.stacked) == 3
+    else:
+        # The forward: q, k and v. The backward: the gradient of their input, and of the As.
+        joined = [tuple(map(str, n.meta["val"].shape)) for n in joins(seen[0].graph)]
+        assert [cols for _, cols in joined].count(str(sum(SIZES))) == 1
+        assert len(joined) == 3
+
+
+def test_products_are_not_joined_along_a_symbolic_size() -> None:
+    def fn(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+        return (x @ w).sin() * (y @ w).cos()
+
+    x, w = torch.randn(64, 16), torch.randn(16, 32)
+    backend = aot_backend(Options(strict=True, device="h100"), joins_in_place=True)
+    compiled = torch.compile(fn, backend=backend, fullgraph=True, dynamic=True)
+    torch._dynamo.reset()
+    for rows in (64, 48):
+        given = x[:rows], 2 * x[:rows], w
+        torch.testing.assert_close(compiled(*given), fn(*given))
+
+
 def test_what_the_backward_keeps_stays_small() -> None:
     model = adapted()
     x = activation()
@@ -242,7 +286,7 @@ def test_only_a_transpose_turns_a_matrix() -> None:
     graph = graph_of(
         lambda x: [x.permute(1, 0) * 2, x.permute(0, 1) * 2, x.transpose(0, 1) * 2, x.t() * 2], X
     )
-    found = [matrix_of(node.args[0]) for node in graph.nodes if node.target is aten.mul.Tensor]
+    found = [matrix_of(node.args[0], int) for node in graph.nodes if node.target is aten.mul.Tensor]
     assert [m is not None and m.turned for m in found] == [True, False, True, True]
 
 

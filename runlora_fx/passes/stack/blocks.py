@@ -18,13 +18,14 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import fx
 
+from runlora_fx.passes.algebra.posed import Dim
 from runlora_fx.passes.levels.sizes import shape_of
-from runlora_fx.passes.stack.matrices import base_of, is_sum, sizes_of, transposed_of
+from runlora_fx.passes.stack.matrices import base_of, is_sum, length_of, transposed_of
 
 _aten = torch.ops.aten
 
 #: From the first row or column to the one behind the last.
-_Span: TypeAlias = tuple[int, int]
+_Span: TypeAlias = tuple[Dim, Dim]
 
 #: Of rows and columns.
 _Spans: TypeAlias = tuple[_Span, _Span]
@@ -46,12 +47,12 @@ class _Block(NamedTuple):
     @property
     def key(self) -> Hashable:
         """The same for equal rectangles of what holds the numbers."""
-        return (base_of(self.node), sizes_of(self.node), self.spans, self.turned)
+        return (base_of(self.node), shape_of(self.node), self.spans, self.turned)
 
 
 def blocks_of(node: fx.Node) -> Counter[Hashable]:
     """What a matrix is: the pairs of blocks that are multiplied, and how often each is added."""
-    rows, cols = sizes_of(node)
+    rows, cols = shape_of(node)
     return Counter(_terms(_Block(node, ((0, rows), (0, cols)))))
 
 
@@ -74,8 +75,9 @@ def _products(block: _Block) -> Iterator[Hashable]:
     left, right = block.node.args
     assert isinstance(left, fx.Node) and isinstance(right, fx.Node)
     rows, cols = block.spans
-    _, inner = sizes_of(left)
-    for span in pairwise(sorted({0, inner, *_joints(left, 1), *_joints(right, 0)})):
+    _, inner = shape_of(left)
+    joints = sorted({*_joints(left, 1), *_joints(right, 0)} - {0, inner})
+    for span in pairwise([0, *joints, inner]):
         first = _resolved(_Block(left, (rows, span)))
         last = _resolved(_Block(right, (span, cols)))
         if block.turned:
@@ -90,10 +92,12 @@ def _joints(node: fx.Node, dim: int) -> list[int]:
     if (cut := _cut(node)) is not None:
         whole, at, begin = cut
         ends = _joints(whole, dim)
-        size = sizes_of(node)[dim]
-        return [end - begin for end in ends if 0 < end - begin < size] if at == dim else ends
+        size = shape_of(node)[dim]
+        if at != dim or not isinstance(size, int):
+            return ends if at != dim else []
+        return [end - begin for end in ends if 0 < end - begin < size]
     if (joined := _joined(node)) is not None and joined[1] == dim:
-        return list(accumulate(sizes_of(part)[dim] for part in joined[0]))
+        return list(accumulate(length_of(part, dim) for part in joined[0]))
     return []
 
 
@@ -120,10 +124,13 @@ def _part(node: fx.Node, spans: _Spans) -> tuple[fx.Node, _Spans] | None:
     if joined is None:
         return None
     parts, dim = joined
+    first, last = spans[dim]
+    if not isinstance(first, int) or not isinstance(last, int):
+        return None
     begin = 0
     for part in parts:
-        end = begin + sizes_of(part)[dim]
-        if begin <= spans[dim][0] and spans[dim][1] <= end:
+        end = begin + length_of(part, dim)
+        if begin <= first and last <= end:
             return part, _moved(spans, dim, -begin)
         begin = end
     return None
@@ -149,10 +156,11 @@ def _cut(node: fx.Node) -> tuple[fx.Node, int, int] | None:
 
 
 def _joined(node: fx.Node) -> tuple[list[fx.Node], int] | None:
-    """The matrices that a node joins, and along which dimension."""
+    """The matrices that a node joins, and along which dimension: there all sizes are numbers."""
     args: Any = node.args
     if node.target is not _aten.cat.default or node.kwargs or len(shape_of(node)) != 2:
         return None
-    dim = args[1] if len(args) > 1 else 0
-    parts = list(args[0])
-    return (parts, dim % 2) if all(len(sizes_of(part)) == 2 for part in parts) else None
+    parts, dim = list(args[0]), (args[1] if len(args) > 1 else 0) % 2
+    shapes = list(map(shape_of, parts))
+    is_plain = all(len(shape) == 2 and isinstance(shape[dim], int) for shape in shapes)
+    return (parts, dim) if is_plain else None

@@ -17,8 +17,9 @@ from typing import Literal, TypeAlias
 from torch import fx
 
 from runlora_fx.cost_model.cost import Cost
-from runlora_fx.passes.stack.matrices import Matrix, base_of, is_sum, matrix_of, sizes_of
-from runlora_fx.passes.stack.products import Product, Products, is_aligned
+from runlora_fx.passes.levels.sizes import shape_of
+from runlora_fx.passes.stack.matrices import Matrix, base_of, is_matrix, is_sum, length_of
+from runlora_fx.passes.stack.products import Product, Products, may_be_joined
 
 #: A buffer that holds at most this share of other numbers is kept instead of copies of its parts.
 _WASTE = 0.03
@@ -117,7 +118,7 @@ class Finder:
             node = product.node
             while len(node.users) == 1 and _is_addition(user := next(iter(node.users))):
                 node = user
-            if node is not product.node and matrix_of(node) is not None:
+            if node is not product.node and is_matrix(node):
                 found[node] = None
         return list(found)
 
@@ -143,8 +144,8 @@ class Finder:
             p
             for p in products
             if (_dim_of(p.left, 1), _dim_of(p.right, 0)) == dims
-            and is_aligned(p.left.node, dims[0])
-            and is_aligned(p.right.node, dims[1])
+            and may_be_joined(p.left.node, dims[0])
+            and may_be_joined(p.right.node, dims[1])
         ]
         chosen = [p for p in chosen if p is lead or copies[p.node] < saved]
         gain = (len(chosen) - 1) * saved - sum(copies[p.node] for p in chosen)
@@ -234,8 +235,8 @@ class Finder:
             p
             for p in group
             if (_dim_of(_other(side, p), outer), _other(side, p).turned) == (dim, turned)
-            and is_aligned(_other(side, p).node, dim)
-            and (side == "right" or is_aligned(p.node, 1))
+            and may_be_joined(_other(side, p).node, dim)
+            and (side == "right" or may_be_joined(p.node, 1))
         ]
         if len(fitting) < 2:
             return None
@@ -285,8 +286,8 @@ class Finder:
         if not keeps and self._products.is_kept(node):
             return True
         if side == "right":  # its rows follow each other: they lie as before
-            return not self._products.may_be_strided(node, (sizes_of(node)[1], 1))
-        width = sum(sizes_of(p.node)[1] for p in group)
+            return not self._products.may_be_strided(node, (shape_of(node)[1], 1))
+        width = sum(length_of(p.node, 1) for p in group)
         return not self._products.may_be_strided(node, (width, 1))
 
     def _wastes_little(self, products: Sequence[Product]) -> bool:
@@ -314,7 +315,7 @@ class Finder:
         # It lies in another buffer, as what was joined there or as a part of a larger product.
         if (matrix.node, is_gradient) in self._claimed or matrix.node in self._used:
             return False
-        cols = sizes_of(matrix.node)[1]
+        cols = shape_of(matrix.node)[1]
         if dim == 1 and not self._products.may_be_strided(matrix.node, (2 * cols, 1)):
             return False
         return self._products.is_written_in_place(matrix, is_gradient=is_gradient)
@@ -349,7 +350,7 @@ def _dim_of(matrix: Matrix, dim: int) -> int:
 
 def _is_addition(node: fx.Node) -> bool:
     """True if a node adds up two matrices that lie row by row, or the transposes of such."""
-    return is_sum(node) and all(matrix_of(x) is not None for x in node.all_input_nodes)
+    return is_sum(node) and all(map(is_matrix, node.all_input_nodes))
 
 
 def _addends(root: fx.Node) -> Iterator[fx.Node]:

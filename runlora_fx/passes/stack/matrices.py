@@ -7,14 +7,15 @@ Invariant: two matrices of equal keys hold the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
+from runlora_fx.passes.algebra.posed import Dim
 from runlora_fx.passes.levels.operators import RESHAPES
-from runlora_fx.passes.levels.sizes import example_of, facts_of, shape_of
+from runlora_fx.passes.levels.sizes import example_of, facts_of, shape_of, strides_of
 
 _aten = torch.ops.aten
 
@@ -25,31 +26,24 @@ class Matrix(NamedTuple):
     Attributes:
         node: Holds it row by row, without gaps; shape (rows, cols).
         turned: True if the transpose is meant.
+        size: What it takes in memory; symbolic sizes are those of tracing [B].
     """
 
     node: fx.Node
     turned: bool
+    size: int
 
     @property
     def key(self) -> Hashable:
         """The same for equal matrices that lie alike."""
-        return (base_of(self.node), sizes_of(self.node), self.turned)
-
-    @property
-    def size(self) -> int:
-        """What it takes in memory [B]."""
-        return size_of(self.node)
+        return (base_of(self.node), shape_of(self.node), self.turned)
 
 
-def sizes_of(node: fx.Node) -> tuple[int, ...]:
-    """The sizes of a tensor that has no symbolic ones."""
-    return cast(tuple[int, ...], shape_of(node))
-
-
-def size_of(node: fx.Node) -> int:
-    """What a matrix takes in memory [B]."""
-    rows, cols = sizes_of(node)
-    return rows * cols * itemsize(node)
+def length_of(node: fx.Node, dim: int) -> int:
+    """The size of a matrix along a dimension in which it is joined with others [elements]."""
+    size = shape_of(node)[dim]
+    assert isinstance(size, int), f"{node.name} is joined along {size}"
+    return size
 
 
 def itemsize(node: fx.Node) -> int:
@@ -83,19 +77,33 @@ def is_sum(node: fx.Node) -> bool:
     return facts is not None and all(g is not None and g.shape == facts.shape for g in given)
 
 
-def matrix_of(node: fx.Node) -> Matrix | None:
-    """The matrix that a node holds; None if it lies in no such way, or its sizes are symbolic."""
+def matrix_of(node: fx.Node, hint: Callable[[Dim], int]) -> Matrix | None:
+    """The matrix that a node holds; None if it lies in no such way.
+
+    Args:
+        node: A node.
+        hint: The size of a symbolic dimension when the graph was traced.
+    """
     inner = transposed_of(node)
-    turned = inner is not None
-    node = node if inner is None else inner
+    held = node if inner is None else inner
+    if not _is_laid_out(held):
+        return None
+    rows, cols = map(hint, shape_of(held))
+    return Matrix(held, inner is not None, rows * cols * itemsize(held))
+
+
+def is_matrix(node: fx.Node) -> bool:
+    """True if a node holds a matrix, or the transpose of one."""
+    return _is_laid_out(transposed_of(node) or node)
+
+
+def _is_laid_out(node: fx.Node) -> bool:
+    """True if a node is known to hold a matrix row by row, without gaps. No guard is added."""
     facts = facts_of(node)
-    if facts is None or not facts.is_plain or len(facts.shape) != 2:
-        return None
-    if not all(isinstance(size, int) and size > 0 for size in facts.shape):
-        return None
-    val = example_of(node)
-    assert val is not None
-    return Matrix(node, turned) if val.is_contiguous() else None
+    if facts is None or not facts.is_plain or len(facts.shape) != 2 or 0 in facts.shape:
+        return False
+    (rows, cols), (first, last) = facts.shape, strides_of(node)
+    return (first == cols or rows == 1) and (last == 1 or cols == 1)
 
 
 def base_of(node: fx.Node) -> fx.Node:

@@ -11,24 +11,26 @@ from collections.abc import Callable, Collection, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import sympy
 import torch
 from torch import fx
 
+from runlora_fx.passes.algebra.posed import Dim
 from runlora_fx.passes.context import Context
 from runlora_fx.passes.emit.nodes.inserter import SAVED
 from runlora_fx.passes.emit.nodes.layout import takes_any_layout
 from runlora_fx.passes.levels.operators import VIEWS, is_pointwise, readers_of
-from runlora_fx.passes.levels.sizes import facts_of
+from runlora_fx.passes.levels.sizes import dim_of, example_of, facts_of, numel, shape_of
 from runlora_fx.passes.read.gradients import gradient_nodes
 from runlora_fx.passes.read.phases import Phases
 from runlora_fx.passes.stack.matrices import (
     Matrix,
     base_of,
+    is_matrix,
     itemsize,
     matrix_of,
     shown,
-    size_of,
-    sizes_of,
+    transposed_of,
 )
 
 _aten = torch.ops.aten
@@ -41,6 +43,9 @@ _CHECKPOINT = "ac_graph_id"
 
 #: Sizes, strides and storage offset of a tensor.
 _Layout: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], int]
+
+#: The first of the primes, counted from 2, that stand for symbolic sizes where views are tried.
+_FIRST_PRIME = 169  # 1009
 
 #: Rows of a matrix begin at multiples of so many bytes, or libraries read them slowly [B].
 _ALIGNED = 16
@@ -55,17 +60,14 @@ class Product:
         left: The left operand.
         right: The right operand.
         is_gradient: True if it depends on incoming gradients, and so runs in the backward.
+        size: What the result takes in memory; symbolic sizes are those of tracing [B].
     """
 
     node: fx.Node
     left: Matrix
     right: Matrix
     is_gradient: bool
-
-    @property
-    def size(self) -> int:
-        """What the result takes in memory [B]."""
-        return size_of(self.node)
+    size: int
 
 
 class Products:
@@ -79,11 +81,13 @@ class Products:
     def __init__(self, context: Context) -> None:
         """Read the products of a joint graph."""
         self._graph = context.graph
+        self._hint = context.hint
         self.effects = context.effects()
         self._gradients = gradient_nodes(context.graph)
         self._phases = Phases(context.graph, self._gradients, self.effects)
         self.order = {node: i for i, node in enumerate(context.graph.nodes)}
-        self._may_be_strided: dict[tuple[fx.Node, tuple[int, int]], bool] = {}
+        self._may_be_strided: dict[tuple[fx.Node, tuple[Dim, int]], bool] = {}
+        self._numbers: dict[sympy.Basic, sympy.Integer] = {}
         self._shown: dict[Hashable, _Layout | None] = {}
         self._results = set(context.graph.output_node().all_input_nodes)
         self._run_again = self._found_run_again()
@@ -91,15 +95,15 @@ class Products:
         self.all = [product for product in found if product is not None]
 
     def _read(self, node: fx.Node) -> Product | None:
-        left, right = (matrix_of(x) if isinstance(x, fx.Node) else None for x in node.args)
+        given = (x if isinstance(x, fx.Node) else None for x in node.args)
+        left, right = (None if x is None else matrix_of(x, self._hint) for x in given)
         facts = facts_of(node)
         if left is None or right is None or facts is None or not facts.is_plain:
             return None
-        if not all(isinstance(size, int) for size in facts.shape):
-            return None
         if any(self.effects.is_overwritten(m.node) for m in (left, right)):
             return None
-        return Product(node, left, right, node in self._gradients)
+        size = self._hint(numel(facts.shape)) * itemsize(node)
+        return Product(node, left, right, node in self._gradients, size)
 
     def are_alike(self, some: Collection[Product]) -> bool:
         """True if products may become one.
@@ -175,8 +179,9 @@ class Products:
         """True if the backward alone makes a tensor, by one pointwise operator, of inputs."""
         if not is_pointwise(node.target) or not self._phases.runs_backward(node):
             return False
-        given = [matrix_of(x) for x in node.all_input_nodes]
-        return all(m is not None and base_of(m.node).op == "placeholder" for m in given)
+        given = [transposed_of(x) or x for x in node.all_input_nodes if is_matrix(x)]
+        is_whole = len(given) == len(node.all_input_nodes)
+        return is_whole and all(base_of(x).op == "placeholder" for x in given)
 
     def depends(self, on: Iterable[fx.Node], nodes: Iterable[fx.Node]) -> bool:
         """True if one of some nodes is computed of one of others."""
@@ -203,11 +208,12 @@ class Products:
             return False
         return any(map(self._phases.runs_backward, readers_of(node)))
 
-    def may_be_strided(self, node: fx.Node, strides: tuple[int, int]) -> bool:
+    def may_be_strided(self, node: fx.Node, strides: tuple[Dim, int]) -> bool:
         """True if all that reads a result takes it with other strides, also in other shapes."""
         key = (node, strides)
         if key not in self._may_be_strided:
-            layout = (sizes_of(node), strides, 0)
+            sizes = tuple(map(self._number, shape_of(node)))
+            layout = (sizes, tuple(map(self._number, strides)), 0)
             self._may_be_strided[key] = node not in self._results and self._are_taken(node, layout)
         return self._may_be_strided[key]
 
@@ -217,14 +223,25 @@ class Products:
             if not isinstance(target, torch._ops.OpOverload):
                 return False
             if target in VIEWS:
-                if user in self._results or user.all_input_nodes != [node] or user.kwargs:
+                tensors = [x for x in user.all_input_nodes if example_of(x) is not None]
+                if user in self._results or tensors != [node] or user.kwargs:
                     return False
-                shows = self._shown_by(target, layout, user.args[1:])
+                asked = fx.map_arg(user.args[1:], lambda x: self._number(dim_of(x.meta["val"])))
+                shows = self._shown_by(target, layout, asked)
                 if shows is None or not self._are_taken(user, shows):
                     return False
             elif not takes_any_layout(target):
                 return False
         return True
+
+    def _number(self, size: Dim) -> int:
+        """A size, with a large prime for every symbol: none is 1, or equal to another by chance."""
+        if isinstance(size, int):
+            return size
+        for symbol in size.free_symbols:
+            prime = sympy.prime(_FIRST_PRIME + len(self._numbers))
+            self._numbers.setdefault(symbol, sympy.Integer(prime))
+        return int(size.xreplace(self._numbers))
 
     def _shown_by(
         self, view: Callable[..., Any], layout: _Layout, args: tuple[Any, ...]
@@ -251,6 +268,10 @@ class Products:
         return found
 
 
-def is_aligned(node: fx.Node, dim: int) -> bool:
-    """True if what follows a matrix in its rows begins where libraries read it fast."""
-    return dim == 0 or sizes_of(node)[1] * itemsize(node) % _ALIGNED == 0
+def may_be_joined(node: fx.Node, dim: int) -> bool:
+    """True if others may follow a matrix along a dimension.
+
+    Its size is a number there. What follows it in its rows begins where libraries read it fast.
+    """
+    size = shape_of(node)[dim]
+    return isinstance(size, int) and (dim == 0 or size * itemsize(node) % _ALIGNED == 0)

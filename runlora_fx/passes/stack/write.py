@@ -20,9 +20,10 @@ from runlora_fx.passes.emit.graph.recompute import keep, recompute
 from runlora_fx.passes.emit.nodes.example_results import ExampleResults
 from runlora_fx.passes.emit.nodes.inserter import Inserter, label_of
 from runlora_fx.passes.emit.proof.verify import VerificationError
+from runlora_fx.passes.levels.sizes import facts_of, same_strides
 from runlora_fx.passes.stack.blocks import blocks_of
 from runlora_fx.passes.stack.find import Added, Joined, Shared
-from runlora_fx.passes.stack.matrices import sizes_of
+from runlora_fx.passes.stack.matrices import length_of
 from runlora_fx.passes.stack.products import Products
 
 _aten = torch.ops.aten
@@ -70,7 +71,7 @@ class StackWriter:
         made = self._insert(_aten.mm.default, *operands)
         dim, at = (1 if stack.side == "left" else 0), 0
         for node, copied, was in zip(nodes, stack.copied, expected, strict=True):
-            size = sizes_of(node)[dim]
+            size = length_of(node, dim)
             part = self._insert(_aten.slice.Tensor, made, dim, at, at + size)
             is_kept = self._products.is_kept(node)
             if is_kept and not copied:  # what it is a part of is kept
@@ -113,7 +114,7 @@ class StackWriter:
         self._again += filter(self._products.is_of_inputs, as_they_came)
         at = 0
         for part, is_in_place in zip(parts, joined.in_place, strict=True):
-            size = sizes_of(part)[joined.dim]
+            size = length_of(part, joined.dim)
             readers = [
                 user
                 for user in part.users
@@ -138,8 +139,8 @@ class StackWriter:
     def _cut(self, joined: Joined, within: Joined) -> fx.Node:
         """The part of a buffer in which some matrices follow each other."""
         first = [part.node for part in within.parts].index(joined.parts[0].node)
-        begin = sum(sizes_of(part.node)[within.dim] for part in within.parts[:first])
-        size = sum(sizes_of(part.node)[within.dim] for part in joined.parts)
+        begin = sum(length_of(part.node, within.dim) for part in within.parts[:first])
+        size = sum(length_of(part.node, within.dim) for part in joined.parts)
         piece = self._insert(
             _aten.slice.Tensor, self._buffers[id(within)], within.dim, begin, begin + size
         )
@@ -154,14 +155,14 @@ class StackWriter:
         self._insert.move_to(anchor)
 
     def _prove(self, old: fx.Node, new: fx.Node, expected: object) -> None:
-        was, now = old.meta["val"], new.meta["val"]
-        is_like = (was.shape, was.dtype, was.device) == (now.shape, now.dtype, now.device)
+        was, now = facts_of(old), facts_of(new)
+        is_like = was is not None and now is not None and was == now
         if not is_like or blocks_of(new) != expected:
             raise VerificationError(f"{old.name}: what was stacked is not what it replaces")
 
     def _replace(self, old: fx.Node, new: fx.Node) -> None:
         old.replace_all_uses_with(new)
-        if old.meta["val"].stride() != new.meta["val"].stride():
+        if not same_strides(old, new):
             self._refresh(new)
         self._replaced.append(old)
         self._now[old] = new
