@@ -8,6 +8,7 @@ ranks are simulated in one process.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -45,7 +46,9 @@ def agree_in_group(name: str, make: Callable[[], str]) -> str:
         return make()
     from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
-    shared = PrefixStore("runlora", _get_default_store())
+    # torchrun may hand the store of ranks that are gone to those that it starts again.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    shared = PrefixStore(f"runlora/{attempt}", _get_default_store())
     if shared.add(f"{name}/claimed", 1) == 1:
         try:
             made = make()

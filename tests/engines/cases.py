@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -36,11 +37,16 @@ class Prepared:
     Attributes:
         run: Computes outputs.
         part, parts: Which rows of a batch the rank takes.
+        step: Runs forward and backward of a whole batch, and returns the loss; None where it is
+            not known. Set by pipelines, which have no single forward.
+        owned: What the names of this rank's weights contain; empty for all.
     """
 
     run: Callable[..., Any]
     part: int = 0
     parts: int = 1
+    step: Callable[[Mapping[str, Tensor]], float | None] | None = None
+    owned: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,56 @@ def two_by_two(model: Any, compiling: Compiling) -> Prepared:
     return Prepared(model, mesh["data"].get_local_rank(), 2)
 
 
+class Stage(nn.Module):
+    """Half of the layers: the first has the embeddings, the last the head."""
+
+    def __init__(self, model: Any, index: int, count: int) -> None:
+        super().__init__()
+        whole = model.get_base_model()
+        layers = whole.model.layers
+        each = len(layers) // count
+        self.layers = layers[index * each : (index + 1) * each]
+        self.rotary = whole.model.rotary_emb
+        self.embedded = whole.model.embed_tokens if index == 0 else None
+        self.head = nn.Sequential(whole.model.norm, whole.lm_head) if index == count - 1 else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Ids or activations of some rows -> activations or logits."""
+        x = x if self.embedded is None else self.embedded(x)
+        places = torch.arange(x.shape[1])[None]
+        turned = self.rotary(x, places)
+        for layer in self.layers:
+            x = layer(x, attention_mask=None, position_ids=places, position_embeddings=turned)
+        return x if self.head is None else self.head(x)
+
+
+def _loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def pipeline(model: Any, compiling: Compiling, schedule: Any = ScheduleGPipe) -> Prepared:
+    """Two stages, two microbatches; every stage is compiled."""
+    index, count = dist.get_rank(), dist.get_world_size()
+    run = torch.compile(Stage(model, index, count), **compiling)
+    stage = PipelineStage(run, index, count, torch.device("cpu"))
+    plan = schedule(stage, n_microbatches=2, loss_fn=_loss)
+
+    def step(given: Mapping[str, Tensor]) -> float | None:
+        losses: list[Tensor] = []
+        if index == 0:
+            plan.step(given["input_ids"])
+        else:
+            plan.step(target=given["labels"], losses=losses)
+        return sum(x.item() for x in losses) / len(losses) if losses else None
+
+    return Prepared(run, step=step, owned=(f".layers.{index}.",))
+
+
+def pipeline_1f1b(model: Any, compiling: Compiling) -> Prepared:
+    """The same, with backwards between the forwards."""
+    return pipeline(model, compiling, Schedule1F1B)
+
+
 def accelerated(model: Any, compiling: Compiling) -> Prepared:
     """Prepared by an Accelerator in processes that ``accelerate launch`` started."""
     from accelerate import Accelerator
@@ -148,6 +204,9 @@ ENGINES = {
         Engine("fsdp2-blocks", fsdp_blocks),
         Engine("accelerate", accelerated, how="accelerate"),
         Engine("tensor-parallel", tensor_parallel),
+        Engine("pipeline", pipeline),
+        Engine("pipeline-1f1b", pipeline_1f1b),
+        Engine("elastic", ddp, how="torchrun"),
         Engine("2x2", two_by_two, ranks=4),
     )
 }

@@ -38,25 +38,39 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def train(
-    run: Callable[..., Any], model: nn.Module, part: int = 0, parts: int = 1, first: int = 0
-) -> list[float]:
-    """Train on the rows of one rank; the loss of every step.
+    step: Callable[[Mapping[str, Tensor]], float | None],
+    model: nn.Module,
+    first: int = 0,
+    then: Callable[[int], None] = lambda step: None,
+) -> list[float | None]:
+    """Train; the loss of every step.
 
     Args:
-        run: What computes the outputs.
+        step: Runs forward and backward of a global batch, or of this rank's part of it.
         model: What holds the parameters.
-        part: Which rows of each batch.
-        parts: Into how many parts the rows are cut.
         first: The first step.
+        then: Is called after every step.
     """
     optimizer, losses = optimizer_of(model), []
-    for step in range(first, STEPS):
-        loss = run(**share(batch(step), part, parts)).loss
-        loss.backward()
+    for i in range(first, STEPS):
+        losses.append(step(batch(i)))
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
+        then(i)
     return losses
+
+
+def plain_step(
+    run: Callable[..., Any], part: int = 0, parts: int = 1
+) -> Callable[[Mapping[str, Tensor]], float]:
+    """A step on the rows of one rank."""
+
+    def step(whole: Mapping[str, Tensor]) -> float:
+        loss = run(**share(whole, part, parts)).loss
+        loss.backward()
+        return float(loss.item())
+
+    return step
 
 
 def evaluated(model: nn.Module) -> float:
@@ -68,7 +82,7 @@ def evaluated(model: nn.Module) -> float:
 def alone() -> dict[str, Any]:
     """One process in eager mode: its losses, and that of the trained model on another batch."""
     model = adapted()
-    return {"losses": train(model, model), "evaluated": evaluated(model)}
+    return {"losses": train(plain_step(model), model), "evaluated": evaluated(model)}
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

@@ -1,0 +1,105 @@
+"""Several processes: DDP and FSDP2 with a small model; the engines of ``tests.engines`` are slow."""
+
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from processes import python
+from torch.distributed import distributed_c10d
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from runlora_fx import _torch_group
+from tests.engines.cases import ENGINES
+from tests.engines.launch import ROOT, run
+from tests.engines.quick import RANKS, ROWS, TOKENS
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What two ranks saw, whose profiles contradict each other."""
+    folder = str(tmp_path_factory.mktemp("ranks"))
+
+    def rank(which: int) -> Any:
+        command = ("-m", "tests.engines.quick", str(which), folder)
+        return python(*command, PYTHONPATH=str(ROOT))
+
+    with ThreadPoolExecutor(RANKS) as pool:
+        done = list(pool.map(rank, range(RANKS)))
+    assert [process.returncode for process in done] == [0, 0], done[0].stderr[-2000:]
+    return [json.loads(process.stdout.splitlines()[-1]) for process in done]
+
+
+@pytest.mark.parametrize("engine", ("ddp", "fsdp2"))
+def test_losses_are_those_of_one_process(engine: str, ranks: list[dict[str, Any]]) -> None:
+    for i, wanted in enumerate(ranks[0]["alone"]):
+        found = sum(rank[engine]["losses"][i] for rank in ranks) / RANKS
+        assert found == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("engine", ("ddp", "fsdp2"))
+def test_ranks_plan_alike_whatever_each_has_measured(
+    engine: str, ranks: list[dict[str, Any]]
+) -> None:
+    one, other = (rank[engine]["sites"] for rank in ranks)
+    assert one == other
+    assert any(changed for _, _, changed in one)
+    # Each plans for its own rows.
+    assert all(f"N={ROWS // RANKS * TOKENS}," in shapes for shapes, _, _ in one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ENGINES)
+def test_an_engine(name: str, tmp_path: Path) -> None:
+    assert run(name, tmp_path).problems == []
+
+
+# --- agreeing
+
+
+@pytest.fixture
+def two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group whose ranks are threads of this process."""
+    store = dist.HashStore()
+    monkeypatch.setattr(_torch_group, "is_in_group", lambda: True)
+    monkeypatch.setattr(distributed_c10d, "_get_default_store", lambda: store)
+
+
+@pytest.mark.usefixtures("two_ranks")
+def test_the_first_rank_is_asked_and_the_others_use_its_answer() -> None:
+    answers = [_torch_group.agree_in_group("rates", lambda i=i: f"{i}") for i in range(3)]
+    assert answers == ["0", "0", "0"]
+    assert _torch_group.agree_in_group("others", lambda: "") == ""
+
+
+@pytest.mark.usefixtures("two_ranks")
+def test_a_rank_that_fails_lets_nobody_wait() -> None:
+    def fails() -> str:
+        raise OSError("no clock")
+
+    with pytest.raises(OSError, match="no clock"):
+        _torch_group.agree_in_group("rates", fails)
+    raised: list[Exception] = []
+
+    def other() -> None:
+        try:
+            _torch_group.agree_in_group("rates", fails)
+        except Exception as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join(_torch_group._GROUP_WAIT_S / 4)
+    assert [str(error) for error in raised] == ["another rank failed: OSError: no clock"]
+
+
+def test_a_fake_group_counts_as_none() -> None:
+    dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=64)
+    try:
+        assert not _torch_group.is_in_group()
+        assert _torch_group.agree_in_group("rates", lambda: "mine") == "mine"
+    finally:
+        dist.destroy_process_group()
