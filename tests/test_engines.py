@@ -1,4 +1,4 @@
-"""Several processes: DDP and FSDP2 with a small model; the engines of ``tests.engines`` are slow."""
+"""Several processes: DDP and FSDP2 with a small model; the others of ``tests.engines`` are slow."""
 
 import json
 import threading
@@ -55,6 +55,14 @@ def test_ranks_plan_alike_whatever_each_has_measured(
 @pytest.mark.parametrize("name", ENGINES)
 def test_an_engine(name: str, tmp_path: Path) -> None:
     assert run(name, tmp_path).problems == []
+
+
+@pytest.mark.slow
+def test_a_simulated_rank_plans_its_part_of_the_layers() -> None:
+    done = python("-m", "tests.simulation", "--tokens", "16384", PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "q_proj (N=16384, i=8192, o=1024, r=16" in done.stdout  # 8192 / 8 outputs
+    assert "frozen weights 1.99 GiB" in done.stdout
 
 
 # --- agreeing

@@ -15,10 +15,12 @@ import torch
 from tests.engines.cases import ENGINES
 from tests.engines.launch import Outcome, run
 
-HEAD = """\
-| engine | processes | graphs | sites rewritten | sizes of the first site | \
-kept for the backward by rank 0, and under Inductor [B] | what plans of products keep less [B] | problems |
-|---|---|---|---|---|---|---|---|"""
+COLUMNS = (
+    *("engine", "processes", "graphs", "sites rewritten", "sizes of the first site"),
+    "kept for the backward by rank 0, and under Inductor [B]",
+    "what plans of products keep less [B]",
+    "problems",
+)
 
 
 def row(found: Outcome) -> str:
@@ -50,7 +52,7 @@ def main() -> int:
     if unknown:
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
     torch.set_num_threads(1)
-    print(HEAD, flush=True)
+    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
     is_bad = False
     for name in asked.engines or ENGINES:
         with tempfile.TemporaryDirectory() as temporary:

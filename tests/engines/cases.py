@@ -93,11 +93,12 @@ def fsdp_blocks(model: Any, compiling: Compiling) -> Prepared:
     return _rows(model)
 
 
-def _tensor_parallel(model: Any, mesh: DeviceMesh) -> None:
-    """Cut the layers: q, k, v, gate and up by their outputs, o and down by their inputs.
+def cut_layers(model: Any, mesh: DeviceMesh) -> list[nn.Module]:
+    """Cut the layers of a Llama, and return them.
 
-    An adapter is cut where its layer is: B by its outputs, or A by its inputs. The other factor is
-    the same on all ranks.
+    q, k, v, gate and up are cut by their outputs, o and down by their inputs. An adapter is cut
+    where its layer is: B by its outputs, or A by its inputs. The other factor is the same on all
+    ranks.
     """
     styles: dict[str, Any] = {}
     for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
@@ -106,20 +107,22 @@ def _tensor_parallel(model: Any, mesh: DeviceMesh) -> None:
         styles |= dict.fromkeys((f"{name}.base_layer", f"{name}.lora_B.default"), ColwiseParallel())
     for name in ("self_attn.o_proj", "mlp.down_proj"):
         styles |= dict.fromkeys((f"{name}.base_layer", f"{name}.lora_A.default"), RowwiseParallel())
-    for block in blocks(model):
+    found = blocks(model)
+    for block in found:
         parallelize_module(block, mesh, styles)
+    return found
 
 
 def tensor_parallel(model: Any, compiling: Compiling) -> Prepared:
     """Tensor parallelism by DTensor; every rank has all rows."""
-    _tensor_parallel(model, init_device_mesh("cpu", (dist.get_world_size(),)))
+    cut_layers(model, init_device_mesh("cpu", (dist.get_world_size(),)))
     return Prepared(torch.compile(model, **compiling))
 
 
 def two_by_two(model: Any, compiling: Compiling) -> Prepared:
     """FSDP2 by tensor parallelism, every layer compiled by itself."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
-    _tensor_parallel(model, mesh["tensor"])
+    cut_layers(model, mesh["tensor"])
     for block in blocks(model):
         block.compile(**compiling)
         fully_shard(block, mesh=mesh["data"])
