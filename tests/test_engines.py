@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from processes import python
 from torch.distributed import distributed_c10d
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from runlora_fx import _torch_group
+from runlora_fx.cost_model.devices import machine
+from runlora_fx.cost_model.profile import DEFAULT_PROFILE, MachineProfile
+from runlora_fx.cost_model.store import Key, Record
 from tests.engines.cases import ENGINES
 from tests.engines.launch import ROOT, run
 from tests.engines.quick import RANKS, ROWS, TOKENS
@@ -102,6 +106,39 @@ def test_a_rank_that_fails_lets_nobody_wait() -> None:
     thread.start()
     thread.join(_torch_group._GROUP_WAIT_S / 4)
     assert [str(error) for error in raised] == ["another rank failed: OSError: no clock"]
+
+
+def test_ranks_on_other_models_of_a_device_plan_alike(
+    two_ranks: None, no_profile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Estimates differ between models, and the threads of a process are its own."""
+    monkeypatch.setattr(machine, "is_in_group", lambda: True)
+    found = []
+    for rate in (1e-12, 1e-9):
+        profile = MachineProfile({**DEFAULT_PROFILE.known, "flops.nn": rate})
+        monkeypatch.setattr(machine, "default_profile", lambda *_, known=profile: known)
+        settings = f"deterministic=False, threads={rate * 1e12:.0f}"
+        key = Key(f"model of {rate}", "float32", "2", settings)
+        monkeypatch.setattr(machine, "key_of", lambda *_, key=key: key)
+        here = machine.Machine(use_stored=True)
+        found.append(here.profile(torch.device("cpu"), "float32").known["flops.nn"])
+    assert found == [1e-12, 1e-12]
+
+
+def test_a_group_whose_store_fails_uses_own_times(
+    no_profile: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: object) -> str:
+        raise RuntimeError("the store is gone")
+
+    machine._warn_of_ranks.cache_clear()
+    monkeypatch.setattr(machine, "is_in_group", lambda: True)
+    monkeypatch.setattr(machine, "agree_in_group", fails)
+    for _ in range(2):
+        record = machine.Machine(use_stored=True).record(torch.device("cpu"), "float32")
+        assert record == Record()
+    said = [r.getMessage() for r in caplog.records if r.name == "runlora_fx"]
+    assert len(said) == 1 and "could not agree" in said[0] and "the store is gone" in said[0]
 
 
 def test_a_fake_group_counts_as_none() -> None:
