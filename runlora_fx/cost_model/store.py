@@ -168,6 +168,20 @@ def add(key: Key, newer: Record) -> Record:
         return load(key).updated(newer)
 
 
+def as_text(record: Record) -> str:
+    """A record as text, for another process."""
+    return json.dumps(_to_json(record))
+
+
+def from_text(text: str) -> Record:
+    """The record that :func:`as_text` wrote.
+
+    Raises:
+        ValueError, TypeError, LookupError, AttributeError: If it did not.
+    """
+    return _from_json(json.loads(text))
+
+
 def write(path: Path, records: Mapping[str, Record]) -> None:
     """Write records by dtype into a separate file, for another machine to read.
 

@@ -3,6 +3,9 @@
 Example: ``key_of(torch.device("cpu"), "float32")`` is the model of the CPU, the dtype, the version
 of torch and ``"deterministic=False, fp32_precision=ieee, onednn=True, threads=2"``.
 
+All ranks of a process group plan by the numbers of the rank that comes first, whatever each of them
+has stored: with tensor parallelism their graphs have collectives, which must keep one order.
+
 Invariant: every number and setting that can change a plan also changes :meth:`Machine.identity`.
 """
 
@@ -10,14 +13,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+from functools import cache
 
 import torch
 
+from runlora_fx._torch_group import agree_in_group, is_in_group
 from runlora_fx.cost_model import store
 from runlora_fx.cost_model.devices import registry
 from runlora_fx.cost_model.devices.device import Settings
 from runlora_fx.cost_model.profile import DTYPES, MachineProfile
 from runlora_fx.cost_model.store import Key, Record
+
+_log = logging.getLogger("runlora_fx")
 
 
 def key_of(device: torch.device, dtype: str) -> Key:
@@ -43,6 +51,16 @@ def _text(settings: Settings) -> str:
     return ", ".join(f"{name}={every[name]}" for name in sorted(every))
 
 
+def name_in_group(device: torch.device, dtype: str) -> str:
+    """What the ranks of a group call the times of a device.
+
+    Models of devices and numbers of threads may differ between ranks, and are left out.
+    """
+    settings = key_of(device, dtype).settings.split(", ")
+    alike = ", ".join(text for text in settings if not text.startswith("threads="))
+    return f"{device.type}/{dtype}/{alike}"
+
+
 #: What this process uses instead of what is stored.
 _used: dict[Key, Record] = {}
 
@@ -65,16 +83,38 @@ class Machine:
         self._use_stored = use_stored
         self._upcasts = upcasts
         self._records: dict[Key, Record] = {}
+        #: The estimated times, where those of another rank are used.
+        self._estimates: dict[Key, MachineProfile] = {}
 
     def record(self, device: torch.device, dtype: str) -> Record:
         """The measured times of a device."""
         key = key_of(device, dtype)
         if key not in self._records:
             known = store.load(key) if self._use_stored else Record()
+            if is_in_group():
+                known = self._agreed(device, dtype, known)
             if self._use_stored and key in _used:
                 known = known.updated(_used[key])
             self._records[key] = known
         return self._records[key]
+
+    def _agreed(self, device: torch.device, dtype: str, own: Record) -> Record:
+        """The record by which all ranks of the group plan; this rank's own if that fails."""
+        estimated = default_profile(device, dtype)
+
+        def shown() -> str:
+            return json.dumps([dict(estimated.known), store.as_text(own)])
+
+        kind = "stored" if self._use_stored else "estimated"
+        try:
+            shared = agree_in_group(f"{kind}/{name_in_group(device, dtype)}", shown)
+            known, text = json.loads(shared)
+            agreed = store.from_text(text)
+        except Exception as error:  # of the group's store, or of another version's rank
+            _warn_of_ranks(f"{type(error).__name__}: {error}")
+            return own
+        self._estimates[key_of(device, dtype)] = MachineProfile(known)
+        return agreed
 
     def add(self, device: torch.device, dtype: str, newer: Record) -> None:
         """Add measured times of a device to the snapshot, and store them."""
@@ -84,7 +124,9 @@ class Machine:
 
     def profile(self, device: torch.device, dtype: str) -> MachineProfile:
         """The profile of a device: calibrated or estimated times, and measured products."""
-        known = self.record(device, dtype).profile(default_profile(device, dtype))
+        record = self.record(device, dtype)
+        estimated = self._estimates.get(key_of(device, dtype)) or default_profile(device, dtype)
+        known = record.profile(estimated)
         return known if self._upcasts else known.as_they_are
 
     @property
@@ -98,14 +140,25 @@ class Machine:
 
     def identity(self) -> str:
         """A digest of every number and setting that a plan can depend on."""
-        known = [
+        known: list[object] = [
             (*key_of(device, dtype), self.record(device, dtype).digest)
             for device in registry.present()
             for dtype in DTYPES
         ]
+        known += [(*key, sorted(found.known.items())) for key, found in self._estimates.items()]
         return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 
 def default_profile(device: torch.device, dtype: str) -> MachineProfile:
     """The profile that is estimated from the properties of a device."""
     return registry.entry_of(device).profile(device, dtype)
+
+
+@cache
+def _warn_of_ranks(why: str) -> None:
+    """Warn once: a model may have many graphs."""
+    _log.warning(
+        "runlora: the ranks of this process group could not agree on the times of the machine, so "
+        "their plans may differ: %s",
+        why,
+    )

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from runlora_fx._torch_group import agree_in_group
+from runlora_fx._torch_group import agree_in_group, is_in_group
 from runlora_fx.cost_model import store
 from runlora_fx.cost_model.devices import machine
 from runlora_fx.cost_model.devices.calibration import rates
@@ -104,8 +104,10 @@ def _measure(device: torch.device, dtype: str, key: Key) -> None:
         )
         return json.dumps(found)
 
-    found = json.loads(agree_in_group(f"{key.device}/{key.dtype}/{key.settings}", measured))
-    if found and store.load(key).seconds_per != found:  # a folder of another machine, or read-only
+    name = machine.name_in_group(device, dtype)
+    found = json.loads(agree_in_group(f"rates/{name}", measured))
+    # In a group all ranks have to use it; else the folder may be read-only.
+    if found and (is_in_group() or store.load(key).seconds_per != found):
         machine.use(key, Record(found))
 
 
