@@ -107,7 +107,8 @@ def without_a_trace() -> Iterator[None]:
 
     Dynamo forgets the sizes that it saw inside, and does not compare them with those it saw before,
     so that no size becomes symbolic. Counters are restored. Compiled code is dropped, except for
-    functions that were compiled before as well (for those :data:`APART` separates the two).
+    functions that were compiled before as well (for those :data:`APART` separates the two). No limit
+    of recompilations holds inside.
     """
     kept_sizes, pgo._CODE_STATE = pgo._CODE_STATE, defaultdict(pgo.CodeState)
     kept_counters = {name: counter.copy() for name, counter in dynamo_utils.counters.items()}
@@ -116,7 +117,8 @@ def without_a_trace() -> Iterator[None]:
     compilations = convert_frame.FRAME_COMPILE_COUNTER.copy()
     known = {id(code()) for code in convert_frame.input_codes.seen}
     try:
-        with dynamo_config.patch(automatic_dynamic_local_pgo=False):
+        limits = dict.fromkeys(("recompile_limit", "accumulated_recompile_limit"), 1 << 30)
+        with dynamo_config.patch(automatic_dynamic_local_pgo=False, **limits):
             yield
     finally:
         pgo._CODE_STATE = kept_sizes
