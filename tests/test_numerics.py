@@ -150,6 +150,8 @@ def test_a_merged_update_is_rounded_with_the_weight() -> None:
         assert (update[policy].abs() <= 3 * rounding).all()
 
 
+@torch._inductor.config.patch(fx_graph_cache=False)
+@torch._functorch.config.patch(enable_autograd_cache=False)
 @scalar_kernels
 def deterministic_run(backend: str, dtype: torch.dtype) -> list[Tensor]:
     """Losses and parameters of three steps, compiled anew."""

@@ -23,9 +23,6 @@ TOLERANCES = {
 }
 
 
-#: The outcomes of a sample that are nobody's failure.
-FINE = ("right", "only rounding", "not finite", "eager raises", "not deterministic")
-
 RANK = 1
 
 
@@ -199,7 +196,8 @@ def outcome_of(info: Any, given: Any, backend: str, dtype: torch.dtype) -> tuple
     """What comes of a sample.
 
     Returns:
-        One of `FINE`, ``"torch's"`` or ``"ours"``; what differs; and whether a region was changed.
+        ``"right"``, ``"only rounding"``, ``"not finite"``, ``"eager raises"``, ``"not
+        deterministic"``, ``"torch's"`` or ``"ours"``; what differs; whether a region was changed.
     """
     try:
         sample = Sample(info, given)
