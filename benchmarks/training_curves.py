@@ -33,6 +33,7 @@ from runlora_fx.cost_model.devices.machine import key_of
 
 BATCH, SEQUENCE, RANK = 2, 64, 32
 EVAL_EVERY, EVAL_BATCHES = 50, 8
+RATE = 2e-3
 
 #: By precision, the variants that may differ: in fp32 the policies plan alike.
 VARIANTS = {
@@ -49,6 +50,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--precisions", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--rate", type=float, default=RATE, help="learning rate")
+    parser.add_argument("--name", default="training_curves", help="of the files that are written")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     given = parser.parse_args()
     tokens = corpus()
@@ -66,20 +69,28 @@ def main() -> None:
                 step = compiled(model, variant)
                 curves[precision][variant] = []
                 for seed in range(given.seeds):
-                    run = trained(model, step, tokens[:cut], tokens[cut:], seed, given.steps)
+                    run = trained(
+                        model, step, tokens[:cut], tokens[cut:], seed, given.steps, given.rate
+                    )
                     curves[precision][variant].append(run)
                     progress.advance(task)
                 report = runlora_fx.last_report()
                 if variant not in ("eager", "inductor") and report is not None:
                     changed[f"{precision}, {variant}"] = any(s.changed for s in report.sites)
     given.out.mkdir(parents=True, exist_ok=True)
-    settings = {"steps": given.steps, "batch": BATCH, "sequence": SEQUENCE, "rank": RANK}
+    settings = {
+        "steps": given.steps,
+        "batch": BATCH,
+        "sequence": SEQUENCE,
+        "rank": RANK,
+        "rate": given.rate,
+    }
     machine = key_of(torch.device("cpu"), "float32")
     content = {"machine": machine._asdict(), **settings, "rewritten": changed, "curves": curves}
-    (given.out / "training_curves.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
+    (given.out / f"{given.name}.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
     table = summary(curves, changed, settings, machine.device)
-    (given.out / "training_curves.md").write_text(table, encoding="utf-8")
-    plot(curves, given.out / "training_curves.svg")
+    (given.out / f"{given.name}.md").write_text(table, encoding="utf-8")
+    plot(curves, given.out / f"{given.name}.svg")
     print(table)
 
 
@@ -123,11 +134,12 @@ def trained(
     held_out: Tensor,
     seed: int,
     steps: int,
+    rate: float = RATE,
 ) -> dict[str, list[float]]:
     """Losses of a training from fresh adapters: of every step, and on held-out text."""
     adapters = [p for p in model.parameters() if p.requires_grad]
     reset(model, seed)
-    optimizer = torch.optim.AdamW(adapters, lr=2e-3)
+    optimizer = torch.optim.AdamW(adapters, lr=rate)
     data = batches(text, BATCH, SEQUENCE, seed=seed)
     losses, evaluations = [], []
     for step in range(1, steps + 1):
@@ -139,7 +151,8 @@ def trained(
         losses.append(round(loss.item(), 5))
         if step % EVAL_EVERY == 0 or step == steps:
             evaluations.append(round(evaluated(model, held_out), 5))
-    if not losses[-1] < losses[0]:
+    # Of a smaller rate, the noise of a batch may hide it.
+    if rate >= RATE and not losses[-1] < losses[0]:
         raise RuntimeError(f"the loss did not fall: {losses[0]} -> {losses[-1]}")
     return {"training": losses[::5], "evaluation": evaluations}
 
@@ -165,12 +178,13 @@ def evaluated(model: nn.Module, held_out: Tensor) -> float:
 
 
 def summary(
-    curves: CURVES, changed: dict[str, bool], settings: dict[str, int], machine: str
+    curves: CURVES, changed: dict[str, bool], settings: dict[str, float], machine: str
 ) -> str:
     """A table of the losses after training."""
     seeds = len(next(iter(next(iter(curves.values())).values())))
     lines = [
-        f"{settings['steps']} steps of {BATCH} x {SEQUENCE} tokens, rank {RANK}, {machine}, torch "
+        f"{settings['steps']} steps of {BATCH} x {SEQUENCE} tokens, rank {RANK}, learning rate "
+        f"{settings['rate']:g}, {machine}, torch "
         f"{torch.__version__}. Loss on held-out text after training; differences are to eager PEFT "
         f"with the same seed, over {seeds} seeds, with the standard error of their mean; the "
         "spread is eager's standard deviation over the seeds.",
@@ -205,8 +219,10 @@ def plot(curves: CURVES, path: Path) -> None:
         print("no plot: matplotlib is not installed")
         return
     pyplot.rcParams["svg.hashsalt"] = "runlora"
-    figure, panels = pyplot.subplots(1, len(curves), figsize=(12, 3.5), sharey=True)
-    for panel, (precision, variants) in zip(panels, curves.items(), strict=True):
+    figure, panels = pyplot.subplots(
+        1, len(curves), figsize=(3 + 3 * len(curves), 3.5), sharey=True, squeeze=False
+    )
+    for panel, (precision, variants) in zip(panels[0], curves.items(), strict=True):
         for variant, runs in variants.items():
             rows = list(zip(*(run["training"] for run in runs), strict=True))
             steps = [5 * i for i in range(len(rows))]
@@ -221,7 +237,7 @@ def plot(curves: CURVES, path: Path) -> None:
             panel.plot(steps, list(map(mean, rows)), label=variant, linewidth=1)
         panel.set(title=precision, xlabel="step")
         panel.legend(fontsize=7)
-    panels[0].set_ylabel("training loss")
+    panels[0][0].set_ylabel("training loss")
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
 

@@ -1,9 +1,10 @@
-"""Copies the tables of benchmarks/results/ into docs/benchmarks.md, between their markers.
+"""Copies the tables of benchmarks/results/ into the pages, between their markers.
 
     python docs/make_benchmarks.py
 
 A table stands between ``<!-- table: field_paper -->`` and ``<!-- end -->``. It is what a benchmark
-wrote, with headings two levels deeper.
+wrote, with headings two levels deeper. A drawing of the same name is copied where the page shows it
+as ``images/NAME.svg``.
 
 Invariant: nothing but what stands between markers changes.
 """
@@ -11,10 +12,12 @@ Invariant: nothing but what stands between markers changes.
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "benchmarks.md"
+PAGES = (ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "numerics.md")
+IMAGES = ROOT / "docs" / "images"
 RESULTS = ROOT / "benchmarks" / "results"
 
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -36,4 +39,9 @@ def with_tables(text: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        text = with_tables(page.read_text(encoding="utf-8"))
+        page.write_text(text, encoding="utf-8")
+        for name in [found[2] for found in _TABLE.finditer(text)]:
+            if f"(images/{name}.svg)" in text:
+                shutil.copyfile(RESULTS / f"{name}.svg", IMAGES / f"{name}.svg")

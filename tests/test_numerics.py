@@ -8,7 +8,14 @@ import math
 
 import pytest
 import torch
-from checks import RUNLORA_EAGER, ours, outputs_and_grads, relative_error
+from checks import (
+    RUNLORA,
+    RUNLORA_EAGER,
+    ours,
+    outputs_and_grads,
+    relative_error,
+    scalar_kernels,
+)
 from market import MODELS
 from torch import Tensor, nn
 
@@ -141,6 +148,49 @@ def test_a_merged_update_is_rounded_with_the_weight() -> None:
     rounding = UNIT_ROUNDOFF[torch.bfloat16] * magnitude(layer, x)
     for policy in update:
         assert (update[policy].abs() <= 3 * rounding).all()
+
+
+@torch._inductor.config.patch(fx_graph_cache=False)
+@torch._functorch.config.patch(enable_autograd_cache=False)
+@scalar_kernels
+def deterministic_run(backend: str, dtype: torch.dtype) -> list[Tensor]:
+    """Losses and parameters of three steps, compiled anew."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(2)
+    layer = Layer(dtype, dtype)
+    with torch.no_grad():
+        for weight in layer.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator) / 8)
+    model = nn.Sequential(nn.Dropout(0.1), layer, nn.Dropout(0.1))
+    x = torch.randn(TOKENS, WIDTH, generator=generator).to(dtype)
+    options = ours(objective="flops")
+    run = torch.compile(model, backend=backend, fullgraph=True, options=options)
+    optimizer = torch.optim.SGD((layer.a, layer.b), lr=0.1)
+    seen = []
+    for _ in range(3):
+        loss = run(x).float().square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seen += [loss.detach(), layer.a.detach().clone(), layer.b.detach().clone()]
+    report = runlora_fx.last_report()
+    assert report is not None and any(site.changed for site in report.sites)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [(RUNLORA, torch.float32), (RUNLORA_EAGER, torch.bfloat16)]
+)
+def test_deterministic_runs_are_equal_bit_for_bit(backend: str, dtype: torch.dtype) -> None:
+    """With torch's deterministic algorithms, two compilations train to the same bits."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = (deterministic_run(backend, dtype) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not first[1].equal(first[4])  # it does train
+    assert all(one.equal(two) for one, two in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize(

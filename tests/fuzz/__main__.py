@@ -38,13 +38,14 @@ def main() -> int:
     parser.add_argument(
         "--seconds", type=float, default=run.TIME_LIMIT, help="of CPU that a program may take"
     )
+    parser.add_argument("--stop-after", type=float, help="seconds; no case begins later")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     run.TIME_LIMIT = asked.seconds
     levels = asked.level or [level for level in LEVELS if not (asked.dynamic and level == "torch")]
     counts: Counter[str] = Counter()
     causes: Counter[str] = Counter()
-    begin = time.process_time()
+    begin, started = time.process_time(), time.monotonic()
     # The bar is drawn on a terminal only.
     console = Console(stderr=True)
     with Progress(
@@ -55,6 +56,9 @@ def main() -> int:
     ) as progress:
         seeds = range(asked.seed, asked.seed + asked.cases)
         for seed in progress.track(seeds, description="programs"):
+            if asked.stop_after is not None and time.monotonic() - started > asked.stop_after:
+                print(f"stopped after {seed - asked.seed} programs")
+                break
             case = random_case(seed)
             for level in levels:
                 if not asked.level and seed % _RARE.get(level, 1):
