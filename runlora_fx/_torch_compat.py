@@ -107,8 +107,8 @@ def without_a_trace() -> Iterator[None]:
 
     Dynamo forgets the sizes that it saw inside, and does not compare them with those it saw before,
     so that no size becomes symbolic. Counters are restored. Compiled code is dropped, except for
-    functions that were compiled before as well (for those :data:`APART` separates the two). There is
-    no limit of recompilations inside.
+    functions that were compiled before as well (for those :data:`APART` separates the two). There
+    is no limit of recompilations inside.
     """
     kept_sizes, pgo._CODE_STATE = pgo._CODE_STATE, defaultdict(pgo.CodeState)
     kept_counters = {name: counter.copy() for name, counter in dynamo_utils.counters.items()}

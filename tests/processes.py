@@ -1,8 +1,12 @@
 """Python in a process of its own, for what is read from the environment when torch is imported."""
 
 import os
+import re
 import subprocess
 import sys
+
+#: A line of torch's own logs, such as "No CUDA runtime is found" where torch was built for CUDA.
+_TORCH_LOG = re.compile(r"^[WI]\d{4} .*/torch/.*\.py:\d+\] .*\n", re.MULTILINE)
 
 
 def python(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
@@ -14,3 +18,8 @@ def python(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[
         text=True,
         timeout=600,
     )
+
+
+def without_logs_of_torch(stderr: str) -> str:
+    """What a process printed, without the lines that torch logs by itself."""
+    return _TORCH_LOG.sub("", stderr)

@@ -237,6 +237,8 @@ def test_a_drawing_is_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_mistakes_get_an_answer(
     arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    if "--save" in arguments:
+        pytest.importorskip("matplotlib")
     with pytest.raises(SystemExit) as stopped:
         main(["crossover", *arguments])
     assert stopped.value.code == 2

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import python
+from processes import python, without_logs_of_torch
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 
@@ -47,7 +47,7 @@ def test_a_machine_without_problems(capsys: pytest.CaptureFixture[str]) -> None:
     areas_wanted = {"installed", "compiler", "devices", "profiles", "caches", "backends"}
     assert areas == areas_wanted | {"settings", "self-test"}
     by_name = {finding.name: finding for finding in findings}
-    assert by_name["torch"].text.startswith(torch.__version__)
+    assert by_name["torch"].text.startswith(metadata.version("torch"))
     assert re.search(r"\d+\.\d+", by_name["C++"].text)
     assert by_name["runlora_eager"].state == by_name["runlora"].state == "ok"
     assert "was rewritten" in by_name["backend='runlora_eager'"].text
@@ -250,5 +250,5 @@ def test_what_is_piped_is_whole_and_alone(tmp_path: Path) -> None:
         text=True,
         timeout=300,
     )
-    assert done.stderr == ""
+    assert without_logs_of_torch(done.stderr) == ""
     assert str(tmp_path / ("long" * 40)) in done.stdout

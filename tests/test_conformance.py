@@ -204,6 +204,8 @@ def _ends(t: Make) -> Tensor:
 
 def _pair(t: Make) -> Call:
     """Both gradients of a grouped product."""
+    if not hasattr(torch.ops.transformers, "grouped_mm_fallback_backward"):
+        pytest.skip("this transformers has no such operator")
     backward = torch.ops.transformers.grouped_mm_fallback_backward.default
     return Call(backward, (t("m", "k"), _stack(t, 3, "k", "n"), _ends(t), t("m", "n")))
 

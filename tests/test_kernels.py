@@ -27,6 +27,8 @@ def interpreted() -> dict[str, Any]:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "tests.kernel_cases"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
+    if "wrap_triton only works on" in done.stderr:
+        pytest.skip("this torch does not let Triton interpret the programs of its operators")
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found

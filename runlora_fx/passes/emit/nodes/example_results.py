@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from runlora_fx._torch_compat import fake_like, in_fake_mode, is_plain_fake, storage_of
+from runlora_fx._torch_debug import keeping_symbols
 
 
 class Layout(NamedTuple):
@@ -57,7 +58,8 @@ class ExampleResults:
             key = (target, self._frozen(args, tensors), self._frozen(kwargs, tensors))
             known = self._known.get(key)
         except (_NotPlainError, TypeError):  # TypeError: an argument that cannot be hashed
-            return self._called(target, args, kwargs)
+            with keeping_symbols():  # torch 2.11 refuses symbolic sizes in linear() without it
+                return self._called(target, args, kwargs)
         if known is not None:
             base = None if known.view_of is None else tensors[known.view_of]
             return fake_like(known.value, known.shape, known.strides, base)
