@@ -117,7 +117,9 @@ def without_a_trace() -> Iterator[None]:
     compilations = convert_frame.FRAME_COMPILE_COUNTER.copy()
     known = {id(code()) for code in convert_frame.input_codes.seen}
     try:
-        limits = dict.fromkeys(("recompile_limit", "accumulated_recompile_limit"), 1 << 30)
+        limits: dict[str, Any] = dict.fromkeys(
+            ("recompile_limit", "accumulated_recompile_limit"), 1 << 30
+        )
         with dynamo_config.patch(automatic_dynamic_local_pgo=False, **limits):
             yield
     finally:
