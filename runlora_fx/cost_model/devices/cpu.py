@@ -42,8 +42,6 @@ class Cpu(Device):
 
     type = "cpu"
     is_host = True
-    # With all of it a step in bf16 took 1.03 times as long as under Inductor (docs/memory.md).
-    recompute_share = 0.5
     may_upcast = True  # without instructions for 16 bits; with them, measurements say no
 
     def present(self) -> list[torch.device]:

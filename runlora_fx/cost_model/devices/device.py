@@ -36,16 +36,12 @@ class Device(ABC):
         may_upcast: True if products of 16-bit matrices may be faster in float32.
         draws_in_fours: True if Inductor's one-dimensional kernels draw four random numbers at a
             time, from some version of torch on.
-        recompute_share: The share of the time that plans save which recomputing activations may
-            take. Below 1 where the times of pointwise kernels are predicted less well than those of
-            products.
     """
 
     type: str
     is_host: bool = False
     may_upcast: bool = False
     draws_in_fours: bool = False
-    recompute_share: float = 1.0
 
     @abstractmethod
     def present(self) -> list[torch.device]:

@@ -57,10 +57,6 @@ class Elsewhere(Machine):
         """False: what runs here is not what was planned for."""
         return False
 
-    def recompute_share(self, device: torch.device) -> float:
-        """All of it, whatever device the graph is on."""
-        return 1.0
-
     def identity(self) -> str:
         """A digest of every number that a plan can depend on."""
         known = [(d, sorted(p.known.items()), p.measured) for d, p in self._profiles.items()]

@@ -138,10 +138,6 @@ class Machine:
             for dtype in ("bfloat16", "float16")
         )
 
-    def recompute_share(self, device: torch.device) -> float:
-        """The share of the time that plans save which recomputing activations may take."""
-        return registry.entry_of(device).recompute_share
-
     def identity(self) -> str:
         """A digest of every number and setting that a plan can depend on."""
         known: list[object] = [

@@ -46,9 +46,7 @@ def recompute_activations(
     if seconds is not None:
         before, after = seconds
         budget, per_byte = max(before - after, 0.0), objective.seconds_per_saved_byte
-        limit = max((1 + allowance.SHARE) * before - after, 0.0)
-        if not is_low:
-            budget = limit = budget * context.machine.recompute_share(context.device)
+        limit = max((1 + allowance.SHARE) * before - after, 0.0) if is_low else budget
     if not (budget or is_low):
         return NOTHING
     chains = Chains(context)
