@@ -136,8 +136,6 @@ def __getattr__(name: str) -> Any:
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        found = getattr(importlib.import_module(_LATER[name]), name)
+        return getattr(importlib.import_module(_LATER[name]), name)
     except ModuleNotFoundError as error:
         raise AttributeError(f"torch lacks {_LATER[name]}.{name}: {error}") from error
-    globals()[name] = found
-    return found
