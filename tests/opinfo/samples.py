@@ -250,7 +250,7 @@ def infos() -> dict[str, Any]:
     except ModuleNotFoundError as error:
         raise SystemExit(f"torch's samples need the package {error.name!r}: {error}") from error
     # The import forbids to set flags such as torch.backends.mkldnn.enabled in this process.
-    setattr(torch.backends, "__allow_nonbracketed_mutation_flag", True)
+    torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
     return {info.full_name: info for info in op_db if torch.float32 in info.supported_dtypes("cpu")}
 
 
