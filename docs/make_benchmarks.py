@@ -3,8 +3,7 @@
     python docs/make_benchmarks.py
 
 A table stands between ``<!-- table: field_paper -->`` and ``<!-- end -->``. It is what a benchmark
-wrote, with headings two levels deeper. A drawing of the same name is copied where the page shows it
-as ``images/NAME.svg``.
+wrote, with headings two levels deeper.
 
 Invariant: nothing but what stands between markers changes.
 """
@@ -12,12 +11,10 @@ Invariant: nothing but what stands between markers changes.
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "numerics.md")
-IMAGES = ROOT / "docs" / "images"
 RESULTS = ROOT / "benchmarks" / "results"
 
 _TABLE = re.compile(r"(<!-- table: ([\w/]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -40,8 +37,4 @@ def with_tables(text: str) -> str:
 
 if __name__ == "__main__":
     for page in PAGES:
-        text = with_tables(page.read_text(encoding="utf-8"))
-        page.write_text(text, encoding="utf-8")
-        for name in [found[2] for found in _TABLE.finditer(text)]:
-            if f"(images/{name}.svg)" in text:
-                shutil.copyfile(RESULTS / f"{name}.svg", IMAGES / f"{name}.svg")
+        page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")

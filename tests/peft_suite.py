@@ -141,7 +141,7 @@ def main() -> int:
             total["failed"] += 1
     total += figures.counts
     print(f"PEFT of {checkout}, backend {asked.backend!r}: {dict(total)}")
-    print(f"{figures.graphs} tests compiled graphs, the last of {figures.rewritten} is rewritten")
+    print(f"{figures.graphs} tests compiled graphs; {figures.rewritten} of them a rewritten one")
     return int(total["failed"] > 0)
 
 

@@ -30,7 +30,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -38,6 +37,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from runlora_fx.history import collecting
 from tests.engines.cases import cut_layers
+from tests.engines.kept import Kept, local
 
 #: Llama 3 70B.
 LAYERS = 80
@@ -102,11 +102,6 @@ class Seen:
     calls: Counter[str] = field(default_factory=Counter)
     moved: Counter[str] = field(default_factory=Counter)
     sites: list[Any] = field(default_factory=list)
-
-
-def local(x: Tensor) -> Tensor:
-    """A rank's part of a tensor."""
-    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def size(x: Tensor) -> int:
@@ -194,27 +189,6 @@ def real_meshes() -> Iterator[None]:
 
     with patch.object(DeviceMesh, "_concatenate", staticmethod(joined)):
         yield
-
-
-class Kept:
-    """A hook that lists the storages saved for the backward, without this rank's shards."""
-
-    def __init__(self, weights: list[Tensor]) -> None:
-        self._known = {local(w).untyped_storage()._cdata for w in weights}
-        self._held: list[Tensor] = []
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """List the storage of a tensor, once."""
-        storage = local(x).untyped_storage()
-        if storage._cdata not in self._known:
-            self._known.add(storage._cdata)
-            self._held.append(x)
-        return x
-
-    @property
-    def bytes(self) -> int:
-        """What the storages hold now: whole weights that FSDP2 has freed hold nothing [B]."""
-        return sum(local(x).untyped_storage().nbytes() for x in self._held)
 
 
 def gib(count: int) -> str:

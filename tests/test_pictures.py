@@ -129,5 +129,5 @@ def test_the_pictures_are_those_that_the_script_draws(tmp_path: Path) -> None:
     drawn = {path.name: path.read_text("utf-8") for path in tmp_path.iterdir()}
     assert set(drawn) == {f"{name}.svg" for name in names}
     kept = {path.name: path.read_text("utf-8") for path in (ROOT / "docs" / "images").glob("*.svg")}
-    assert set(kept) == {*drawn, "break-even.svg", "training_small_rate.svg"}
+    assert set(kept) == {*drawn, "break-even.svg"}
     assert [name for name, text in drawn.items() if kept[name] != text] == []

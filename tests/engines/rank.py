@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.tensor import DTensor
 
 from runlora_fx.cost_model import store
 from runlora_fx.history import collecting
 from tests.engines.cases import ENGINES, Prepared
+from tests.engines.kept import Kept
 from tests.engines.model import STEPS, adapted, batch, plain_step, share, train
 from tests.engines.profiles import store_profile
 
@@ -49,30 +49,14 @@ def sites_of(reports: list[Any]) -> list[dict[str, Any]]:
 
 
 def kept(prepared: Prepared, model: nn.Module) -> int:
-    """Bytes that the forward keeps for its backward on this rank, parameters aside [B].
-
-    Storages count once and in full. Those that FSDP has freed after the forward have no bytes.
-    """
+    """Bytes that the forward keeps for its backward on this rank, parameters aside [B]."""
     given = share(batch(STEPS), prepared.part, prepared.parts)
-    known = {
-        _plain(x).untyped_storage().data_ptr()
-        for x in (*model.parameters(), *model.buffers(), *given.values())
-    }
-    saved: dict[int, Tensor] = {}
-
-    def keep(x: Tensor) -> Tensor:
-        saved[_plain(x).untyped_storage().data_ptr()] = x
-        return x
-
+    keep = Kept((*model.parameters(), *model.buffers(), *given.values()))
     with saved_tensors_hooks(keep, lambda x: x):
         outputs = prepared.run(**given)
-    held = sum(_plain(x).untyped_storage().nbytes() for at, x in saved.items() if at not in known)
+    held = keep.bytes
     del outputs
     return held
-
-
-def _plain(x: Tensor) -> Tensor:
-    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def saved_state(prepared: Prepared, model: nn.Module) -> dict[str, Tensor]:

@@ -92,10 +92,11 @@ def _joints(node: fx.Node, dim: int) -> list[int]:
     if (cut := _cut(node)) is not None:
         whole, at, begin = cut
         ends = _joints(whole, dim)
+        if at != dim:
+            return ends
         size = shape_of(node)[dim]
-        if at != dim or not isinstance(size, int):
-            return ends if at != dim else []
-        return [end - begin for end in ends if 0 < end - begin < size]
+        is_number = isinstance(size, int)
+        return [end - begin for end in ends if is_number and 0 < end - begin < size]
     if (joined := _joined(node)) is not None and joined[1] == dim:
         return list(accumulate(length_of(part, dim) for part in joined[0]))
     return []

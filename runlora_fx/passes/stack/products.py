@@ -179,9 +179,10 @@ class Products:
         """True if the backward alone makes a tensor, by one pointwise operator, of inputs."""
         if not is_pointwise(node.target) or not self._phases.runs_backward(node):
             return False
-        given = [transposed_of(x) or x for x in node.all_input_nodes if is_matrix(x)]
-        is_whole = len(given) == len(node.all_input_nodes)
-        return is_whole and all(base_of(x).op == "placeholder" for x in given)
+        given = node.all_input_nodes
+        return all(
+            is_matrix(x) and base_of(transposed_of(x) or x).op == "placeholder" for x in given
+        )
 
     def depends(self, on: Iterable[fx.Node], nodes: Iterable[fx.Node]) -> bool:
         """True if one of some nodes is computed of one of others."""
