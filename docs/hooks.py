@@ -19,7 +19,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
 #: What is shown besides docs/: files that pages link to.
-SHOWN = ("CHANGELOG.md", "benchmarks/*.py", "benchmarks/results/*.*", "examples/**/*.py")
+SHOWN = ("CHANGELOG.md", "benchmarks/*.py", "benchmarks/results/**/*.*", "examples/**/*.py")
 COPIED = (".svg", ".json")
 
 _LINK = re.compile(r"(\]\()([^)\s:#]+)(#[^)\s]*)?\)")
